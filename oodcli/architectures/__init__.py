@@ -1,0 +1,262 @@
+"""Architectures by name, and the name of the architecture that a state dict belongs to.
+
+One grammar: ``NAME[+OPTION…]``. NAME is built in (``resnet20-cifar``, ``wrn-28-10``,
+``densenet-bc-100-12``, ``resnet18-kuangliu`` …) or ``torchvision:NAME``; ``+grey`` means one input
+channel, the other options belong to torchvision's models (see :mod:`.imagenet`).
+
+Nothing heavy is imported here: completion needs the names only.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oodcli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FAMILIES = ("cifar_resnet", "wide_resnet", "densenet")
+USUAL = (
+    *(f"resnet{n}-cifar{option}" for option in ("", "-b") for n in (20, 32, 44, 56, 110)),
+    *(f"resnet{n}-kuangliu" for n in (18, 34, 50, 101, 152)),
+    *(f"wrn-{size}" for size in ("16-4", "16-8", "28-2", "28-10", "34-10", "40-2", "40-4")),
+    *(f"wrn-{size}-meliketoy" for size in ("28-10", "40-4")),
+    *(f"densenet-bc-{size}" for size in ("100-12", "190-40", "250-24")),
+    *(f"densenet{n}-kuangliu" for n in (121, 161, 169, 201)),
+)
+"""Built-in names worth completing; other depths and widths are spelt the same way."""
+
+KUANGLIU = r"resnet(18|34|50|101|152)-kuangliu"
+"""torchvision's ResNets behind a CIFAR stem, in the CIFAR key layout."""
+
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2470, 0.2435, 0.2616)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a network expects, and where that was taken from (half a sentence)."""
+
+    input_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None
+    interpolation: str = "bilinear"
+    size_source: str = ""
+    normalisation_source: str = ""
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """The architecture of a state dict. name: as ``build`` takes it. state_dict: with the keys of
+    the network that ``build`` makes."""
+
+    name: str
+    num_classes: int
+    state_dict: dict[str, Tensor]
+
+
+def names() -> list[str]:
+    """Names for completion: the usual built-in ones and torchvision's, without importing it."""
+    spec = importlib.util.find_spec("torchvision")
+    found: list[str] = []
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for file in sorted(Path(folder, "models").glob("*.py")):
+            match = re.search(r"^__all__ = (\[.*?\])", file.read_text("utf-8"), re.M | re.S)
+            if match and not file.stem.startswith("_") and "@register_model" in match.string:
+                found += [name for name in ast.literal_eval(match[1]) if name.islower()]
+    return [*USUAL, *(f"torchvision:{name}" for name in sorted(found))]
+
+
+def known(name: str) -> bool:
+    """Whether ``build`` takes the name."""
+    try:
+        skeleton(name, 2)
+    except CheckpointError:
+        return False
+    return True
+
+
+def build(name: str, num_classes: int) -> nn.Module:
+    """The network with random weights. Raises CheckpointError when the name is not known."""
+    base, *options = name.split("+")
+    channels = 1 if "grey" in options else 3
+    options = [option for option in options if option != "grey"]
+    network: nn.Module | None = None
+    if base.startswith("torchvision:"):
+        network = _imagenet().build(base.partition(":")[2], num_classes, channels, options)
+    elif re.fullmatch(KUANGLIU, base) and not options:
+        plain = base.removesuffix("-kuangliu")
+        network = _imagenet().build(plain, num_classes, channels, ["cifar-stem"])
+    elif not options:
+        for family in FAMILIES:
+            network = network or _family(family).build(base, num_classes, channels)
+    if network is None:
+        near = difflib.get_close_matches(name, names(), 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "for example resnet20-cifar"
+        raise CheckpointError(
+            f"'{name}' is not an architecture that oodcli knows ({hint}): --arch takes a built-in "
+            "name, torchvision:NAME, timm:NAME or FILE.py:FACTORY"
+        )
+    return network
+
+
+def skeleton(name: str, num_classes: int) -> nn.Module:
+    """As ``build``, on the meta device: no memory, a few milliseconds."""
+    from oodcli.architectures.weightless import Weightless
+
+    with Weightless():
+        return build(name, num_classes)
+
+
+def rename(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with the keys of the named network, from any of its widespread layouts."""
+    base = name.split("+")[0]
+    if base.startswith("torchvision:"):
+        return dict(_imagenet().rename(state))
+    if re.fullmatch(KUANGLIU, base):
+        return dict(_imagenet().from_kuangliu(state))
+    for family in FAMILIES:
+        if _family(family).build(base, 2) is not None:
+            return dict(_family(family).rename(state))
+    return dict(state)
+
+
+def recognise(state: Mapping[str, Tensor]) -> Recognition | None:
+    """Which network the tensors belong to, by their names and shapes; None when it is unknown."""
+    for family in FAMILIES:
+        name = _family(family).guess(state)
+        if name is None:
+            continue
+        renamed = rename(name, state)
+        if "linear.weight" not in renamed or renamed["linear.weight"].ndim != 2:
+            continue
+        if renamed["conv1.weight"].shape[1] == 1:
+            name += "+grey"
+        classes = renamed["linear.weight"].shape[0]
+        if known(name) and not differences(name, classes, renamed):
+            return Recognition(name, classes, renamed)
+    guessed = _imagenet().guess(state)
+    if guessed is not None:
+        name, classes = guessed
+        renamed = rename(name, state)
+        if not differences(name, classes, renamed):
+            return Recognition(name, classes, renamed)
+    return None
+
+
+def differences(name: str, num_classes: int, state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps a renamed state dict from fitting the named network, one phrase a key."""
+    return compare(skeleton(name, num_classes).state_dict(), state)
+
+
+def compare(expected: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Phrases such as "fc.weight is 10x64, expected 10x512", in the order of the network. Counts
+    of batches are left out: old checkpoints have none."""
+    found = []
+    for key, tensor in expected.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        if key not in given:
+            found.append(f"{key} is missing")
+        elif tuple(given[key].shape) != tuple(tensor.shape):
+            found.append(f"{key} is {size(given[key])}, expected {size(tensor)}")
+    for key in given:
+        if key not in expected and not key.endswith("num_batches_tracked"):
+            found.append(f"{key} is not expected")
+    return found
+
+
+def size(tensor: Any) -> str:
+    return "x".join(str(length) for length in tensor.shape) or "a scalar"
+
+
+def nearest(state: Mapping[str, Tensor]) -> tuple[str, list[str]]:
+    """The known architecture with the most keys and shapes in common, and what differs; the
+    number of classes does not count. Builds many skeletons: a second or more, so for error
+    messages only."""
+    best = ("", ["nothing in common"], 0.0)
+    candidates = [*USUAL, *(f"torchvision:{name}" for name in _imagenet().likely(state))]
+    for name in candidates:
+        renamed = rename(name, state)
+        expected = {
+            key: renamed[key] if _is_head(key, tensor, renamed) else tensor
+            for key, tensor in skeleton(name, 1000).state_dict().items()
+        }
+        same = sum(
+            key in expected and expected[key].shape == tensor.shape
+            for key, tensor in renamed.items()
+        )
+        score = same / (len(expected.keys() | renamed.keys()) or 1)
+        if score > best[2]:
+            best = (name, compare(expected, renamed), score)
+    return best[:2]
+
+
+def _is_head(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor differs from the network's for 1000 classes in the number of classes."""
+    if key not in state or tensor.ndim == 0 or tensor.shape[0] != 1000:
+        return False
+    return tensor.shape[1:] == state[key].shape[1:]
+
+
+def inputs(name: str, network: nn.Module) -> Inputs:
+    """Input size and normalisation of a named network: those of torchvision's own weights, or
+    CIFAR's for networks with a CIFAR stem."""
+    base, *options = name.split("+")
+    if not base.startswith("torchvision:") or "cifar-stem" in options:
+        found = Inputs(
+            (32, 32),
+            CIFAR_MEAN,
+            CIFAR_STD,
+            size_source="usual for CIFAR networks",
+            normalisation_source="CIFAR-10's",
+        )
+    else:
+        side = getattr(network, "image_size", None)
+        weights, preset = _imagenet().transforms(base.partition(":")[2], side)
+        crop, resize = int(preset.crop_size[0]), int(preset.resize_size[0])
+        if side is not None and side != crop:
+            crop = resize = side
+        found = Inputs(
+            (crop, crop),
+            tuple(preset.mean),
+            tuple(preset.std),
+            resize,
+            str(preset.interpolation.value),
+            f"of torchvision's weights {weights}, resized to {resize} before the crop, "
+            f"{preset.interpolation.value}",
+            f"of torchvision's weights {weights}",
+        )
+    return grey(found) if "grey" in options else found
+
+
+def grey(colour: Inputs) -> Inputs:
+    """The same for one channel, whose statistics nobody knows."""
+    return replace(colour, mean=(0.5,), std=(0.5,), normalisation_source="a guess for grey images,")
+
+
+def categories(name: str, num_classes: int) -> tuple[str, ...] | None:
+    """ImageNet's class names for a torchvision model with exactly 1000 classes, else None."""
+    if not name.startswith("torchvision:") or num_classes != 1000:
+        return None
+    return tuple(_imagenet().categories(name.partition(":")[2].split("+")[0]))
+
+
+def _imagenet() -> Any:
+    return _family("imagenet")  # which imports torchvision: a second
+
+
+def _family(name: str) -> Any:
+    return import_module(f"oodcli.architectures.{name}")

@@ -1,0 +1,758 @@
+"""From a checkpoint file to a Classifier: what the user said, then the model card, then what the
+tensors themselves tell.
+
+Files are read with ``weights_only=True``: nothing in them is run unless the user trusts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import pickle
+import re
+import sys
+import tomllib
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oodcli import architectures
+from oodcli.architectures import Inputs
+from oodcli.classifier import INTERPOLATIONS, Classifier, Preprocessing, assemble
+from oodcli.errors import CheckpointError
+
+PLAIN = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "network",
+    "module",
+    "weights",
+    "params",
+    "teacher",
+    "student",
+    "generator_state_dict",
+)
+AVERAGED = (
+    "state_dict_ema",
+    "ema_state_dict",
+    "model_ema",
+    "ema",
+    "ema_model",
+    "model_ema_state_dict",
+    "ema_model_state_dict",
+    "params_ema",
+)
+"""Where a training script keeps the weights, and their exponential moving average (EMA)."""
+
+PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "backbone.", "online_model.")
+AVERAGED_PREFIXES = ("ema_model.", "model_ema.", "ema.", "averaged_model.")
+SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".safetensors", ".pt2")
+NOT_WEIGHTS = re.compile(r"n_averaged$|(criterion|loss|loss_fn|loss_function)\.")
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the command line gave; None = not given."""
+
+    arch: str | None = None
+    num_classes: int | None = None
+    input_size: tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+    layers: str | None = None
+    card: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A network with its weights, and what is known of it. inputs: None where nothing is."""
+
+    module: nn.Module
+    arch: str
+    inputs: Inputs
+    assumptions: tuple[str, ...] = ()
+
+
+def load_classifier(
+    path: Path,
+    overrides: Overrides = Overrides(),
+    *,
+    device: str = "cpu",
+    prefer_ema: bool = False,
+    trust_pickle: bool = False,
+) -> Classifier:
+    """Read a checkpoint. The overrides win over the model card, and the card over recognition;
+    what was assumed is in the classifier's ``assumptions``, each with the option that overrides
+    it.
+
+    prefer_ema: take the averaged weights where there are any. trust_pickle: run the code in the
+    file, for pickled modules. Raises CheckpointError when anything does not fit.
+    """
+    path = Path(path)
+    _check_file(path)
+    given, resize, interpolation = _with_card(path, overrides)
+    found = _read(path, given, prefer_ema=prefer_ema, trust_pickle=trust_pickle)
+    preprocessing, assumed = _preprocessing(given, resize, interpolation, found.inputs)
+    try:
+        module = found.module.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"--device {device} cannot be used: {_line(error)}") from error
+    classifier = assemble(
+        module,
+        arch=found.arch,
+        preprocessing=preprocessing,
+        class_names=given.class_names,
+        sha256=file_sha256(path),
+        assumptions=(*found.assumptions, *assumed),
+        layers=given.layers,
+    )
+    _agree(given.num_classes, classifier.num_classes, path)
+    categories = architectures.categories(found.arch, classifier.num_classes)
+    if given.class_names is None and categories is not None:
+        note = "class names: ImageNet's, from torchvision's weights (override: --class-names)"
+        notes = (*classifier.assumptions, note)
+        classifier = replace(classifier, class_names=categories, assumptions=notes)
+    return classifier
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- model card -------------------------------------------------------------------------------
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The keys of a model card, with tuples for lists. Raises CheckpointError when the file is not
+    TOML, or has an unknown key or a value of the wrong kind."""
+    try:
+        card = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid TOML: {_line(error)}") from error
+    kinds = {
+        "arch": (_is_text, "a string"),
+        "num_classes": (_is_count, "a positive integer"),
+        "class_names": (lambda v: _is_list(v, _is_text), "a list of strings"),
+        "input_size": (lambda v: _is_list(v, _is_count) and len(v) == 2, "[height, width]"),
+        "mean": (lambda v: _is_list(v, _is_number), "a list of numbers"),
+        "std": (lambda v: _is_list(v, _is_number), "a list of numbers"),
+        "resize": (_is_count, "a positive integer"),
+        "interpolation": (_is_text, "a string"),
+    }
+    for key, value in card.items():
+        if key not in kinds:
+            raise CheckpointError(
+                f"{path}: '{key}' is not a key of a model card: use {', '.join(kinds)}"
+            )
+        fits, kind = kinds[key]
+        if not fits(value):
+            raise CheckpointError(f"{path}: {key} must be {kind}, but is {value!r}")
+    names, classes = card.get("class_names"), card.get("num_classes")
+    if names is not None and classes is not None and len(names) != classes:
+        raise CheckpointError(f"{path}: {len(names)} class_names, but num_classes = {classes}")
+    for key in ("mean", "std"):
+        if key in card:
+            card[key] = [float(number) for number in card[key]]
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in card.items()}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list(value: Any, fits: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(fits(item) for item in value)
+
+
+def write_card(classifier: Classifier, path: Path) -> None:
+    """Write the model card with which the same checkpoint gives the same classifier, where
+    ``atomic`` says. Raises OSError when the disk refuses."""
+    prep = classifier.preprocessing
+    card: dict[str, Any] = {}
+    if _is_arch(classifier.arch):
+        card["arch"] = classifier.arch
+    card["num_classes"] = classifier.num_classes
+    if classifier.class_names != tuple(str(index) for index in range(classifier.num_classes)):
+        card["class_names"] = list(classifier.class_names)
+    card["input_size"] = list(prep.input_size)
+    card["mean"], card["std"] = list(prep.mean), list(prep.std)
+    if prep.resize is not None:
+        card["resize"] = prep.resize
+    card["interpolation"] = prep.interpolation
+    # A JSON string, number or list is TOML as well, but for the one control character that JSON
+    # leaves as it is.
+    lines = (
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
+        for key, value in card.items()
+    )
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def _with_card(path: Path, overrides: Overrides) -> tuple[Overrides, int | None, str | None]:
+    """The overrides, filled up from the card; the card's resize and interpolation."""
+    beside = path.with_suffix(".toml")
+    if overrides.card is not None:
+        card = read_card(overrides.card)
+    else:
+        card = read_card(beside) if beside.is_file() else {}
+    resize, interpolation = card.pop("resize", None), card.pop("interpolation", None)
+    if overrides.input_size is not None:
+        resize = None  # it belongs to the card's input size
+    fill = {key: value for key, value in card.items() if getattr(overrides, key) is None}
+    return replace(overrides, **fill), resize, interpolation
+
+
+# --- preprocessing ----------------------------------------------------------------------------
+
+
+def _preprocessing(
+    given: Overrides, resize: int | None, interpolation: str | None, default: Inputs
+) -> tuple[Preprocessing, list[str]]:
+    """What was given, filled up with the network's defaults; a sentence for each of those."""
+    assumed = []
+    size = given.input_size or default.input_size
+    if given.input_size is None:
+        assumed.append(
+            f"input size {size[0]}x{size[1]}, {default.size_source} (override: --input-size)"
+        )
+        resize = resize or default.resize
+    mean, std = given.mean or default.mean, given.std or default.std
+    missing = [name for name in ("mean", "std") if getattr(given, name) is None]
+    if missing:
+        numbers = " and ".join(
+            f"{name} {' '.join(f'{number:g}' for number in getattr(default, name))}"
+            for name in missing
+        )
+        options = " ".join(f"--{name}" for name in missing)
+        assumed.append(
+            f"normalisation: {default.normalisation_source} {numbers} (override: {options})"
+        )
+    return Preprocessing(size, mean, std, resize, interpolation or default.interpolation), assumed
+
+
+def _guess_inputs(network: nn.Module, size: tuple[int, int] | None = None) -> Inputs:
+    """For a network that says nothing of its input: CIFAR's where the image is small, or the first
+    convolution neither has a large kernel nor skips pixels; ImageNet's elsewhere."""
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    small = first is not None and max(first.kernel_size) <= 3 and max(first.stride) == 1
+    if size is not None:
+        small = max(size) <= 64
+    side = 32 if small else 224
+    found = Inputs(
+        size or (side, side),
+        architectures.CIFAR_MEAN if small else architectures.IMAGENET_MEAN,
+        architectures.CIFAR_STD if small else architectures.IMAGENET_STD,
+        size_source="a guess from the first convolution",
+        normalisation_source="CIFAR-10's" if small else "ImageNet's",
+    )
+    return architectures.grey(found) if first is not None and first.in_channels == 1 else found
+
+
+# --- file → network ---------------------------------------------------------------------------
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: give the checkpoint file in it")
+    try:
+        with open(path, "rb") as file:
+            empty = not file.read(1)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if empty:
+        raise CheckpointError(f"{path} is empty: copy the checkpoint again")
+
+
+def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool) -> _Network:
+    members = _zip_members(path)
+    if any(name.endswith("/constants.pkl") for name in members):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, which oodcli does not run: save the state dict of "
+            "the Python model, or export it with torch.export.save to a .pt2 file"
+        )
+    if path.suffix == ".pt2" or any(
+        name.endswith(("archive_format", "serialized_exported_program.json")) for name in members
+    ):
+        from oodcli.exported import load_program
+
+        module, shape = load_program(path, trust=trust_pickle)
+        return _Network(
+            module,
+            "torch.export",
+            replace(
+                _guess_inputs(module, (shape[1], shape[2])),
+                size_source="that of the program's example",
+            ),
+        )
+    if path.suffix == ".safetensors":
+        content: Any = _read_safetensors(path)
+    else:
+        content = _read_torch(path, trust_pickle)
+    module_found = _find_module(content)
+    if module_found is not None:
+        return _Network(module_found, type(module_found).__name__, _guess_inputs(module_found))
+    state, notes = _find_state(content, path, prefer_ema)
+    _check_values(state, path)
+    found = _network(state, given, path)
+    return replace(found, assumptions=(*notes, *found.assumptions))
+
+
+def _zip_members(path: Path) -> list[str]:
+    """Names in a zip archive, which torch's files are; empty for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return []
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({_line(error)}): copy it again"
+        ) from error
+
+
+def _read_torch(path: Path, trust_pickle: bool) -> Any:
+    try:
+        # A Namespace of command line arguments, which many training scripts save, is inert.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except Exception as error:  # a damaged pickle can raise almost anything
+        text = str(error)
+        refused = re.search(r"GLOBAL ([\w.]+)|(?:unrecognized function|but got) ([^\n]+)", text)
+        if isinstance(error, pickle.UnpicklingError) and not trust_pickle and refused:
+            raise CheckpointError(
+                f"{path} holds a pickled {refused[1] or refused[2]}, not only tensors, and "
+                "unpickling can run any code that its author put there: save model.state_dict() "
+                "alone, or give --trust-pickle if you trust whoever made the file"
+            ) from error
+        if trust_pickle and isinstance(error, ImportError | AttributeError):
+            raise CheckpointError(
+                f"{path} cannot be unpickled without the code that made it ({_line(error)}): run "
+                "oodcli where that code can be imported (PYTHONPATH), or save the state dict"
+            ) from error
+        reason = "no pickle" if isinstance(error, pickle.UnpicklingError) else _line(error)
+        raise CheckpointError(
+            f"{path} is not a checkpoint that torch can read, or it is damaged "
+            f"({reason}): oodcli reads {' '.join(SUFFIXES)}"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    """The first sentence of somebody else's error, short enough for a line of ours."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return text.split(". ")[0][:160].rstrip(".")
+
+
+def _find_module(content: Any) -> nn.Module | None:
+    """A pickled network: the content itself, or where a training script keeps it."""
+    if isinstance(content, Mapping):
+        content = next(
+            (content[k] for k in (*PLAIN, *AVERAGED) if isinstance(content.get(k), nn.Module)),
+            None,
+        )
+    if not isinstance(content, nn.Module):
+        return None
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(content, wrappers):
+        content = content.module
+    network: nn.Module = content.float()
+    return network
+
+
+# --- state dict -------------------------------------------------------------------------------
+
+
+def _is_state(content: Any) -> bool:
+    """Whether this is a state dict: strings to tensors, but for a few counters."""
+    if not isinstance(content, Mapping) or not content:
+        return False
+    tensors = sum(isinstance(value, Tensor) and value.ndim > 0 for value in content.values())
+    return tensors > 0 and all(
+        isinstance(key, str) and (isinstance(value, Tensor | int | float) or key == "_metadata")
+        for key, value in content.items()
+    )
+
+
+def _find_state(content: Any, path: Path, prefer_ema: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in what a training script saved, and sentences about the choice."""
+    notes: list[str] = []
+    averaged = False
+    for _ in range(4):  # wrapped in a wrapper, as frameworks do
+        if _is_state(content):
+            break
+        if not isinstance(content, Mapping):
+            raise CheckpointError(
+                f"{path} holds a {type(content).__name__} where a state dict was expected: save "
+                "model.state_dict()"
+            )
+        usable = [k for k in (*PLAIN, *AVERAGED) if isinstance(content.get(k), Mapping)]
+        usable = [key for key in usable if content[key]]
+        ema = [key for key in usable if key in AVERAGED]
+        plain = [key for key in usable if key in PLAIN]
+        if not usable:
+            keys = ", ".join(str(key) for key in list(content)[:6]) or "nothing"
+            only = {"optimizer", "param_groups", "optimizer_state_dict", "state"} & set(content)
+            raise CheckpointError(
+                f"{path} holds {'the state of an optimizer' if only else 'no weights'} (its keys: "
+                f"{keys}), not a network's state dict: save model.state_dict()"
+            )
+        chosen = (ema or plain)[0] if prefer_ema else (plain or ema)[0]
+        averaged = averaged or chosen in AVERAGED
+        if ema and plain:
+            other = "override: leave out --ema" if prefer_ema else "override: --ema"
+            notes.append(f"weights taken from '{chosen}'; there are also others ({other})")
+        content = content[chosen]
+    if not _is_state(content):
+        raise CheckpointError(f"{path} holds no state dict where one was expected")
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    ema_prefix = next((p for p in AVERAGED_PREFIXES if any(k.startswith(p) for k in state)), None)
+    if ema_prefix is not None:
+        rest = {k: v for k, v in state.items() if not k.startswith(ema_prefix)}
+        if prefer_ema or not rest:
+            state = {
+                k.removeprefix(ema_prefix): v for k, v in state.items() if k.startswith(ema_prefix)
+            }
+            averaged = True
+        else:
+            state = rest
+            notes.append(f"averaged weights '{ema_prefix}*' were left out (override: --ema)")
+    if prefer_ema and not averaged:
+        notes.append("there are no averaged (EMA) weights: the plain ones were taken")
+    return state, notes
+
+
+def _check_values(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError naming tensors that no trained network has."""
+    broken = [
+        key
+        for key, value in state.items()
+        if value.is_floating_point() and not bool(torch.isfinite(value.float()).all())
+    ]
+    if broken:
+        raise CheckpointError(
+            f"{path}: {_some(broken)} not finite (NaN or infinity): training diverged, or the "
+            "file is damaged; use an earlier checkpoint"
+        )
+    whole = [
+        key
+        for key, value in state.items()
+        if key.endswith(("weight", "bias")) and not value.is_floating_point()
+    ]
+    if whole:
+        raise CheckpointError(
+            f"{path}: {_some(whole)} of type {str(state[whole[0]].dtype).removeprefix('torch.')}, "
+            "as in a quantised network: use the floating-point checkpoint"
+        )
+    negative = [
+        key
+        for key, value in state.items()
+        if key.endswith("running_var") and bool((value < 0).any())
+    ]
+    if negative:
+        raise CheckpointError(
+            f"{path}: {_some(negative)} negative, which a variance cannot be: the file is damaged"
+        )
+
+
+def _some(keys: Sequence[str]) -> str:
+    shown = ", ".join(keys[:3])
+    if len(keys) > 3:
+        shown += f" and {len(keys) - 3} more"
+    return f"{shown} {'is' if len(keys) == 1 else 'are'}"
+
+
+def _layouts(state: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], tuple[str, ...]]]:
+    """The state dict under the names it may have had before it was wrapped: as it is, then with
+    one prefix less each time. With each, the keys that were left out as not the network's."""
+    found: list[tuple[dict[str, Tensor], tuple[str, ...]]] = [(state, ())]
+    dropped = tuple(key for key in state if NOT_WEIGHTS.match(key))
+    state = {key: value for key, value in state.items() if key not in dropped}
+    if dropped:
+        found.append((state, dropped))
+    for _ in range(6):
+        heads = {key.partition(".")[0] + "." for key in state}
+        if len(heads) == 1 and all("." in key for key in state):
+            (prefix,) = heads
+        else:
+            prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in state)), "")
+        inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        outside = {k: v for k, v in state.items() if not k.startswith(prefix)}
+        if not prefix or not inside or inside.keys() & outside.keys():
+            break
+        if outside:  # either a head beside the backbone, or something else altogether
+            found.append((inside, (*dropped, *outside)))
+        state = inside | outside
+        found.append((state, dropped))
+    return found
+
+
+def _network(state: dict[str, Tensor], given: Overrides, path: Path) -> _Network:
+    """The network that the user named, or that the state dict is recognised as, with its
+    weights."""
+    layouts = _layouts(state)
+    if given.arch is not None:
+        return _named(given.arch, layouts, given, path)
+    for layout, dropped in reversed(layouts):
+        known = architectures.recognise(layout)
+        if known is None:
+            continue
+        _agree(given.num_classes, known.num_classes, path)
+        network = architectures.skeleton(known.name, known.num_classes)
+        _fill(network, known.state_dict)
+        notes = [
+            f"architecture {known.name} recognised from {len(layout)} tensors (override: --arch)",
+            *_stem_notes(known.name, known.num_classes),
+        ]
+        if dropped:
+            notes.append(f"{_some(dropped)} not part of it and left out")
+        return _Network(
+            network, known.name, architectures.inputs(known.name, network), tuple(notes)
+        )
+    layout = layouts[-1][0]
+    name, differing = architectures.nearest(layout)
+    if not name:
+        like = f"no known architecture resembles it (its first keys: {', '.join([*state][:3])})"
+    else:
+        like = f"the nearest known one is {name}, but {'; '.join(differing[:3])}" + (
+            f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        )
+    raise CheckpointError(
+        f"{path}: the architecture is not recognised: {like}; name it with --arch, or give the "
+        "code that builds it with --arch FILE.py:FACTORY"
+    )
+
+
+def _agree(given: int | None, found: int, path: Path) -> None:
+    if given is not None and given != found:
+        raise CheckpointError(
+            f"{path} has {found} classes, but {given} were given: correct --num-classes or "
+            "num_classes in the model card"
+        )
+
+
+def _is_arch(name: str) -> bool:
+    """Whether ``--arch`` takes the name (a pickled module's class or a program's is none)."""
+    return name.startswith("timm:") or ".py:" in name or architectures.known(name)
+
+
+def _stem_notes(name: str, num_classes: int) -> list[str]:
+    """What the keys and shapes of a recognised network cannot tell."""
+    notes = []
+    if "+cifar-stem" in name:
+        notes.append(
+            "a 3x3 first convolution was taken to mean stride 1 and no max-pool (override: --arch)"
+        )
+    if "-cifar" in name and "-cifar-b" not in name and not name.startswith("torchvision:"):
+        notes.append(
+            "shortcuts without weights were taken for option A, zeros on both sides "
+            "(override: --arch)"
+        )
+    return notes + _transform_notes(name, num_classes)
+
+
+def _transform_notes(name: str, num_classes: int) -> list[str]:
+    base = name.removeprefix("torchvision:").split("+")[0]
+    if base not in ("googlenet", "inception_v3") or "transform-input" in name or "+grey" in name:
+        return []
+    on = num_classes == 1000
+    return [
+        f"transform_input is {'on, as for' if on else 'off, unlike for'} torchvision's own weights "
+        f"(override: --arch {name}+{'no-' * on}transform-input)"
+    ]
+
+
+def _named(
+    arch: str,
+    layouts: Sequence[tuple[dict[str, Tensor], tuple[str, ...]]],
+    given: Overrides,
+    path: Path,
+) -> _Network:
+    """The network that ``--arch`` names, with the weights of the layout that fits it best."""
+    maker = _maker(arch)
+    options = [(architectures.rename(arch, state), dropped) for state, dropped in layouts]
+    probe = maker.skeleton(1000 if given.num_classes is None else given.num_classes)
+    state, dropped = min(
+        options, key=lambda option: len(architectures.compare(probe.state_dict(), option[0]))
+    )
+    classes = _head_classes(maker, probe, state) or given.num_classes
+    if classes is not None:
+        _agree(given.num_classes, classes, path)
+    network = maker.build(classes)
+    differing = architectures.compare(network.state_dict(), state)
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"{path} does not fit {arch}: {'; '.join(differing[:3])}{more}; give another --arch, "
+            "or leave it out to have it recognised"
+        )
+    _fill(network, state)
+    notes = _transform_notes(arch, classes or 0)
+    if dropped:
+        notes.append(f"{_some(dropped)} not part of {arch} and left out")
+    return _Network(network, arch, maker.inputs(network), tuple(notes))
+
+
+def _fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load weights whose names and shapes have been compared. A network on the meta device takes
+    the tensors themselves. Raises CheckpointError when they are of a type it cannot hold."""
+    meta = any(tensor.is_meta for tensor in network.state_dict().values())
+    try:
+        network.load_state_dict(dict(state), strict=False, assign=meta)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the weights cannot be loaded: {reason}") from error
+    network.float()
+
+
+class _BuiltIn:
+    """How to make a network that :mod:`oodcli.architectures` knows."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def skeleton(self, num_classes: int) -> nn.Module:
+        return architectures.skeleton(self.arch, num_classes)
+
+    def build(self, num_classes: int | None) -> nn.Module:
+        return self.skeleton(num_classes or 1000)  # its weights come from the checkpoint
+
+    def inputs(self, network: nn.Module) -> Inputs:
+        return architectures.inputs(self.arch, network)
+
+
+class _Timm(_BuiltIn):
+    def __init__(self, arch: str) -> None:
+        super().__init__(arch)
+        try:
+            import timm
+        except ImportError as error:
+            raise CheckpointError(
+                f"--arch {arch} needs timm, which is not installed: pip install 'oodcli[timm]'"
+            ) from error
+        self.timm = timm
+
+    def skeleton(self, num_classes: int) -> nn.Module:
+        return self.build(num_classes)
+
+    def build(self, num_classes: int | None) -> nn.Module:
+        name = self.arch.removeprefix("timm:")
+        count = {} if num_classes is None else {"num_classes": num_classes}
+        try:
+            network: nn.Module = self.timm.create_model(name, pretrained=False, **count)
+        except Exception as error:  # timm raises RuntimeError, TypeError, …, by model
+            raise CheckpointError(f"--arch {self.arch}: {_line(error)}") from error
+        return network
+
+    def inputs(self, network: nn.Module) -> Inputs:
+        config = self.timm.data.resolve_model_data_config(network)
+        height, width = config["input_size"][1:]
+        shorter = math.floor(min(height, width) / config.get("crop_pct", 1.0))
+        kind = config.get("interpolation", "bilinear")
+        return Inputs(
+            (height, width),
+            tuple(config["mean"]),
+            tuple(config["std"]),
+            max(shorter, height, width),
+            kind if kind in INTERPOLATIONS else "bilinear",
+            "timm's for this model",
+            "timm's for this model",
+        )
+
+
+class _Factory(_BuiltIn):
+    """``FILE.py:FACTORY``, called with num_classes where it takes that."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__(arch)
+        file, _, name = arch.rpartition(":")
+        if not Path(file).is_file():
+            raise CheckpointError(f"--arch {arch}: there is no file {file} (in {Path.cwd().name}/)")
+        spec = importlib.util.spec_from_file_location("oodcli_user_architecture", file)
+        if spec is None or spec.loader is None:
+            raise CheckpointError(f"--arch {arch}: {file} cannot be imported")
+        module = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(Path(file).resolve().parent))  # it may import its neighbours
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise CheckpointError(
+                f"--arch {arch}: {file} fails with {type(error).__name__}: {_line(error)}"
+            ) from error
+        finally:
+            sys.path.pop(0)
+        self.factory = getattr(module, name, None)
+        if not callable(self.factory):
+            raise CheckpointError(f"--arch {arch}: {file} has no function or class '{name}'")
+        self.takes_classes = "num_classes" in inspect.signature(self.factory).parameters
+
+    def skeleton(self, num_classes: int) -> nn.Module:
+        return self.build(num_classes)
+
+    def build(self, num_classes: int | None) -> nn.Module:
+        assert self.factory is not None
+        count = {"num_classes": num_classes} if self.takes_classes and num_classes else {}
+        try:
+            network = self.factory(**count)
+        except Exception as error:
+            raise CheckpointError(
+                f"--arch {self.arch} fails with {type(error).__name__}: {_line(error)}"
+            ) from error
+        if not isinstance(network, nn.Module):
+            raise CheckpointError(
+                f"--arch {self.arch} returned {type(network).__name__}, expected a torch.nn.Module"
+            )
+        return network
+
+    def inputs(self, network: nn.Module) -> Inputs:
+        return _guess_inputs(network)
+
+
+def _maker(arch: str) -> _BuiltIn:
+    if arch.startswith("timm:"):
+        return _Timm(arch)
+    return _Factory(arch) if ".py:" in arch else _BuiltIn(arch)
+
+
+def _head_classes(maker: _BuiltIn, probe: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """The number of classes in a state dict: the length of a tensor whose length follows the
+    number of classes that the network is made for. None where no tensor's does."""
+    before = probe.state_dict()
+    for key, tensor in maker.skeleton(997).state_dict().items():  # a number that nobody uses
+        known = before.get(key)
+        if known is not None and known.shape != tensor.shape and len(tensor) == 997:
+            return len(state[key]) if key in state and state[key].ndim else None
+    return None

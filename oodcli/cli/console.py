@@ -1,0 +1,121 @@
+"""Where things are printed: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+quiet = False
+
+
+def set_quiet(value: bool) -> None:
+    """--quiet: nothing on standard error but errors."""
+    global quiet
+    quiet = value
+
+
+def say(message: str) -> None:
+    """One line on standard error, for a person."""
+    if not quiet:
+        print(message, file=sys.stderr, flush=True)
+
+
+def emit(text: str) -> None:
+    """A result, on standard output."""
+    print(text)
+
+
+def emit_json(value: Any) -> None:
+    """A result as JSON; numbers that JSON lacks become strings."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def width() -> int:
+    """Columns of standard output: the terminal's, 80 in a pipe."""
+    return shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 80
+
+
+def emit_table(table: Table) -> None:
+    """A table fitted to the terminal; plain characters in a pipe."""
+    from rich.console import Console
+
+    Console(width=width(), no_color=None if sys.stdout.isatty() else True).print(table)
+
+
+def command_line() -> str:
+    """The command as it was given, for the files it makes."""
+    return shlex.join(["oodcli", *sys.argv[1:]])
+
+
+def duration(seconds: float) -> str:
+    """For a person: 40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def progress(total: int, what: str, per_image: int = 1) -> Iterator[Callable[[int], None]]:
+    """A bar with images/s and the time left on a terminal; elsewhere a line a minute.
+
+    The yielded function is told how much more is done; total is in the same unit, of which an
+    image has per_image."""
+    if quiet:
+        yield lambda count: None
+        return
+    if not sys.stderr.isatty():
+        yield _line_a_minute(total, what, per_image)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(what),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[done]}/{task.fields[images]} images"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        start = time.monotonic()
+        task = bar.add_task("", total=total, done=0, images=total // per_image, rate="")
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            rate = done / per_image / max(time.monotonic() - start, 1e-9)
+            bar.update(task, completed=done, done=done // per_image, rate=f"{rate:.1f}/s")
+
+        yield advance
+
+
+def _line_a_minute(total: int, what: str, per_image: int) -> Callable[[int], None]:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= 60:
+            last = now
+            left = (total - done) * (now - start) / max(done, 1)
+            rate = done / per_image / (now - start)
+            say(
+                f"{what}: {done // per_image} of {total // per_image} images, {rate:.1f}/s, "
+                f"{duration(left)} left"
+            )
+
+    return advance

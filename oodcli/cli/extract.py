@@ -1,0 +1,159 @@
+"""``oodcli extract``: activations and gradients of images, cached."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oodcli.cli import console
+from oodcli.cli.options import (
+    Checkpoint,
+    Force,
+    Images,
+    Json,
+    ModelOptions,
+    Parameters,
+    Quiet,
+    complete_detectors,
+    parameters,
+    takes_model,
+)
+
+
+@takes_model
+def command(
+    checkpoint: Checkpoint,
+    images: Images,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Default: IMAGES.features.h5", show_default=False),
+    ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORD,WORD",
+            help="logits, embedding, layers.mean, layers.std, layers.gradient, batchnorm.mean, "
+            "batchnorm.var, odin.logits, or all.",
+            show_default="everything that one pass gives; of virtual images, the gradients too",
+        ),
+    ] = None,
+    for_detectors: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="NAME,NAME",
+            help="Record what these detectors need.",
+            autocompletion=complete_detectors,
+            show_default=False,
+        ),
+    ] = None,
+    param: Parameters = None,
+    json: Json = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    *,
+    model: ModelOptions,
+) -> None:
+    """Run the network over images once and cache what detectors need."""
+    from oodcli import detectors
+    from oodcli.errors import OodcliError
+    from oodcli.features import KNOWN_RECORDS
+    from oodcli.files.atomic import refuse_existing
+    from oodcli.files.hdf5 import format_of
+    from oodcli.files.virtual import FORMAT, read_provenance
+    from oodcli.images import open_images
+    from oodcli.recording import CHEAP, Recorder, recordable
+    from oodcli.stages import extract_to_file, odin_step, provenance
+
+    path = output or Path(_stem(images) + ".features.h5")
+    refuse_existing(path, force=force)
+    classifier = model.load(checkpoint)
+    source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
+    if source.note:
+        console.say(f"note: {source.note}")
+    virtual = format_of(Path(images)) == FORMAT
+    own = virtual and read_provenance(Path(images)).checkpoint_sha256 == classifier.sha256
+    if virtual and not own:
+        console.say(
+            f"note: {images} was made from another checkpoint, so its sensitivities are left out"
+        )
+    given = parameters(param)
+    chosen = [detectors.get(name) for name in _words(for_detectors)]
+    unused = sorted(given.keys() - {kind.name for kind in chosen} - {"odin"})
+    if unused:
+        raise OodcliError(f"-p {unused[0]}.…: {unused[0]} is not among --for")
+    step = odin_step([detectors.get("odin")(**detectors.get("odin").parse(given.get("odin", {})))])
+    possible = recordable(classifier)
+    what: frozenset[str]
+    if record is None and not chosen:
+        what = (CHEAP | ({"layers.gradient"} if own else set())) & possible
+        if classifier.head is None:
+            console.say("note: the last layer is not linear, so no embedding is recorded")
+    elif record == "all":
+        what = possible
+    else:
+        what = frozenset(_words(record))
+        unknown = sorted(what - KNOWN_RECORDS)
+        if unknown:
+            known = ", ".join(sorted(KNOWN_RECORDS))
+            raise OodcliError(f"--record {unknown[0]}: expected some of {known}, or all")
+    for kind in chosen:
+        hyperparameters = kind.parse(given.get(kind.name, {}))
+        what |= kind.needs
+        if (
+            virtual
+            or not kind.fitted
+            or "layers.sensitivity" not in kind.fit_needs(**hyperparameters)
+        ):
+            what |= kind.fit_needs(**hyperparameters)
+    precision = model.resolved_precision(fast=False)
+    recorder = Recorder(classifier, what | {"logits"}, odin=step, precision=precision)
+    with console.progress(len(source), "extract") as advance:
+        summary = extract_to_file(
+            classifier,
+            source,
+            recorder,
+            path,
+            provenance(
+                classifier,
+                source=images,
+                command=console.command_line(),
+                seed=model.seed,
+                precision=precision,
+                virtual=virtual,
+            ),
+            batch_size=model.resolved_batch_size(classifier),
+            sensitivity_from=Path(images) if own and "layers.gradient" in what else None,
+            force=force,
+            progress=advance,
+        )
+    if json:
+        console.emit_json(summary)
+    accuracy = summary["accuracy"]
+    console.say(
+        f"wrote {path}: {summary['images']} images, {summary['unreadable']} unreadable"
+        + (
+            ""
+            if accuracy is None
+            else f"; the network is right on {accuracy:.2%} of those labelled"
+        )
+    )
+    if summary["unreadable"]:
+        raise typer.Exit(3)
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def _stem(images: str) -> str:
+    """``a/photos/`` → photos, ``v.h5`` → v, ``noise:gaussian?n=5`` → gaussian."""
+    if images == "-":
+        return "stdin"
+    name = images.partition("?")[0].rpartition(":")[2].rstrip("/")
+    path = Path(name or "images")
+    stem = path.stem if path.suffix and not path.is_dir() else path.name
+    return stem.removesuffix(".tar") or "images"

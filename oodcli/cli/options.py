@@ -1,0 +1,286 @@
+"""Options that several subcommands share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from oodcli.cli import console
+from oodcli.errors import OodcliError
+
+if TYPE_CHECKING:
+    from oodcli.classifier import Classifier
+
+
+def complete_detectors(incomplete: str) -> list[str]:
+    """Detectors' names, for the shell."""
+    from oodcli import detectors
+
+    return [name for name in (*detectors.names(), "all") if name.startswith(incomplete)]
+
+
+def complete_architectures(incomplete: str) -> list[str]:
+    """Built-in architectures, for the shell."""
+    from oodcli import architectures
+
+    return [name for name in architectures.names() if name.startswith(incomplete)]
+
+
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A .pt, .pth, .th, .bin, .safetensors or .pt2 file.",
+        show_default=False,
+    ),
+]
+Images = Annotated[
+    str,
+    typer.Argument(
+        metavar="IMAGES",
+        help="A folder, a text list, .npz, .tar, .zip, a virtual .h5, torchvision:DATASET?…, "
+        "noise:KIND?…, or - for a list on standard input.",
+        show_default=False,
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Nothing on standard error but errors.", callback=console.set_quiet
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+Detectors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--detector",
+        "-d",
+        metavar="NAME|FILE",
+        help="A detector's name or an artefact's path; 'all' for every one that needs no fitting. "
+        "Repeatable.",
+        autocompletion=complete_detectors,
+        show_default=False,
+    ),
+]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--param",
+        "-p",
+        metavar="NAME.KEY=VALUE",
+        help="A hyper-parameter of a detector. Repeatable.",
+        show_default=False,
+    ),
+]
+
+_MODEL = "The model (what is not given comes from the model card, then from recognition)"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What may be said about a checkpoint, and how to run it."""
+
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="A built-in name, torchvision:NAME, timm:NAME or FILE.py:FACTORY.",
+            autocompletion=complete_architectures,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    num_classes: Annotated[int | None, typer.Option(rich_help_panel=_MODEL)] = None
+    input_size: Annotated[
+        str | None,
+        typer.Option(metavar="H,W", help="Or one number.", rich_help_panel=_MODEL),
+    ] = None
+    mean: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Of pixels in [0, 1].", rich_help_panel=_MODEL),
+    ] = None
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", rich_help_panel=_MODEL)] = None
+    class_names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,…|FILE", help="Or a file, one name a line.", rich_help_panel=_MODEL
+        ),
+    ] = None
+    card: Annotated[
+        Path | None, typer.Option(help="A model card elsewhere.", rich_help_panel=_MODEL)
+    ] = None
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Modules to tap in place of blocks and stages.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Prefer averaged weights.", rich_help_panel=_MODEL)
+    ] = False
+    trust_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--trust-pickle",
+            help="Load a pickled module, which can run any code.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel="How it runs")
+    ] = "auto"
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time.", rich_help_panel="How it runs")
+    ] = None
+    precision: Annotated[
+        str, typer.Option(help="auto, float32 or bfloat16.", rich_help_panel="How it runs")
+    ] = "auto"
+    seed: Annotated[int, typer.Option(min=0, rich_help_panel="How it runs")] = 0
+
+    def load(self, checkpoint: Path) -> Classifier:
+        """The classifier; what was assumed about it is said on standard error. Raises
+        CheckpointError, or OodcliError for an option that makes no sense."""
+        from oodcli.checkpoint import Overrides, load_classifier
+
+        classifier = load_classifier(
+            checkpoint,
+            Overrides(
+                arch=self.arch,
+                num_classes=self.num_classes,
+                input_size=_size(self.input_size),
+                mean=_numbers("--mean", self.mean),
+                std=_numbers("--std", self.std),
+                class_names=_names(self.class_names),
+                layers=self.layers,
+                card=self.card,
+            ),
+            device=self.resolved_device(),
+            prefer_ema=self.ema,
+            trust_pickle=self.trust_pickle,
+        )
+        for assumption in classifier.assumptions:
+            console.say(f"assumed: {assumption}")
+        return classifier
+
+    def resolved_device(self) -> str:
+        """``auto`` is the first GPU where there is one. Raises OodcliError for an unusable one."""
+        import torch
+
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise OodcliError(f"--device {self.device} cannot be used ({reason})") from error
+        return self.device
+
+    def resolved_batch_size(self, classifier: Classifier) -> int:
+        """128 small images, fewer large ones."""
+        height, width = classifier.preprocessing.input_size
+        return self.batch_size or max(16, min(128, 128 * 128 * 128 // (height * width)))
+
+    def resolved_precision(self, fast: bool) -> str:
+        """``auto`` is float32, or where ``fast`` is asked for bfloat16 if the device multiplies
+        it in hardware."""
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise OodcliError(f"--precision {self.precision}: expected auto, float32 or bfloat16")
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if fast and _multiplies_bfloat16(self.resolved_device()) else "float32"
+
+
+def _multiplies_bfloat16(device: str) -> bool:
+    import torch
+
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # torch has no public name for this that reaches back to 2.11.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def takes_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command, whose parameter ``model`` is a ModelOptions, an option for each field."""
+    hints = get_type_hints(ModelOptions, include_extras=True)
+    own = inspect.signature(command, eval_str=True)
+    extra = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(ModelOptions)
+    ]
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in own.parameters.values()
+        if parameter.name != "model"
+    ] + extra
+
+    @wraps(command)
+    def wrapper(**values: Any) -> None:
+        model = ModelOptions(
+            **{field.name: values.pop(field.name) for field in fields(ModelOptions)}
+        )
+        command(**values, model=model)
+
+    wrapper.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {
+        "return": None
+    }
+    return wrapper
+
+
+def parameters(given: list[str] | None) -> dict[str, dict[str, str]]:
+    """``c2ir.weights=uniform`` → {"c2ir": {"weights": "uniform"}}. Raises OodcliError."""
+    found: dict[str, dict[str, str]] = {}
+    for text in given or []:
+        key, equals, value = text.partition("=")
+        name, dot, field = key.partition(".")
+        if not (equals and dot and name and field):
+            raise OodcliError(f"-p {text}: expected NAME.KEY=VALUE, such as energy.T=2")
+        found.setdefault(name, {})[field] = value
+    return found
+
+
+def beside(checkpoint: Path, suffix: str) -> Path:
+    """``ckpt.pt`` → ``ckpt.virtual.h5`` in the working directory."""
+    return Path(checkpoint.stem + suffix)
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise OodcliError(f"{option} {text}: expected numbers separated by commas") from error
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if not 1 <= len(parts) <= 2 or not all(part.strip().isdigit() for part in parts):
+        raise OodcliError(f"--input-size {text}: expected H,W or one number")
+    return int(parts[0]), int(parts[-1])
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    if "," not in text and Path(text).is_file():
+        try:
+            return tuple(Path(text).read_text(encoding="utf-8").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise OodcliError(f"--class-names {text} cannot be read ({error})") from error
+    return tuple(name.strip() for name in text.split(","))

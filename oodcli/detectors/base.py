@@ -1,0 +1,190 @@
+"""What every detector is: a frozen object whose fields are its fitted state."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from types import UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from oodcli.errors import DetectorError
+from oodcli.features import Features, OdinStep
+
+Blocks = Features | Iterable[Features]
+"""Rows to fit on: whole, or in blocks that can be iterated more than once."""
+
+
+class Detector(ABC):
+    """Subclasses are frozen dataclasses. Fields that are tensors, or mappings of tensors, are the
+    fitted state; the others are settings. Saving, loading, listing and the command line work from
+    the class alone."""
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    about: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    fitted: ClassVar[bool] = False
+    uses_ood: ClassVar[bool] = False
+    """``fit`` takes out-of-distribution rows, too: its argument ``ood``."""
+    reference_images: ClassVar[str | None] = None
+    """IMAGES to fit on where nobody named any: the detector needs no data of the user's."""
+
+    @classmethod
+    def fit(cls, train: Blocks, *args: Any, **hyperparameters: Any) -> Self:
+        """A detector that needs no fitting is made from its hyper-parameters alone. Those that do
+        name theirs, keyword-only, with their defaults."""
+        return cls(*args, **hyperparameters)
+
+    @classmethod
+    def fit_needs(cls, **hyperparameters: Any) -> frozenset[str]:
+        """What the rows to fit on must have recorded, given the hyper-parameters."""
+        return cls.needs if cls.fitted else frozenset()
+
+    @property
+    def odin_step(self) -> OdinStep | None:
+        """The perturbation with which ``odin.logits`` must have been recorded."""
+        return None
+
+    @abstractmethod
+    def _score(self, test: Features) -> Tensor:
+        """(N,) float64, higher = more OOD. What it gives for rows with NaN or infinity, and its
+        own non-finite values, become +inf."""
+
+    def score(self, test: Features) -> Tensor:
+        """(N,) float64, higher = more out of distribution, +inf where the row or its score is not
+        finite. Raises DetectorError when something that it needs was not recorded."""
+        test.require(self.needs, self.name)
+        if not len(test):
+            return torch.zeros(0, dtype=torch.float64)
+        scores = self._score(test).double()
+        good = torch.isfinite(scores) & test.finite(self.needs).to(scores.device)
+        return torch.where(good, scores, torch.inf)
+
+    def to(self, device: torch.device) -> Self:
+        """The same detector with its fitted tensors on another device."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device)
+            elif isinstance(value, Mapping):
+                moved[field.name] = {key: tensor.to(device) for key, tensor in value.items()}
+        return replace(self, **moved)  # type: ignore[type-var]
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, tuple[Any, Any]]:
+        """Name → (type, default) of everything that ``-p NAME.KEY=VALUE`` may set."""
+        maker = cls.fit if cls.fitted else cls.__init__
+        hints = get_type_hints(maker)
+        return {
+            name: (hints[name], parameter.default)
+            for name, parameter in inspect.signature(maker).parameters.items()
+            if name not in ("self", "train", "ood") and parameter.default is not inspect.Parameter.empty
+        }
+
+    @classmethod
+    def parse(cls, given: Mapping[str, str]) -> dict[str, Any]:
+        """Hyper-parameters from the command line's strings. Raises DetectorError for an unknown
+        key or a value of the wrong type."""
+        known = cls.hyperparameters()
+        unknown = sorted(given.keys() - known.keys())
+        if unknown:
+            raise DetectorError(
+                f"{cls.name} has no hyper-parameter '{unknown[0]}': known are "
+                f"{', '.join(known) or 'none'}"
+            )
+        return {key: _convert(cls.name, key, value, known[key][0]) for key, value in given.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The fitted tensors; those of a mapping are named ``field/key``."""
+        tensors: dict[str, Tensor] = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                tensors[field.name] = value
+            elif isinstance(value, Mapping):
+                tensors |= {f"{field.name}/{key}": tensor for key, tensor in value.items()}
+        return tensors
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that are not tensors, as JSON can hold them."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)  # type: ignore[arg-type]
+            if not isinstance(getattr(self, field.name), Tensor | Mapping)
+        }
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
+        """The inverse of state and settings. Raises DetectorError when something is missing or
+        superfluous."""
+        hints = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        left = set(tensors)
+        for field in fields(cls):  # type: ignore[arg-type]
+            hint = hints[field.name]
+            if hint is Tensor and field.name in tensors:
+                values[field.name] = tensors[field.name]
+                left.discard(field.name)
+            elif get_origin(hint) is Mapping:
+                prefix = f"{field.name}/"
+                names = [name for name in tensors if name.startswith(prefix)]
+                values[field.name] = {name[len(prefix) :]: tensors[name] for name in names}
+                left -= set(names)
+            elif field.name in settings:
+                value = settings[field.name]
+                values[field.name] = tuple(value) if isinstance(value, list) else value
+            else:
+                raise DetectorError(f"{cls.name}: '{field.name}' is missing from the artefact")
+        superfluous = sorted(left | (settings.keys() - {field.name for field in fields(cls)}))  # type: ignore[arg-type]
+        if superfluous:
+            raise DetectorError(f"{cls.name}: the artefact has an unknown '{superfluous[0]}'")
+        return cls(**values)
+
+
+def _convert(detector: str, key: str, value: str, kind: Any) -> Any:
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    words = [word for each in options if get_origin(each) is Literal for word in get_args(each)]
+    if value in words:
+        return value
+    number = next((each for each in options if each in (bool, int, float)), None)
+    if number is None:
+        raise DetectorError(f"{detector}.{key}={value}: expected one of {', '.join(words)}")
+    truth = {"true": True, "false": False}
+    try:
+        return truth[value.lower()] if number is bool else number(value)
+    except (KeyError, ValueError) as error:
+        expected = " or ".join([number.__name__, *words])
+        raise DetectorError(f"{detector}.{key}={value}: expected {expected}") from error
+
+
+def require_positive(detector: str, **values: float) -> None:
+    """Raises DetectorError for a hyper-parameter that is not a positive number."""
+    for key, value in values.items():
+        if not value > 0:
+            raise DetectorError(f"{detector}.{key}={value:g} must be positive")
+
+
+def in_blocks(train: Blocks) -> Iterable[Features]:
+    """Rows to fit on as blocks, without the empty ones."""
+    return (block for block in ([train] if isinstance(train, Features) else train) if len(block))
+
+
+def finite_rows(train: Blocks, needs: Iterable[str], who: str) -> Iterator[Features]:
+    """Rows to fit on as blocks, without those in which something of ``needs`` is not finite.
+    Raises DetectorError when a record is missing, or at the end when there was no row."""
+    count = 0
+    for block in in_blocks(train):
+        block.require(needs, who)
+        finite = block.finite(needs)
+        kept = block if finite.all() else block.select(finite)
+        count += len(kept)
+        if len(kept):
+            yield kept
+    if not count:
+        raise DetectorError(f"{who}: there is no row to fit on")

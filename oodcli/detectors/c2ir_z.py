@@ -1,0 +1,117 @@
+"""C2IR standardised: what the same virtual images say when no channel can cancel another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from oodcli.detectors.base import Blocks, Detector, in_blocks
+from oodcli.detectors.c2ir import batchnorm_layers, layer_mean
+from oodcli.detectors.class_statistics import class_moments, class_of, predicted_among
+from oodcli.features import Features, LinearHead, recorded
+
+RIDGE = 1e-3
+"""Added to each channel's variance, as a share of its layer's mean variance: a dead channel that
+wakes up counts for much, but not for everything."""
+
+
+def standardised_deviation(mean: Tensor, centre: Tensor, variance: Tensor) -> Tensor:
+    """Mean over channels of ((m − μ^c)/sd)². mean, centre: (N, C); variance: (C,). Returns (N,)."""
+    return ((mean - centre).square() / variance).mean(1)
+
+
+def head_evidence(embedding: Tensor, head: LinearHead, predicted: Tensor) -> Tensor:
+    """−w_c·u, without the bias. embedding: (N, D), predicted: (N,). Returns (N,) float64."""
+    return -(embedding.double() * head.weight.double()[predicted]).sum(1)
+
+
+@dataclass(frozen=True)
+class C2IRZ(Detector):
+    """Mean over layers of the standardised deviation, plus the z-score of −w_c·(u − μ^c_u).
+
+    layers: L names. layer_weights: (K, L), rows sum to 1. centre: name → (K, C). variance: name →
+    (C,), within classes, with a ridge. evidence: (K,), class means of −w_c·u; evidence_sd: ().
+    present: (K,) bool. weights: ``uniform``, or ``mgi``: ‖w^c_l ⊙ sd_l‖^½.
+    """
+
+    name = "c2ir-z"
+    source = "this project, on the statistics of C2IR"
+    about = "standardised deviation from the class's virtual images, all BatchNorm layers and head"
+    needs = frozenset({"logits", "embedding", "head", "layers.mean", "batchnorm.running"})
+    fitted = True
+
+    layers: tuple[str, ...]
+    layer_weights: Tensor
+    centre: Mapping[str, Tensor]
+    variance: Mapping[str, Tensor]
+    evidence: Tensor
+    evidence_sd: Tensor
+    present: Tensor
+    weights: str
+
+    @classmethod
+    def fit_needs(cls, **hyperparameters: Any) -> frozenset[str]:
+        gradient = {"layers.gradient"} if hyperparameters.get("weights") == "mgi" else set()
+        return cls.needs | {"label"} | gradient
+
+    @classmethod
+    def fit(cls, train: Blocks, *, weights: Literal["uniform", "mgi"] = "uniform") -> Self:
+        """One pass over the rows. Raises DetectorError when a record is missing, or when no class
+        has two rows."""
+        needs = cls.fit_needs(weights=weights)
+        first: list[Features] = []
+
+        def rows(block: Features) -> dict[str, Tensor]:
+            block.require(needs, cls.name)
+            if not first:
+                first.append(block.select(slice(0, 0)))
+            label = class_of(block)
+            evidence = head_evidence(recorded(block.embedding), recorded(block.head), label)
+            found = {"evidence": evidence[:, None]}
+            for name in batchnorm_layers(block):
+                found[f"{name}/mean"] = recorded(block.layers[name].mean)
+                if weights == "mgi":
+                    found[f"{name}/gradient"] = recorded(block.layers[name].gradient)
+            return found
+
+        moments = class_moments(in_blocks(train), rows)
+        layers = batchnorm_layers(first[0])
+        variance = {name: _ridged(moments.within_variance(f"{name}/mean")) for name in layers}
+        importance = torch.ones(len(moments.count), len(layers), dtype=torch.float64)
+        if weights == "mgi":
+            norms = [
+                (moments.mean(f"{name}/gradient") * variance[name].sqrt()).norm(dim=1)
+                for name in layers
+            ]
+            importance = torch.stack(norms, 1).sqrt()  # (K, L)
+        total = importance.sum(1, keepdim=True)
+        return cls(
+            layers=layers,
+            layer_weights=torch.where(total > 0, importance / total, 1 / len(layers)),
+            centre={name: moments.mean(f"{name}/mean") for name in layers},
+            variance=variance,
+            evidence=moments.mean("evidence")[:, 0],
+            evidence_sd=_ridged(moments.within_variance("evidence")).sqrt()[0],
+            present=moments.present,
+            weights=weights,
+        )
+
+    def _score(self, test: Features) -> Tensor:
+        predicted = predicted_among(recorded(test.logits), self.present)
+        weights = self.layer_weights[predicted]  # (N, L)
+        evidence = head_evidence(recorded(test.embedding), recorded(test.head), predicted)
+        total = (evidence - self.evidence[predicted]) / self.evidence_sd
+        for index, name in enumerate(self.layers):
+            mean = layer_mean(test, name, self.name, len(self.variance[name]))
+            centre = self.centre[name][predicted]
+            total += weights[:, index] * standardised_deviation(mean, centre, self.variance[name])
+        return total
+
+
+def _ridged(variance: Tensor) -> Tensor:
+    """(C,) variances that are never zero."""
+    return variance + RIDGE * variance.mean() + torch.finfo(torch.float32).tiny

@@ -1,0 +1,44 @@
+"""ODIN (Liang et al. 2018): temperature and a small step against the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from oodcli.detectors.base import Detector, require_positive
+from oodcli.detectors.msp import max_softmax
+from oodcli.errors import DetectorError
+from oodcli.features import Features, OdinStep, recorded
+
+
+@dataclass(frozen=True)
+class ODIN(Detector):
+    """1 − max softmax(z'/T), z' the logits of x' = x − ε sign(∇ₓ CE(z/T, argmax z)).
+
+    epsilon is in pixel units of [0, 1]; the recording divides it by the preprocessing's std. The
+    logits of x' are recorded, so a cache holds them for one epsilon and T.
+    """
+
+    name = "odin"
+    source = "Liang et al. 2018"
+    about = "softmax at T = 1000 after a small step that lowers the loss"
+    needs = frozenset({"odin.logits"})
+
+    epsilon: float = 0.0014
+    T: float = 1000.0
+
+    def __post_init__(self) -> None:
+        require_positive(self.name, T=self.T)
+
+    @property
+    def odin_step(self) -> OdinStep:
+        return OdinStep(self.epsilon, self.T)
+
+    def _score(self, test: Features) -> Tensor:
+        if test.odin_step != self.odin_step:
+            raise DetectorError(
+                f"odin wants epsilon={self.epsilon:g} and T={self.T:g}, but these logits were "
+                f"recorded with {test.odin_step}: extract again with -p odin.epsilon=… -p odin.T=…"
+            )
+        return max_softmax(recorded(test.odin_logits), self.T)

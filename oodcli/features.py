@@ -1,0 +1,272 @@
+"""What was recorded of one block of images: the only thing that a detector ever sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from oodcli.errors import DetectorError
+
+ROW_RECORDS = (
+    "logits",
+    "embedding",
+    "layers.mean",
+    "layers.std",
+    "layers.gradient",
+    "layers.sensitivity",
+    "batchnorm.mean",
+    "batchnorm.var",
+    "odin.logits",
+)
+"""What can be recorded per image; the words of ``extract --record`` and of ``Detector.needs``."""
+
+KNOWN_RECORDS = frozenset(ROW_RECORDS) | {"label", "head", "batchnorm.running"}
+"""What a detector can need: also labels, the head, and layers with running statistics."""
+
+
+INPUT = "input"
+"""Name of the BatchNorm pseudo-layer: the normalised image itself."""
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """The final linear layer: logits = embedding @ weight.T + bias. weight: (K, D), bias: (K,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(
+                f"head: expected weight (K, D) and bias (K,), but got {tuple(self.weight.shape)} "
+                f"and {tuple(self.bias.shape)}"
+            )
+
+    def to(self, device: torch.device) -> LinearHead:
+        return LinearHead(self.weight.to(device), self.bias.to(device))
+
+
+Record = TypeVar("Record", Tensor, LinearHead)
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One tapped layer. mean, std: (N, C), over the spatial positions of its output (std with
+    divisor HW). gradient: (N, C), spatial mean of ∂y_c/∂A. sensitivity: (N, C), virtual images
+    only: gradient/Δy averaged over the trajectory (C2IR, eq. 8-9). kind: batchnorm, block, stage
+    or other."""
+
+    kind: str
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    gradient: Tensor | None = None
+    sensitivity: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """The *input* of one BatchNorm layer and what the network itself remembers of it.
+
+    mean, var: (N, C), spatial mean and unbiased spatial variance (0 where there is one position).
+    running_mean, running_var, weight, bias: (C,). spatial_size: number of positions, H·W.
+    The pseudo-layer ``input`` is the normalised image: running mean 0, running variance 1, eps 0.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    spatial_size: int
+    mean: Tensor | None = None
+    var: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class OdinStep:
+    """ODIN's perturbation: epsilon in pixel units of [0, 1], temperature of the cross entropy."""
+
+    epsilon: float = 0.0014
+    temperature: float = 1000.0
+
+
+@dataclass(frozen=True)
+class Features:
+    """One block of N rows, in input order. Whatever was not recorded is None or absent.
+
+    Raises ValueError when the tensors disagree about N.
+    """
+
+    count: int
+    label: Tensor | None = None  # (N,) int64, -1 = unknown
+    logits: Tensor | None = None  # (N, K)
+    embedding: Tensor | None = None  # (N, D)
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    batchnorm: Mapping[str, BatchNorm] = field(default_factory=dict)
+    odin_logits: Tensor | None = None  # (N, K)
+    odin_step: OdinStep | None = None
+    head: LinearHead | None = None
+    _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, rows in self.rows().items():
+            if len(rows) != self.count:
+                raise ValueError(f"/{name} has {len(rows)} rows, expected {self.count}")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self) -> dict[str, Tensor]:
+        """Every recorded tensor with one row an image, by its name in the cache file."""
+        named = {
+            "label": self.label,
+            "logits": self.logits,
+            "embedding": self.embedding,
+            "odin/logits": self.odin_logits,
+        }
+        for name, layer in self.layers.items():
+            for part in ("mean", "std", "gradient", "sensitivity"):
+                named[f"layers/{name}/{part}"] = getattr(layer, part)
+        for name, norm in self.batchnorm.items():
+            named[f"batchnorm/{name}/mean"] = norm.mean
+            named[f"batchnorm/{name}/var"] = norm.var
+        return {name: rows for name, rows in named.items() if rows is not None}
+
+    def map_rows(self, change: Callable[[str, Tensor], Tensor], count: int) -> Features:
+        """The same records with every row tensor replaced by ``change(name, tensor)``."""
+
+        def new(name: str, rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else change(name, rows)
+
+        return replace(
+            self,
+            count=count,
+            label=new("label", self.label),
+            logits=new("logits", self.logits),
+            embedding=new("embedding", self.embedding),
+            odin_logits=new("odin/logits", self.odin_logits),
+            layers={
+                name: Layer(
+                    layer.kind,
+                    *(
+                        new(f"layers/{name}/{part}", getattr(layer, part))
+                        for part in ("mean", "std", "gradient", "sensitivity")
+                    ),
+                )
+                for name, layer in self.layers.items()
+            },
+            batchnorm={
+                name: replace(
+                    norm,
+                    mean=new(f"batchnorm/{name}/mean", norm.mean),
+                    var=new(f"batchnorm/{name}/var", norm.var),
+                )
+                for name, norm in self.batchnorm.items()
+            },
+        )
+
+    def select(self, rows: slice | Tensor) -> Features:
+        """Some of the rows: a slice, a boolean mask or a tensor of indices."""
+        count = len(torch.arange(self.count)[rows.cpu() if isinstance(rows, Tensor) else rows])
+        return self.map_rows(lambda _, tensor: tensor[rows], count)
+
+    @property
+    def recorded(self) -> frozenset[str]:
+        """Which of the words of ``needs`` this block can satisfy."""
+        names = {
+            "label": self.label is not None,
+            "logits": self.logits is not None,
+            "embedding": self.embedding is not None,
+            "head": self.head is not None,
+            "odin.logits": self.odin_logits is not None,
+            "batchnorm.running": any(name != INPUT for name in self.batchnorm),
+            "batchnorm.mean": any(norm.mean is not None for norm in self.batchnorm.values()),
+            "batchnorm.var": any(norm.var is not None for norm in self.batchnorm.values()),
+        }
+        for part in ("mean", "std", "gradient", "sensitivity"):
+            found = any(getattr(layer, part) is not None for layer in self.layers.values())
+            names[f"layers.{part}"] = found
+        return frozenset(name for name, found in names.items() if found)
+
+    def require(self, needs: Iterable[str], who: str) -> None:
+        """Raises DetectorError naming what is lacking and the option that records it."""
+        missing = sorted(frozenset(needs) - self.recorded)
+        if missing:
+            raise DetectorError(f"{who} needs {lacking(missing, who)}")
+
+    def shared(self, compute: Callable[..., Value], *args: Hashable) -> Value:
+        """``compute(self, *args)``, once for this block however many detectors ask for it."""
+        key = (compute, *args)
+        if key not in self._shared:
+            self._shared[key] = compute(self, *args)
+        value: Value = self._shared[key]
+        return value
+
+    def finite(self, needs: Iterable[str]) -> Tensor:
+        """(N,) bool: rows in which everything named by ``needs`` is finite."""
+        found = [self.shared(_finite, need) for need in needs]
+        masks = [mask for mask in found if mask is not None]
+        return torch.stack(masks).all(0) if masks else torch.ones(self.count, dtype=torch.bool)
+
+
+def _finite(block: Features, need: str) -> Tensor | None:
+    """(N,) bool for one word of ``needs``; None where it names nothing that has a row an image."""
+    found = []
+    for name, rows in block.rows().items():
+        first, *rest = name.split("/")
+        if need == ".".join([first, *rest[-1:]]) and rows.ndim > 1:
+            found.append(torch.isfinite(rows).all(1))
+    return torch.stack(found).all(0) if found else None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some consecutive inputs, readable or not. paths, errors: one each, None where readable.
+    labels: (N,) int64, -1 = unknown. features: the readable rows, in order."""
+
+    paths: tuple[str, ...]
+    labels: Tensor
+    errors: tuple[str | None, ...]
+    features: Features | None
+
+
+def recorded(rows: Record | None) -> Record:
+    """A record that ``require`` has already vouched for."""
+    if rows is None:
+        raise DetectorError("a record is missing that its block claims to have")
+    return rows
+
+
+def lacking(missing: Sequence[str], who: str) -> str:
+    """Half a sentence: what was not recorded, and how to record it."""
+    hints = []
+    if "layers.sensitivity" in missing:
+        hints.append("sensitivities exist for virtual images only: extract a file made by invert")
+    if "head" in missing or "embedding" in missing:
+        hints.append("a network whose last layer is not linear has no head and no embedding")
+    if "batchnorm.running" in missing:
+        hints.append("the network has no BatchNorm layer with running statistics")
+    if set(missing) - {"head", "label", "layers.sensitivity", "batchnorm.running"}:
+        hints.append(f"record it with: oodcli extract CHECKPOINT IMAGES --for {who}")
+    if "label" in missing:
+        hints.append("labels come from sub-folders, lists, or an .npz with labels")
+    return f"{', '.join(missing)}, which was not recorded ({'; '.join(hints)})"
+
+
+def concatenate(blocks: Sequence[Features]) -> Features:
+    """One block with the rows of all. Raises ValueError when there is none, or they differ in
+    what was recorded."""
+    if not blocks:
+        raise ValueError("no rows")
+    rows = [block.rows() for block in blocks]
+    if any(names.keys() != rows[0].keys() for names in rows):
+        raise ValueError("the blocks differ in what was recorded")
+    return blocks[0].map_rows(
+        lambda name, _: torch.cat([block[name] for block in rows]),
+        sum(block.count for block in blocks),
+    )

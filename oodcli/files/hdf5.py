@@ -1,0 +1,212 @@
+"""What the two HDF5 formats share: provenance in the root attributes, and clear refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import h5py
+
+from oodcli.classifier import Preprocessing
+from oodcli.errors import FileError, OodcliError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a file was made. source: what the user named as input. command: the command line.
+    precision: float32 or bfloat16. virtual: whether the rows are virtual images."""
+
+    checkpoint_sha256: str
+    arch: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    source: str
+    command: str
+    oodcli_version: str
+    torch_version: str
+    seed: int
+    device: str = "cpu"
+    precision: str = "float32"
+    virtual: bool = False
+
+    def write(self, file: h5py.File, format_name: str) -> None:
+        file.attrs["format"] = format_name
+        file.attrs["version"] = VERSION
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Preprocessing):
+                value = json.dumps(value.to_dict())
+            elif isinstance(value, tuple):
+                # As a dataset where it is long: attributes are limited to 64 KiB.
+                value = json.dumps(value, ensure_ascii=False)
+                if len(value.encode()) > 60_000:
+                    file.create_dataset(field.name, data=value)
+                    continue
+            file.attrs[field.name] = value
+
+    @classmethod
+    def read(cls, file: h5py.File) -> Provenance:
+        """Raises KeyError or ValueError when something is missing."""
+        values = {
+            field.name: file.attrs[field.name]
+            for field in fields(cls)
+            if field.name != "class_names" or "class_names" in file.attrs
+        }
+        names = values.get("class_names") or file["class_names"][()].decode()
+        return cls(
+            checkpoint_sha256=str(values["checkpoint_sha256"]),
+            arch=str(values["arch"]),
+            preprocessing=Preprocessing.from_dict(json.loads(values["preprocessing"])),
+            class_names=tuple(json.loads(names)),
+            source=str(values["source"]),
+            command=str(values["command"]),
+            oodcli_version=str(values["oodcli_version"]),
+            torch_version=str(values["torch_version"]),
+            seed=int(values["seed"]),
+            device=str(values["device"]),
+            precision=str(values["precision"]),
+            virtual=bool(values["virtual"]),
+        )
+
+
+def format_of(path: Path) -> str | None:
+    """The ``format`` attribute of an HDF5 file, None for anything else."""
+    try:
+        with h5py.File(path, "r") as file:
+            return str(file.attrs.get("format", ""))
+    except (OSError, RuntimeError):
+        return None
+
+
+@contextmanager
+def reading(path: Path, format_name: str, made_by: str) -> Iterator[h5py.File]:
+    """An open file of the right format and version. Raises FileError for anything else, and for
+    damage that only shows while it is read."""
+    if not path.is_file():
+        raise FileError(f"{path} does not exist: '{made_by}' makes such files")
+    try:
+        with h5py.File(path, "r") as file:
+            found = file.attrs.get("format")
+            if found != format_name:
+                raise FileError(
+                    f"{path} has format '{found}', expected '{format_name}': '{made_by}' makes "
+                    "such files"
+                )
+            if int(file.attrs["version"]) != VERSION:
+                raise FileError(
+                    f"{path} has format version {file.attrs['version']}, this oodcli reads "
+                    f"{VERSION}: use a newer oodcli, or make the file again"
+                )
+            yield file
+    except OodcliError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise FileError(
+            f"{path} is truncated, damaged or no HDF5 file ({_first_line(error)}): make it again"
+        ) from error
+
+
+class _Sink:
+    """The file object that HDF5 writes into. When the disk refuses, the HDF5 library can neither
+    flush nor close, and may end the process with a segmentation fault; so it never hears of it: the
+    fault is kept, and what is written afterwards (a batch at most) stays in memory."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+        self._position = 0
+        self._extent = 0
+        self._fault: OSError | None = None
+        self._unwritten: list[tuple[int, bytes]] = []
+
+    def check(self) -> None:
+        """Raises the first OSError."""
+        if self._fault is not None:
+            raise self._fault
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._extent}
+        self._position = base[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Buffer) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        if self._fault is None:
+            try:
+                self._raw.seek(self._position)
+                while left:
+                    left = left[self._raw.write(left) or 0 :]
+            except OSError as fault:
+                self._fault = fault
+        if left:
+            self._unwritten.append((self._position + size - len(left), bytes(left)))
+        self._position += size
+        self._extent = max(self._extent, self._position)
+        return size
+
+    def read(self, size: int) -> bytes:
+        data = bytearray(size)
+        self.readinto(data)
+        return bytes(data)
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        self._raw.seek(self._position)
+        found = self._raw.readinto(view) or 0
+        view[found:] = bytes(len(view) - found)
+        for start, data in self._unwritten:
+            low = max(start, self._position)
+            high = min(start + len(data), self._position + len(view))
+            if low < high:
+                part = data[low - start : high - start]
+                view[low - self._position : high - self._position] = part
+        self._position += len(view)
+        return len(view)
+
+    def truncate(self, size: int) -> int:
+        try:
+            self._raw.truncate(size)
+        except OSError as fault:
+            self._fault = self._fault or fault
+        self._extent = size
+        return size
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file being written. check: raises OSError when the disk has refused something; call it
+    after each batch, to stop early."""
+
+    file: h5py.File
+    check: Callable[[], None]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[NewFile]:
+    """A new file at a path that ``atomic`` gave. Raises OSError when the disk refuses."""
+    with io.FileIO(path, "w+") as raw:
+        sink = _Sink(raw)
+        with h5py.File(sink, "w", libver=("v110", "v114")) as file:
+            yield NewFile(file, sink.check)
+        sink.check()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

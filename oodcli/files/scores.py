@@ -1,0 +1,466 @@
+"""The scores file: one row per input, in input order.
+
+Columns: ``path,label,predicted,confidence,<detector>…,error``. ``label`` and ``predicted`` are
+class names, ``label`` empty where unknown. Higher = more out of distribution, for every detector.
+With a threshold there are ``<detector>.p`` and ``<detector>.ood`` too; they are no detectors. A row
+that could not be scored keeps its place: empty cells and the reason in ``error``.
+
+Decisions:
+
+* Floats have 9 significant digits in all three formats (enough for float32). A score that is not
+  finite is written as ``inf``; in JSON, which has no infinity, as the string ``"inf"``.
+* A path is written exactly as it is, quoted where CSV needs it. One that starts with ``=``, ``+``,
+  ``-`` or ``@`` is not defused with a quote mark: the file is for programs, which must find the
+  image again. A spreadsheet may read such a cell as a formula, so import the column as text.
+* The files are valid UTF-8. The bytes of a file name that are not appear as ``\\udcff``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TextIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oodcli.errors import FileError
+
+Format: TypeAlias = Literal["csv", "jsonl", "parquet"]
+
+LEADING = ("path", "label", "predicted", "confidence")
+TRAILING = ("error",)
+DERIVED = (".p", ".ood")
+"""Endings of the columns that belong to a detector without being one."""
+
+_SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+_ROW_GROUP = 8192
+
+
+def is_detector(column: str) -> bool:
+    """Whether a column of a scores file holds a detector's scores."""
+    return column not in LEADING + TRAILING and not column.endswith(DERIVED)
+
+
+def format_of(path: Path) -> Format:
+    """The format by suffix; CSV without one (``/dev/stdout``, a pipe). Raises FileError."""
+    suffix = path.suffix.lower()
+    if not suffix:
+        return "csv"
+    if suffix not in _SUFFIXES:
+        raise FileError(f"{path}: expected a scores file, .csv, .jsonl or .parquet")
+    return _SUFFIXES[suffix]
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One input. scores: a number for every column between ``confidence`` and ``error``; none at
+    all where ``error`` says why."""
+
+    path: str
+    label: str = ""
+    predicted: str = ""
+    confidence: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+class ScoresWriter:
+    """Writes a scores file as its rows come; what is kept in memory does not grow with them.
+
+    target: an open text stream (standard output; CSV or JSON lines), or the path of a file, which
+    is overwritten: give it what ``atomic`` yields. columns: those between ``confidence`` and
+    ``error``. Used in a ``with``, which closes the file, but not a stream.
+
+        with atomic(path) as partial, ScoresWriter(partial, ("msp", "energy")) as writer:
+            writer.write(rows)
+
+    Raises ValueError when two columns have one name or parquet is to go to a stream, FileError when
+    the suffix is unknown or pyarrow is missing.
+    """
+
+    def __init__(
+        self, target: TextIO | Path, columns: Sequence[str], format: Format | None = None
+    ) -> None:
+        header = (*LEADING, *columns, *TRAILING)
+        if len(set(header)) != len(header):
+            raise ValueError(f"two columns of a scores file have one name: {', '.join(header)}")
+        if isinstance(target, Path):
+            self._format = format or format_of(target)
+        else:
+            self._format = format or "csv"
+            if self._format == "parquet":
+                raise ValueError("parquet needs a path, not a text stream")
+        self._target = target
+        self._columns = tuple(columns)
+        self._header = header
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._sink = self._opened(stack)
+            self._open = stack.pop_all()
+        return self
+
+    def _opened(self, stack: ExitStack) -> _Sink:
+        stream = self._target
+        if isinstance(stream, Path):
+            if self._format == "parquet":
+                return stack.enter_context(_ParquetSink(stream, self._header))
+            stream = stack.enter_context(stream.open("w", encoding="utf-8", newline=""))
+        return (_CsvSink if self._format == "csv" else _JsonSink)(stream, self._header)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def write(self, rows: Iterable[ScoreRow]) -> None:
+        """Appends rows. Raises ValueError when one has neither an error nor all the columns."""
+        self._sink.write(self._cells(row) for row in rows)
+
+    def _cells(self, row: ScoreRow) -> _Cells:
+        if row.error:
+            blank: list[float | int | None] = [None] * len(self._columns)
+            return [_utf8(row.path), _utf8(row.label), "", None, *blank, _utf8(row.error)]
+        if row.scores.keys() != set(self._columns):
+            raise ValueError(
+                f"{row.path}: expected a score for {', '.join(self._columns)}, "
+                f"but got {', '.join(row.scores) or 'none'}"
+            )
+        return [
+            _utf8(row.path),
+            _utf8(row.label),
+            _utf8(row.predicted),
+            _finite(row.confidence),
+            *(_cell(column, row.scores[column]) for column in self._columns),
+            "",
+        ]
+
+
+_Cells: TypeAlias = list[str | float | int | None]
+
+
+def _utf8(text: str) -> str:
+    """The bytes of a file name that Python could not decode are lone surrogates: escaped."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.9g}")
+
+
+def _cell(column: str, value: float) -> float | int | None:
+    if column.endswith(".ood"):
+        return int(value)
+    if column.endswith(".p"):
+        return _finite(value)
+    # Never as ID: a score that is NaN or -inf came out of a network that overflowed.
+    return float(f"{value:.9g}") if math.isfinite(value) else math.inf
+
+
+class _CsvSink:
+    # Quoted here, not by csv.writer: that leaves a carriage return bare unless lines end in one,
+    # and with "\r\n" the last column, error, would never be empty for awk and cut.
+    def __init__(self, stream: TextIO, header: Sequence[str]) -> None:
+        self._stream = stream
+        self.write([list(header)])
+
+    def write(self, rows: Iterable[_Cells]) -> None:
+        for cells in rows:
+            self._stream.write(",".join(map(_csv_cell, cells)) + "\n")
+
+
+def _csv_cell(cell: str | float | int | None) -> str:
+    if cell is None:
+        return ""
+    if not isinstance(cell, str):
+        return f"{cell:.9g}"
+    if any(sign in cell for sign in ',"\r\n'):
+        return '"' + cell.replace('"', '""') + '"'
+    return cell
+
+
+class _JsonSink:
+    def __init__(self, stream: TextIO, header: Sequence[str]) -> None:
+        self._stream = stream
+        self._header = header
+
+    def write(self, rows: Iterable[_Cells]) -> None:
+        for cells in rows:
+            values = ["inf" if cell == math.inf else cell for cell in cells]
+            record = dict(zip(self._header, values, strict=True))
+            self._stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class _ParquetSink:
+    def __init__(self, path: Path, header: Sequence[str]) -> None:
+        arrow = _pyarrow(path)
+        import pyarrow.parquet
+
+        text = {"path", "label", "predicted", "error"}
+        self._schema = arrow.schema(
+            [(name, _parquet_type(arrow, name, name in text)) for name in header]
+        )
+        self._arrow = arrow
+        self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)
+        self._rows: list[_Cells] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self._writer.close()
+
+    def write(self, rows: Iterable[_Cells]) -> None:
+        for cells in rows:
+            self._rows.append(cells)
+            if len(self._rows) == _ROW_GROUP:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            columns = list(zip(*self._rows, strict=True))
+            arrays = [
+                self._arrow.array(column, type=kind)
+                for column, kind in zip(columns, self._schema.types, strict=True)
+            ]
+            self._writer.write_table(self._arrow.table(arrays, schema=self._schema))
+            self._rows.clear()
+
+
+_Sink: TypeAlias = _CsvSink | _JsonSink | _ParquetSink
+
+
+def _parquet_type(arrow: Any, column: str, text: bool) -> Any:
+    if text:
+        return arrow.string()
+    return arrow.int8() if column.endswith(".ood") else arrow.float64()
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise FileError(
+            f"{path}: parquet needs pyarrow: pip install 'oodcli[parquet]', or use .csv"
+        ) from None
+    return pyarrow
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A scores file in memory, its rows in order.
+
+    paths, labels, predicted, errors: N strings. confidence: (N,) float64, NaN where there is none.
+    detectors: for each name the (R,) float64 scores of the R readable rows alone, those without an
+    error; ``readable`` says which they are.
+    """
+
+    source: str
+    paths: tuple[str, ...]
+    labels: tuple[str, ...]
+    predicted: tuple[str, ...]
+    confidence: NDArray[np.float64]
+    detectors: Mapping[str, NDArray[np.float64]]
+    errors: tuple[str, ...]
+
+    def only(self, detectors: Sequence[str]) -> Scores:
+        """The same rows with these detectors, in this order. Raises FileError when one is not in
+        the file."""
+        for name in detectors:
+            if name not in self.detectors:
+                raise FileError(
+                    f"{self.source}: no column {name!r}: it has {', '.join(self.detectors)}"
+                )
+        return replace(self, detectors={name: self.detectors[name] for name in detectors})
+
+    @property
+    def readable(self) -> NDArray[np.bool_]:
+        """(N,)"""
+        return np.array([not error for error in self.errors], dtype=np.bool_)
+
+    @property
+    def unreadable(self) -> int:
+        return sum(bool(error) for error in self.errors)
+
+
+def read_scores(path: Path) -> Scores:
+    """Reads a .csv, .jsonl or .parquet scores file; the columns may come in any order.
+
+    Raises FileError, naming file and line, when the file is missing, cut off or without a row, when
+    a column is missing, doubled or when there is none of a detector, and when a score of a row
+    without an error is no number, NaN or −inf.
+    """
+    kind = format_of(path)
+    if not path.exists():
+        raise FileError(f"{path}: no such file: write it with oodcli score -o")
+    if path.is_dir():
+        raise FileError(f"{path} is a folder, expected a scores file")
+    reader = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[kind]
+    try:
+        return _collect(path, reader(path))
+    except UnicodeDecodeError:
+        raise FileError(f"{path} is not UTF-8 text: expected a scores file ({kind})") from None
+    except OSError as error:
+        raise FileError(f"{path} could not be read: {error.strerror or error}") from error
+
+
+_Numbered: TypeAlias = tuple[str, Sequence[Any]]
+"""Where a row stands ("line 7"), and its cells in the order of the header."""
+
+
+def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
+    """rows: first the header, then the rest."""
+    where, header = next(rows, ("", ()))
+    if not header:
+        raise FileError(f"{path} is empty: expected a scores file, as oodcli score writes it")
+    doubled = sorted({name for name in header if list(header).count(name) > 1})
+    if doubled:
+        raise FileError(f"{path}, {where}: column {doubled[0]!r} is there more than once")
+    if "" in header:
+        raise FileError(f"{path}, {where}: a column has no name: remove it")
+    missing = [name for name in LEADING + TRAILING if name not in header]
+    if missing:
+        raise FileError(
+            f"{path}, {where}: no column {', '.join(missing)}: "
+            "expected path,label,predicted,confidence,<detector>…,error"
+        )
+    place = {name: header.index(name) for name in header}
+    detectors: dict[str, array[float]] = {n: array("d") for n in header if is_detector(n)}
+    if not detectors:
+        raise FileError(f"{path}, {where}: no column of a detector's scores: score with -d NAME")
+
+    texts: dict[str, list[str]] = {name: [] for name in ("path", "label", "predicted", "error")}
+    confidence = array("d")
+    for where, cells in rows:
+        for name, column in texts.items():
+            column.append(_text(cells[place[name]]))
+        cell = cells[place["confidence"]]
+        blank = cell is None or cell == ""
+        confidence.append(math.nan if blank else _number(path, where, "confidence", cell))
+        if not texts["error"][-1]:
+            for name, scores in detectors.items():
+                score = _number(path, where, name, cells[place[name]])
+                if math.isnan(score) or score == -math.inf:
+                    raise FileError(
+                        f"{path}, {where}: {name} is {score}: a score is a number or inf; "
+                        "score the row again, or give the reason in the column error"
+                    )
+                scores.append(score)
+    if not texts["path"]:
+        raise FileError(f"{path} has no row below its header: was anything scored?")
+    return Scores(
+        source=str(path),
+        paths=tuple(texts["path"]),
+        labels=tuple(texts["label"]),
+        predicted=tuple(texts["predicted"]),
+        confidence=np.array(confidence, dtype=np.float64),
+        detectors={name: np.array(scores, dtype=np.float64) for name, scores in detectors.items()},
+        errors=tuple(texts["error"]),
+    )
+
+
+def _text(cell: object) -> str:
+    return "" if cell is None else str(cell)
+
+
+def _number(path: Path, where: str, column: str, cell: Any) -> float:
+    try:
+        if isinstance(cell, bool):
+            raise ValueError
+        return float(cell)
+    except (TypeError, ValueError, OverflowError):
+        shown = "empty" if cell in (None, "") else f"{cell!r}"
+        raise FileError(f"{path}, {where}: {column} is {shown}, expected a number") from None
+
+
+def _csv_rows(path: Path) -> Iterator[_Numbered]:
+    # utf-8-sig: a spreadsheet that saved the file again put a byte order mark before it.
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        width = 0
+        line = 1
+        try:
+            for cells in reader:
+                where = f"line {line}"
+                line = reader.line_num + 1  # a cell may span lines
+                if not cells:
+                    continue
+                width = width or len(cells)
+                if len(cells) != width:
+                    raise FileError(
+                        f"{path}, {where}: {len(cells)} cells where the header has {width}: "
+                        "the file is cut off or was edited; score again"
+                    )
+                yield where, cells
+        except csv.Error as error:
+            raise FileError(
+                f"{path}, line {line}: not CSV ({error}): the file is cut off or was edited; "
+                "score again"
+            ) from None
+
+
+def _json_rows(path: Path) -> Iterator[_Numbered]:
+    header: list[str] = []
+    with path.open(encoding="utf-8-sig", newline="\n") as stream:
+        for number, line in enumerate(stream, start=1):
+            where = f"line {number}"
+            if not line.strip():
+                continue
+            try:
+                pairs = json.loads(line, object_pairs_hook=_Pairs)
+            except json.JSONDecodeError as error:
+                raise FileError(
+                    f"{path}, {where}: not JSON ({error.msg}): the file is cut off or was "
+                    "edited; score again"
+                ) from None
+            if not isinstance(pairs, _Pairs):
+                raise FileError(f"{path}, {where}: expected an object, one a line")
+            names = [name for name, _ in pairs]
+            if not header:
+                header = names
+                yield where, header
+            record = dict(pairs)
+            if len(names) != len(header) or record.keys() != set(header):
+                raise FileError(
+                    f"{path}, {where}: the keys are not those of the first line: "
+                    "the file was edited; score again"
+                )
+            yield where, [record[name] for name in header]
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object with its keys as they stand there, the doubled ones too."""
+
+
+def _parquet_rows(path: Path) -> Iterator[_Numbered]:
+    arrow = _pyarrow(path)
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            header = file.schema_arrow.names
+            yield "header", header
+            number = 0
+            for batch in file.iter_batches(batch_size=_ROW_GROUP):
+                columns = [column.to_pylist() for column in batch.columns]
+                for cells in zip(*columns, strict=True):
+                    number += 1
+                    yield f"row {number}", cells
+    except arrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise FileError(f"{path} is not parquet, or is cut off ({reason}): score again") from None

@@ -1,0 +1,281 @@
+"""Images that are arrays already: .npz files, and the virtual images of ``oodcli invert``."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from oodcli.classifier import Preprocessing
+from oodcli.errors import CheckpointError, ImagesError
+from oodcli.images.labels import UNKNOWN, match, numbered, written
+from oodcli.images.pixels import decode_rows
+from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
+
+VIRTUAL_FORMAT = "oodcli-virtual"
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, Pillow's weights of RGB → grey
+
+
+class ArchiveOfArrays(ImageSource):
+    """An .npz: ``images`` uint8 (N, H, W, C) or (N, H, W), C = 1, 3 or 4 (alpha is dropped);
+    ``labels`` (N,), class numbers or names; ``classes``, the names that the numbers stand for.
+
+    The images are read from front to back as they are asked for, never as a whole.
+    """
+
+    grain = 256
+
+    def __init__(self, path: Path, class_names: Sequence[str]) -> None:
+        self.name = str(path)
+        self._path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if "images.npy" not in archive.namelist():
+                    held = ", ".join(printable(name) for name in archive.namelist()) or "nothing"
+                    raise ImagesError(
+                        f"{path} has no array 'images' (it holds {held}): save it with "
+                        "numpy.savez(FILE, images=…, labels=…)"
+                    )
+                with archive.open("images.npy") as member:
+                    self._shape, self._columns_first, kind = _header(member)
+            with np.load(path, allow_pickle=False) as arrays:
+                labels = arrays["labels"] if "labels" in arrays.files else None
+                classes = arrays["classes"] if "classes" in arrays.files else None
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ImagesError(
+                f"{path} is damaged or not an .npz file: {unreadable_file(error)}"
+            ) from error
+        self._check(kind)
+        self._labels, self.note = self._read_labels(labels, classes, class_names)
+        self.labelled = bool((self._labels >= 0).any())
+
+    def _check(self, kind: np.dtype[Any]) -> None:
+        shape = self._shape
+        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3, 4)):
+            hint = "transpose it" if len(shape) == 4 and shape[1] in (1, 3) else "reshape it"
+            raise ImagesError(
+                f"{self.name}: 'images' has shape {shape}, expected (N, height, width, 3) or "
+                f"(N, height, width): {hint}"
+            )
+        if kind != np.uint8:
+            raise ImagesError(
+                f"{self.name}: 'images' is {kind}, expected uint8: save pixels of 0 to 255"
+            )
+        if 0 in shape:
+            raise ImagesError(f"{self.name}: 'images' is empty, its shape is {shape}")
+
+    def _read_labels(
+        self,
+        labels: NDArray[Any] | None,
+        classes: NDArray[Any] | None,
+        class_names: Sequence[str],
+    ) -> tuple[Tensor, str | None]:
+        if labels is None:
+            return torch.full((len(self),), UNKNOWN), None
+        if labels.size != len(self) or labels.dtype.kind not in "iuUS":
+            raise ImagesError(
+                f"{self.name}: 'labels' is {labels.dtype} of shape {labels.shape}, expected "
+                f"{len(self)} class numbers or names"
+            )
+        if labels.dtype.kind in "US":
+            return written(_texts(labels), class_names, "labels")
+        numbers = torch.from_numpy(labels.reshape(-1).astype(np.int64))
+        if classes is None:
+            return numbered(numbers, len(class_names), "labels")
+        names = _texts(classes)
+        if int(numbers.min()) < UNKNOWN or int(numbers.max()) >= len(names):
+            raise ImagesError(
+                f"{self.name}: 'labels' go from {int(numbers.min())} to {int(numbers.max())}, but "
+                f"'classes' has {len(names)} names"
+            )
+        table, note = match(names, class_names, "classes of the file")
+        table = torch.cat([table, torch.tensor([UNKNOWN])])  # so that -1 finds the last entry
+        return table[numbers], note
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def paths(self, start: int, stop: int) -> list[str]:
+        name = printable(self._path.as_posix())
+        return [f"{name}[{row}]" for row in range(start, stop)]
+
+    @contextmanager
+    def reading(self) -> Iterator[Fetch]:
+        if self._columns_first:  # rows are scattered all over such a file: there is no other way
+            with np.load(self._path, allow_pickle=False) as arrays:
+                whole = arrays["images"]
+            yield lambda start, stop: partial(
+                _decode_array, self._labels[start:stop], whole[start:stop]
+            )
+            return
+        with zipfile.ZipFile(self._path) as archive, archive.open("images.npy") as member:
+            _header(member)
+            data = member.tell()
+            row_bytes = math.prod(self._shape[1:])
+
+            def fetch(start: int, stop: int) -> partial[Rows]:
+                try:
+                    member.seek(data + start * row_bytes)  # no work where we are there already
+                    pixels = member.read((stop - start) * row_bytes)
+                    # bytearray: torch warns of tensors on memory that cannot be written
+                    images = np.frombuffer(bytearray(pixels), np.uint8)
+                    images = images.reshape(stop - start, *self._shape[1:])
+                except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                    raise ImagesError(
+                        f"{self.name} is damaged at image {start}: {unreadable_file(error)}"
+                    ) from error
+                return partial(_decode_array, self._labels[start:stop], images)
+
+            yield fetch
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran's order, dtype; leaves the stream where the data begin."""
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    return np.lib.format.read_array_header_2_0(member)
+
+
+def _texts(names: NDArray[Any]) -> list[str]:
+    return [
+        name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
+        for name in names.reshape(-1).tolist()
+    ]
+
+
+def _decode_array(labels: Tensor, images: NDArray[np.uint8], preprocessing: Preprocessing) -> Rows:
+    """images: (n, H, W, C) or (n, H, W). Without a loop where size and colours fit already."""
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]  # (n, H, W)
+    if images.ndim == 4:
+        images = images[..., :3]  # (n, H, W, 3)
+    height, width = preprocessing.input_size
+    resized = preprocessing.resize not in (None, min(height, width))
+    grey = images.ndim == 3
+    if (
+        images.shape[1:3] == (height, width)
+        and not resized
+        and (grey or preprocessing.channels == 3)
+    ):
+        pixels = torch.from_numpy(images)
+        if grey:
+            pixels = pixels[..., None].expand(-1, -1, -1, preprocessing.channels)
+        return Rows(labels, [None] * len(images), pixels)
+    loads = [partial(Image.fromarray, np.ascontiguousarray(image)) for image in images]
+    return decode_rows(labels, loads, preprocessing)
+
+
+class VirtualImages(ImageSource):
+    """Images made by ``oodcli invert``, an HDF5 file with the root attributes
+    ``format="oodcli-virtual"`` and ``preprocessing`` (JSON), and the datasets ``/images`` float16
+    (N, C, H, W), normalised by that preprocessing, and ``/label`` int64 (N,).
+
+    They are taken back to pixels, which are not clipped, brought to the size that is asked for,
+    and normalised anew.
+    """
+
+    grain = 64
+
+    def __init__(self, path: Path, preprocessing: Preprocessing, num_classes: int) -> None:
+        import h5py
+
+        self.name = str(path)
+        self._path = path
+        try:
+            with h5py.File(path, "r") as file:
+                self._check_format(file.attrs.get("format"))
+                self._made_by = Preprocessing.from_dict(json.loads(file.attrs["preprocessing"]))
+                shape, labels = file["images"].shape, file["label"][:]
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+            raise ImagesError(
+                f"{path} lacks a part of a virtual file ({unreadable_file(error)}): make it again "
+                "with oodcli invert"
+            ) from error
+        except (OSError, RuntimeError) as error:
+            raise ImagesError(
+                f"{path} is damaged, cut short or not an HDF5 file: make it again with oodcli "
+                "invert"
+            ) from error
+        if len(shape) != 4 or shape[1] != self._made_by.channels or labels.shape != shape[:1]:
+            raise ImagesError(
+                f"{path}: /images has shape {shape} and /label {labels.shape}, expected "
+                f"(N, {self._made_by.channels}, height, width) and (N,): make it again with "
+                "oodcli invert"
+            )
+        if 0 in shape:
+            raise ImagesError(f"{path} has no images: make it again with oodcli invert")
+        self._labels, label_note = numbered(
+            torch.from_numpy(labels.astype(np.int64)), num_classes, "labels of the virtual images"
+        )
+        made, wanted = self._made_by.input_size, preprocessing.input_size
+        size_note = (
+            f"virtual images of {made[0]}x{made[1]} are resized to {wanted[0]}x{wanted[1]}: they "
+            "were made for another network"
+        )
+        notes = [label_note, size_note if made != wanted else None]
+        self.note = "; ".join(note for note in notes if note) or None
+        self.labelled = bool((self._labels >= 0).any())
+
+    def _check_format(self, found: Any) -> None:
+        if found == "oodcli-features":
+            raise ImagesError(
+                f"{self.name} is a feature cache, not images: 'oodcli score CACHE.h5' and 'oodcli "
+                "fit CACHE.h5' take it, without a checkpoint"
+            )
+        if found != VIRTUAL_FORMAT:
+            raise ImagesError(
+                f"{self.name} is an HDF5 file, but not one of virtual images: make one with "
+                "oodcli invert"
+            )
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def paths(self, start: int, stop: int) -> list[str]:
+        name = printable(self._path.as_posix())
+        return [f"{name}[{row}]" for row in range(start, stop)]
+
+    @contextmanager
+    def reading(self) -> Iterator[Fetch]:
+        import h5py
+
+        with h5py.File(self._path, "r") as file:
+            images = file["images"]
+
+            def fetch(start: int, stop: int) -> partial[Rows]:
+                try:
+                    normalised = torch.from_numpy(images[start:stop].astype(np.float32))
+                except OSError as error:
+                    raise ImagesError(
+                        f"{self.name} is damaged at image {start}: make it again with oodcli invert"
+                    ) from error
+                return partial(self._decode, self._labels[start:stop], normalised)
+
+            yield fetch
+
+    def _decode(self, labels: Tensor, normalised: Tensor, preprocessing: Preprocessing) -> Rows:
+        pixels = self._made_by.to_pixels(normalised)  # (n, C, H, W)
+        if pixels.shape[1] == 1:
+            pixels = pixels.expand(-1, preprocessing.channels, -1, -1)
+        elif preprocessing.channels == 1:
+            pixels = (pixels * pixels.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+        if tuple(pixels.shape[2:]) != preprocessing.input_size:
+            smooth = {"bilinear": "bilinear", "bicubic": "bicubic", "lanczos": "bicubic"}
+            mode = smooth.get(preprocessing.interpolation, "nearest")
+            pixels = torch.nn.functional.interpolate(
+                pixels, preprocessing.input_size, mode=mode, antialias=mode != "nearest"
+            )
+        return Rows(labels, [None] * len(pixels), pixels)

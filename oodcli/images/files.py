@@ -1,0 +1,334 @@
+"""Image files: in folders, in lists, in archives. Nothing is ever unpacked to disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from lzma import LZMAError
+from pathlib import Path, PurePosixPath
+from tarfile import ReadError, TarFile
+from typing import IO, NamedTuple, NoReturn, Self, TextIO, cast
+
+import torch
+from torch import Tensor
+
+from oodcli.errors import ImagesError
+from oodcli.images.labels import UNKNOWN, by_folder, written
+from oodcli.images.pixels import SUFFIXES, Load, UnreadableError, decode_rows, load_bytes, load_file
+from oodcli.images.source import Fetch, ImageSource, printable, unreadable_file
+
+LARGEST_MEMBER = 1 << 30
+"""Bytes of one image in an archive; it is read whole, and more is no image but a bomb."""
+
+
+class FileList(ImageSource):
+    """Files, one a row. labels: (N,) int64, -1 = unknown."""
+
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[str],
+        labels: Tensor | None = None,
+        note: str | None = None,
+    ) -> None:
+        self.name = name
+        self._files = files
+        self._labels = torch.full((len(files),), UNKNOWN) if labels is None else labels
+        self.labelled = bool((self._labels >= 0).any())
+        self.note = note
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def paths(self, start: int, stop: int) -> list[str]:
+        return [printable(path) for path in self._files[start:stop]]
+
+    @contextmanager
+    def reading(self) -> Iterator[Fetch]:
+        yield lambda start, stop: partial(
+            decode_rows,
+            self._labels[start:stop],
+            [partial(load_file, path) for path in self._files[start:stop]],
+        )
+
+
+def folder(root: Path, class_names: Sequence[str]) -> FileList:
+    """The images in a folder and all below it, sorted by path; classes by sub-folder.
+
+    Hidden files and folders, and files without an image's suffix, are left out. Links to folders
+    are followed, except back to a folder that they are in. A folder that cannot be listed is a
+    row, whose error says why. Raises ImagesError when there is no image.
+    """
+    found = sorted(_walk(str(root), "", ()))
+    if not found:
+        raise ImagesError(
+            f"{root} has no images: files with a suffix such as .jpg or .png are looked for, "
+            "also in sub-folders"
+        )
+    labels, note = by_folder([PurePosixPath(path).parts[:-1] for path in found], class_names)
+    files = [(root / path).as_posix() for path in found]
+    return FileList(str(root), files, labels, note)
+
+
+def _walk(root: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Paths of images relative to ``root``, with / between the parts. above: device and number of
+    each folder on the way here."""
+    here = os.path.join(root, below)
+    try:
+        status = os.stat(here)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:  # a link to a folder that it is in
+            return
+        with os.scandir(here) as listing:
+            # Not entry.is_dir(), which raises for a link to itself.
+            entries = [(entry.name, os.path.isdir(entry.path)) for entry in listing]
+    except OSError as error:
+        if not below:
+            raise ImagesError(f"{root} cannot be listed: {unreadable_file(error)}") from error
+        yield below.removesuffix("/")  # reading it as a file gives its row the reason
+        return
+    for name, is_folder in entries:
+        if name.startswith("."):
+            continue
+        if is_folder:
+            yield from _walk(root, f"{below}{name}/", (*above, identity))
+        elif _has_image_suffix(name):
+            yield below + name
+
+
+def _has_image_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+# The path ends with the last image suffix that is followed by a separator; the rest is the label.
+_LABELLED = re.compile(
+    rf"(?P<path>.*(?:{'|'.join(re.escape(suffix) for suffix in sorted(SUFFIXES))}))"
+    r"\s*[\s,]\s*(?P<label>\S.*)",
+    re.IGNORECASE,
+)
+
+
+def list_from_text(path: Path, class_names: Sequence[str]) -> FileList:
+    """A text file with one path a line; see ``parse_list``. Raises ImagesError."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ImagesError(f"{path} cannot be read: {unreadable_file(error)}") from error
+    # A pipe such as <(find …) of the shell lies in no folder that a path could be relative to.
+    beside = path.parent if path.is_file() else Path()
+    return parse_list(str(path), text, beside, class_names)
+
+
+def list_from_stream(stream: TextIO, class_names: Sequence[str]) -> FileList:
+    """A list on standard input, relative to the working directory. Raises ImagesError."""
+    binary = getattr(stream, "buffer", None)  # names need not be UTF-8; a test's StringIO has none
+    text = stream.read().encode("utf-8", "surrogateescape") if binary is None else binary.read()
+    return parse_list("-", text, Path(), class_names)
+
+
+def parse_list(name: str, text: bytes, beside: Path, class_names: Sequence[str]) -> FileList:
+    """One path a line, relative to ``beside``, optionally a label after a tab, comma or space.
+
+    A line that ends in an image's suffix is a path as a whole, whatever spaces and commas it has.
+    Where something follows an image's suffix and a separator, that is the label: a class's name
+    or number. In a line without any image's suffix, the last word is the label if it follows a
+    tab, or if it is a number or a class of the network and no file has the whole line as its
+    name. Empty lines are left out. The order is the list's own. Raises ImagesError when there is
+    no path, or the file is not text.
+    """
+    what = "standard input" if name == "-" else name
+    if b"\0" in text:
+        raise ImagesError(f"{what} is not a text list: give one path a line")
+    lines = text.decode("utf-8-sig", "surrogateescape").split("\n")
+    rows = [_parse_line(line.strip(), beside, class_names) for line in lines if line.strip()]
+    if not rows:
+        raise ImagesError(f"{what} lists no images: give one path a line")
+    labels, note = written([label for _, label in rows], class_names, "labels of the list")
+    files = [(beside / path).as_posix() for path, _ in rows]
+    return FileList(name, files, labels, note)
+
+
+def _parse_line(line: str, beside: Path, class_names: Sequence[str]) -> tuple[str, str | None]:
+    if _has_image_suffix(line):
+        return line, None
+    if match := _LABELLED.fullmatch(line):
+        return match["path"], match["label"]
+    path, tab, label = line.rpartition("\t")
+    if tab:
+        return path.rstrip(), label.lstrip()
+    separator = max(line.rfind(","), line.rfind(" "))
+    path, label = line[:separator].rstrip(" ,"), line[separator + 1 :].strip()
+    if separator > 0 and path and (label in class_names or label.isdecimal()):
+        return (line, None) if os.path.exists(beside / line) else (path, label)
+    return line, None
+
+
+class Member(NamedTuple):
+    """One image in an archive: where it is, or why it cannot be read."""
+
+    name: str
+    offset: int
+    size: int
+    error: str | None = None
+
+
+class _Archive(ImageSource):
+    """Images in an archive, classes by sub-folder. A row's path is ARCHIVE/MEMBER."""
+
+    def __init__(self, path: Path, class_names: Sequence[str]) -> None:
+        self.name = str(path)
+        self._path = path
+        try:
+            self._members, order_note = self._index()
+        except (OSError, EOFError, ValueError, *_DAMAGED) as error:
+            raise ImagesError(
+                f"{path} is damaged or not such an archive: {unreadable_file(error)}"
+            ) from error
+        if not self._members:
+            raise ImagesError(
+                f"{path} has no images: files with a suffix such as .jpg or .png are looked for"
+            )
+        parents = [_parts(member.name)[:-1] for member in self._members]
+        self._labels, label_note = by_folder(parents, class_names)
+        self.labelled = bool((self._labels >= 0).any())
+        self.note = "; ".join(note for note in (label_note, order_note) if note) or None
+
+    @abstractmethod
+    def _index(self) -> tuple[list[Member], str | None]:
+        """The images in the order in which they are read, and a note on that order."""
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def paths(self, start: int, stop: int) -> list[str]:
+        members = self._members[start:stop]
+        return [printable(f"{self._path.as_posix()}/{member.name}") for member in members]
+
+    def _fetcher(self, read: Callable[[Member], bytes]) -> Fetch:
+        return lambda start, stop: partial(
+            decode_rows,
+            self._labels[start:stop],
+            [_load_member(read, member) for member in self._members[start:stop]],
+        )
+
+
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError)
+
+
+def _load_member(read: Callable[[Member], bytes], member: Member) -> Load:
+    """Read the bytes now, by the fetching thread; decode them later."""
+    if member.error is not None:
+        return partial(_raise, member.error)
+    if member.size > LARGEST_MEMBER:
+        return partial(_raise, f"{member.size} bytes are too many for an image")
+    try:
+        return partial(load_bytes, read(member))
+    # RuntimeError: encrypted. NotImplementedError: a compression that Python lacks.
+    except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, *_DAMAGED) as error:
+        return partial(_raise, f"cannot be unpacked: {_reason(error, member)}")
+
+
+def _reason(error: Exception, member: Member) -> str:
+    if "encrypted" in str(error):
+        return "it is encrypted"
+    return unreadable_file(error)
+
+
+def _raise(reason: str) -> NoReturn:
+    raise UnreadableError(reason)
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(part for part in PurePosixPath(name).parts if part not in (".", ".."))
+
+
+def _wanted(name: str) -> bool:
+    """Whether a member of an archive is an image: by suffix, not hidden, not macOS's shadow."""
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in _parts(name))
+    return _has_image_suffix(name) and not hidden
+
+
+class ZipOfImages(_Archive):
+    """Images in a .zip, sorted by path."""
+
+    def _index(self) -> tuple[list[Member], str | None]:
+        with zipfile.ZipFile(self._path) as archive:
+            members = [
+                Member(info.filename, info.header_offset, info.file_size)
+                for info in archive.infolist()
+                if not info.is_dir() and _wanted(info.filename)
+            ]
+        unique = {member.name: member for member in members}  # the last of a name counts
+        return [unique[name] for name in sorted(unique)], None
+
+    @contextmanager
+    def reading(self) -> Iterator[Fetch]:
+        with zipfile.ZipFile(self._path) as archive:
+            yield self._fetcher(lambda member: archive.read(member.name))
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """tarfile takes a damaged header for the end of the archive; rows would be missing unseen."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except _DAMAGED_HEADERS as error:
+            raise ReadError(f"damaged header at byte {tarfile.offset}") from error
+
+
+_DAMAGED_HEADERS = (
+    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+)
+
+
+class TarOfImages(_Archive):
+    """Images in a .tar, sorted by path; in a compressed one in the archive's order, because
+    sorted reading would unpack it again for every image."""
+
+    def _index(self) -> tuple[list[Member], str | None]:
+        found: dict[str, Member] = {}
+        links: list[tuple[str, str]] = []
+        with tarfile.open(self._path, tarinfo=_StrictHeader) as archive:
+            compressed = not isinstance(archive.fileobj, io.BufferedReader)
+            while (info := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # it keeps a kilobyte a member
+                if info.isreg() and not info.issparse():
+                    found.pop(info.name, None)  # the last of a name counts
+                    found[info.name] = Member(info.name, info.offset_data, info.size)
+                elif info.islnk():
+                    links.append((info.name, info.linkname))
+                elif info.issym():
+                    target = os.path.join(os.path.dirname(info.name), info.linkname)
+                    links.append((info.name, os.path.normpath(target).replace(os.sep, "/")))
+                elif _wanted(info.name) and not info.isdir():
+                    error = f"an entry of type {info.type!r}, not a file"
+                    found[info.name] = Member(info.name, 0, 0, error)
+        for name, target in links:
+            missing = Member(name, 0, 0, "a link to what is not a file of the archive")
+            found[name] = found.get(target, missing)._replace(name=name)
+        members = [member for name, member in found.items() if _wanted(name)]
+        in_order = sorted(members, key=lambda member: member.name)
+        if compressed and [m.name for m in members] != [m.name for m in in_order]:
+            return members, "rows are in the order of the compressed archive, not sorted by path"
+        return in_order, None
+
+    @contextmanager
+    def reading(self) -> Iterator[Fetch]:
+        with tarfile.open(self._path) as archive:
+            yield self._fetcher(partial(_read_at, cast(IO[bytes], archive.fileobj)))
+
+
+def _read_at(stream: IO[bytes], member: Member) -> bytes:
+    stream.seek(member.offset)
+    return stream.read(member.size)

@@ -1,0 +1,201 @@
+"""One image file → the pixels that the network should see. All that knows Pillow is here."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from oodcli.classifier import Preprocessing
+from oodcli.images.source import Rows, unreadable_file
+
+# fmt: off
+SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".avif",
+))
+"""What counts as an image in folders and archives; everything else there is left alone."""
+
+RASTER = (
+    "JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO",
+    "AVIF",
+)
+# fmt: on
+# Pillow looks at the content, not at the suffix. Of all it knows, only plain raster formats: an
+# EPS named .png would run Ghostscript.
+Image.init()
+FORMATS = tuple(name for name in RASTER if name in Image.OPEN)
+INTERPOLATION = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+ORIENTATION_TAG = 0x0112
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LARGEST_RESIZED = 1 << 25
+"""Pixels of a resized image before its crop; above it only the crop is computed."""
+
+
+class UnreadableError(Exception):
+    """Why one image cannot be read: the text of its row's error."""
+
+
+Load = Callable[[], Image.Image]
+"""Decodes one image. Raises UnreadableError."""
+
+
+def load_file(path: str | Path) -> Image.Image:
+    """Decode the image in a file. Raises UnreadableError, also for what is not a regular file: a
+    pipe would wait for ever, a device never end."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableError("not a regular file")
+        with open(path, "rb") as stream:
+            return decode(stream)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UnreadableError(unreadable_file(error)) from error
+
+
+def load_bytes(encoded: bytes) -> Image.Image:
+    """Decode an image that has been read. Raises UnreadableError."""
+    return decode(io.BytesIO(encoded))
+
+
+def decode(stream: IO[bytes]) -> Image.Image:
+    """The first frame of an image, upright as its EXIF block says.
+
+    Raises UnreadableError for what is not an image, damaged, cut short, or larger than Pillow's
+    limit against decompression bombs.
+    """
+    try:
+        with Image.open(stream, formats=FORMATS) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise UnreadableError(
+                    f"{image.width}x{image.height} pixels, more than Pillow's limit of {limit} "
+                    "(a decompression bomb?)"
+                )
+            image.load()
+            return upright(image)
+    except UnreadableError:
+        raise
+    except UnidentifiedImageError as error:  # its text has an address in memory
+        empty = stream.seek(0, os.SEEK_END) == 0
+        raise UnreadableError("empty file" if empty else "not an image, or damaged") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise almost anything
+        raise UnreadableError(f"damaged image: {unreadable_file(error)}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF block says; unchanged when that block is damaged."""
+    try:
+        method = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # a damaged EXIF block does not spoil the pixels
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def colours(image: Image.Image, channels: int) -> Image.Image:
+    """The image as 8-bit RGB, or grey for one channel. Raises UnreadableError.
+
+    Alpha is dropped, as Pillow's ``convert("RGB")`` and torchvision's loader do: what a network
+    was trained on. 16-bit grey is scaled by 255/65535, floating point from [0, 1]; other ranges
+    would have to be guessed. CMYK is converted without a colour profile.
+    """
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # also false for NaN
+            raise UnreadableError("floating-point pixels outside [0, 1]: save them as 8 or 16 bits")
+        image = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode:
+        return image
+    if "transparency" in image.info:  # of a palette: Pillow would warn, and drop it all the same
+        image = image.copy()
+        del image.info["transparency"]
+    premultiplied = {"RGBa": "RGBA", "La": "LA"}
+    if image.mode in premultiplied:
+        image = image.convert(premultiplied[image.mode])
+    try:
+        return image.convert(mode)
+    except ValueError as error:
+        raise UnreadableError(f"colour mode {image.mode} cannot be converted to {mode}") from error
+
+
+def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Grey levels 0…65535 → 0…255. Pillow holds 16-bit grey in 16- or 32-bit integers."""
+    if values.min() < 0 or values.max() > 65535:
+        raise UnreadableError("32-bit pixels outside 0…65535: save them as 8 or 16 bits")
+    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def fit(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """The pixels (H, W, C) at the network's input size, C = preprocessing.channels.
+
+    The same as torchvision's Resize and CenterCrop on a Pillow image (antialiased). Raises
+    UnreadableError when the colour mode cannot be converted.
+    """
+    image = colours(image, preprocessing.channels)
+    height, width = preprocessing.input_size
+    method = INTERPOLATION[preprocessing.interpolation]
+    if preprocessing.resize is None:
+        if image.size != (width, height):
+            image = image.resize((width, height), method)
+    else:
+        image = _resize_and_crop(image, preprocessing.resize, height, width, method)
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _resize_and_crop(
+    image: Image.Image, shorter: int, height: int, width: int, method: Image.Resampling
+) -> Image.Image:
+    longer = int(shorter * max(image.size) / min(image.size))
+    resized = (shorter, longer) if image.width <= image.height else (longer, shorter)
+    left = round((resized[0] - width) / 2)
+    top = round((resized[1] - height) / 2)
+    crop = (left, top, left + width, top + height)
+    if resized[0] * resized[1] > LARGEST_RESIZED:
+        # A strip of 1x100,000 pixels would become one of 256x25,600,000. The crop alone differs
+        # from the crop of the whole by rounding only (one grey level in few pixels).
+        scale = (image.width / resized[0], image.height / resized[1])
+        box = tuple(min(edge * scale[i % 2], image.size[i % 2]) for i, edge in enumerate(crop))
+        return image.resize((width, height), method, box=(box[0], box[1], box[2], box[3]))
+    if image.size != resized:
+        image = image.resize(resized, method)
+    return image if image.size == (width, height) else image.crop(crop)
+
+
+def decode_rows(labels: Tensor, loads: Sequence[Load], preprocessing: Preprocessing) -> Rows:
+    """Decode and fit one image after another. labels: (n,)."""
+    errors: list[str | None] = []
+    readable: list[NDArray[np.uint8]] = []
+    for load in loads:
+        try:
+            readable.append(fit(load(), preprocessing))
+            errors.append(None)
+        except UnreadableError as reason:
+            errors.append(str(reason))
+    shape = (0, *preprocessing.input_size, preprocessing.channels)
+    stacked = np.stack(readable) if readable else np.empty(shape, np.uint8)
+    return Rows(labels, errors, torch.from_numpy(stacked))

@@ -1,0 +1,81 @@
+"""What every kind of images has in common."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from oodcli.classifier import Preprocessing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N rows in input order, of which M could be read.
+
+    paths: N, printable as UTF-8. labels: (N,) int64, -1 = unknown. errors: N, None where the row
+    could be read. images: (M, C, H, W) float32, the network's input, of the readable rows.
+    """
+
+    paths: tuple[str, ...]
+    labels: Tensor
+    errors: tuple[str | None, ...]
+    images: Tensor
+
+
+class Rows(NamedTuple):
+    """Some decoded rows. labels: (n,) int64. errors: n. pixels of the m readable ones: (m, H, W, C)
+    uint8, or (m, C, H, W) float32 in [0, 1]."""
+
+    labels: Tensor
+    errors: list[str | None]
+    pixels: Tensor
+
+
+Decode = Callable[[Preprocessing], Rows]
+"""The second half of reading some rows: decoding and resizing, in any thread."""
+
+Fetch = Callable[[int, int], Decode]
+"""The first half of reading the rows [start, stop): called in input order by one thread, so that
+archives and files are read front to back without locks."""
+
+
+class ImageSource(ABC):
+    """Images in a fixed order. Files are open only inside ``reading``.
+
+    name: what the user gave. labelled: whether any label is known. note: what the user should know
+    about the labels or the order. grain: rows that are fetched and decoded as one task.
+    """
+
+    name: str
+    labelled: bool = False
+    note: str | None = None
+    grain: int = 4
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def paths(self, start: int, stop: int) -> list[str]:
+        """Where the images of the rows [start, stop) came from, printable as UTF-8."""
+
+    @abstractmethod
+    def reading(self) -> AbstractContextManager[Fetch]:
+        """Opens what must be open while rows are read."""
+
+
+def printable(text: str) -> str:
+    """The text with bytes that are not UTF-8 (of a file's name) written as \\xNN."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def unreadable_file(error: BaseException) -> str:
+    """One line on why a file could not be read, without repeating its name."""
+    if isinstance(error, OSError) and error.strerror:
+        return printable(error.strerror)
+    return printable((str(error).splitlines() or [""])[0] or type(error).__name__)

@@ -1,0 +1,181 @@
+"""What a virtual image is asked to be: pure functions, and the settings of three objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Moments = tuple[Tensor, Tensor]
+"""Mean and variance over a batch and its positions, (C,) each."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One recipe. temperature: τ of τ·CE(z/τ). distance: between the batch's BatchNorm input and
+    the layer's memory. smoothness: of neighbouring pixels. roll: largest random shift in pixels of
+    a 32-pixel image, in proportion for others. learning_rate, betas: Adam's; cosine: to 0."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    betas: tuple[float, float]
+    cosine: bool
+    temperature: float
+    distance: Literal["kl", "squared", "norm"]
+    distance_weight: float
+    smoothness: Literal["none", "squared", "norm"]
+    smoothness_weight: float
+    roll: int
+    mirror: bool
+    start: Literal["multiscale", "normal"]
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective(
+            name="kl",
+            steps=50,
+            learning_rate=0.15,
+            betas=(0.5, 0.9),
+            cosine=True,
+            temperature=3.0,
+            distance="kl",
+            distance_weight=10.0,
+            smoothness="squared",
+            smoothness_weight=0.01,
+            roll=2,
+            mirror=True,
+            start="multiscale",
+        ),
+        # C2IR eq. 5 as printed; the optimiser, which it leaves open, is that of its reference 8,
+        # DeepInversion.
+        Objective(
+            name="paper",
+            steps=2000,
+            learning_rate=0.05,
+            betas=(0.9, 0.999),
+            cosine=False,
+            temperature=1.0,
+            distance="squared",
+            distance_weight=1.0,
+            smoothness="none",
+            smoothness_weight=0.0,
+            roll=0,
+            mirror=False,
+            start="normal",
+        ),
+        # Yin et al. 2020, the published CIFAR-10 settings.
+        Objective(
+            name="deepinversion",
+            steps=2000,
+            learning_rate=0.05,
+            betas=(0.9, 0.999),
+            cosine=False,
+            temperature=1.0,
+            distance="norm",
+            distance_weight=10.0,
+            smoothness="norm",
+            smoothness_weight=2.5e-5,
+            roll=2,
+            mirror=False,
+            start="normal",
+        ),
+    )
+}
+
+
+def gaussian_kl(mean: Tensor, var: Tensor, mean0: Tensor, var0: Tensor) -> Tensor:
+    """KL(N(μ, v) ‖ N(μ₀, v₀)) = ½(log v₀/v + (v + (μ − μ₀)²)/v₀ − 1), element by element."""
+    return 0.5 * (torch.log(var0 / var) + (var + (mean - mean0).square()) / var0 - 1)
+
+
+def batchnorm_distance(
+    found: Moments, remembered: Moments, distance: str, eps: float = 0.0
+) -> Tensor:
+    """How far a batch is from what one BatchNorm layer remembers; a scalar.
+
+    ``kl``: mean over channels of the Gaussian KL (eps on both variances, as the layer adds it).
+    ``squared``: ‖μ − μ₀‖² + ‖v − v₀‖² (C2IR eq. 5). ``norm``: ‖μ − μ₀‖ + ‖v − v₀‖ (DeepInversion
+    eq. 4).
+    """
+    (mean, var), (mean0, var0) = found, remembered
+    if distance == "kl":
+        return gaussian_kl(mean, var + eps, mean0, var0 + eps).mean()
+    if distance == "squared":
+        return (mean - mean0).square().sum() + (var - var0).square().sum()
+    norms = [torch.linalg.vector_norm(mean - mean0), torch.linalg.vector_norm(var - var0)]
+    return torch.stack(norms).sum()
+
+
+def neighbour_difference(images: Tensor) -> Tensor:
+    """Mean squared difference of horizontal and vertical neighbours; a scalar. (N, C, H, W)."""
+    across = (images[..., :, 1:] - images[..., :, :-1]).square()
+    down = (images[..., 1:, :] - images[..., :-1, :]).square()
+    return (across.sum() + down.sum()) / max(across.numel() + down.numel(), 1)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Sum of the Euclidean norms of the differences to the right, lower, lower right and lower
+    left neighbours, over the whole batch (DeepInversion's ℓ2 total variation); a scalar."""
+    pairs = (
+        (images[..., :, 1:], images[..., :, :-1]),
+        (images[..., 1:, :], images[..., :-1, :]),
+        (images[..., 1:, 1:], images[..., :-1, :-1]),
+        (images[..., 1:, :-1], images[..., :-1, 1:]),
+    )
+    norms = [torch.linalg.vector_norm(one - other) for one, other in pairs]
+    return torch.stack(norms).sum()
+
+
+def loss(
+    objective: Objective,
+    images: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    found: Sequence[Moments],
+    remembered: Sequence[Moments],
+    eps: Sequence[float],
+) -> Tensor:
+    """The scalar to minimise. images: (N, C, H, W); logits: (N, K); labels: (N,); one pair of
+    moments and one eps a BatchNorm call."""
+    tau = objective.temperature
+    total = tau * F.cross_entropy(logits / tau, labels)
+    distances = [
+        batchnorm_distance(one, other, objective.distance, epsilon)
+        for one, other, epsilon in zip(found, remembered, eps, strict=True)
+    ]
+    total = total + objective.distance_weight * torch.stack(distances).sum()
+    if objective.smoothness == "squared":
+        total = total + objective.smoothness_weight * neighbour_difference(images)
+    elif objective.smoothness == "norm":
+        total = total + objective.smoothness_weight * total_variation(images)
+    return total
+
+
+def multiscale_start(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+    """Noise with structure at every scale, in normalised space, unclipped: (N, C, H, W) float32.
+
+    0.15 of white noise, plus ½ of the bilinear upsampling of randn(s, s) for every power of two
+    2 ≤ s ≤ half the shorter side (the weights are such that their squares sum to 1 whatever the
+    number of scales, as they do for the four scales of 32 pixels), plus ½ of a constant colour.
+    """
+    count, channels, height, width = shape
+    images = 0.15 * torch.randn(shape, generator=generator)
+    images += 0.5 * torch.randn((count, channels, 1, 1), generator=generator)
+    scales = []
+    scale = 2
+    while scale <= min(height, width) // 2:
+        scales.append(scale)
+        scale *= 2
+    for scale in scales:
+        coarse = torch.randn((count, channels, scale, scale), generator=generator)
+        images += len(scales) ** -0.5 * F.interpolate(
+            coarse, size=(height, width), mode="bilinear", align_corners=False
+        )
+    return images

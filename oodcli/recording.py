@@ -1,0 +1,273 @@
+"""The only place with hooks: a classifier and a batch of images in, Features out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from oodcli.classifier import Classifier, Tap, as_logits
+from oodcli.errors import DetectorError
+from oodcli.features import INPUT, ROW_RECORDS, BatchNorm, Features, Layer, OdinStep
+
+CHEAP = frozenset(ROW_RECORDS) - {"layers.gradient", "layers.sensitivity", "odin.logits"}
+"""What one forward pass gives."""
+
+KINDS = frozenset({"batchnorm", "block", "stage", "other"})
+
+Receive = Callable[[Tap, Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def watch(
+    classifier: Classifier, receive: Receive, kinds: frozenset[str] = KINDS
+) -> Iterator[None]:
+    """While open, each forward pass calls ``receive(tap, input, output)`` for every tap of these
+    kinds, in order; what it returns, if not None, takes the place of the output. A module that
+    is called twice in a pass has two taps."""
+    taps = {tap.name: tap for tap in classifier.taps if tap.kind in kinds}
+    modules = dict(classifier.network.named_modules())
+    calls: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            tap = taps.get(name if calls[name] == 1 else f"{name}@{calls[name]}")
+            return None if tap is None else receive(tap, args[0], output)
+
+        return after
+
+    with ExitStack() as hooks:
+        reset = classifier.network.register_forward_pre_hook(lambda *_: calls.clear())
+        hooks.callback(reset.remove)
+        for name in {tap.module: None for tap in taps.values()}:
+            hooks.callback(modules[name].register_forward_hook(hook(name)).remove)
+        yield
+
+
+def spatial_moments(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and population variance over the positions of (N, C, …) or (N, …, C): (N, C) each,
+    float32. By sums: several times faster than torch.var_mean on a CPU; the subtraction of the
+    squared mean is done in float64."""
+    x = activation.float()
+    if channel_dim == -1:
+        x = x.movedim(-1, 1)
+    if x.ndim == 2:
+        return x, torch.zeros_like(x)
+    positions = tuple(range(2, x.ndim))
+    count = x[0, 0].numel()
+    mean = x.sum(positions).double() / count
+    square = torch.linalg.vector_norm(x, dim=positions).double().square() / count
+    return mean.float(), (square - mean.square()).clamp_min_(0).float()
+
+
+class Recorder:
+    """Runs the network once per batch and keeps what was asked for.
+
+    what: words of ``features.ROW_RECORDS`` (plus ``label`` and ``head``, always kept).
+    Gradients and ODIN add one backward pass each, ODIN one more forward pass.
+    Raises DetectorError for a word that is unknown, or that this network cannot give.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        what: frozenset[str],
+        *,
+        odin: OdinStep | None = None,
+        precision: str = "float32",
+        kinds: frozenset[str] = KINDS,
+    ) -> None:
+        self.classifier = classifier
+        self.what = (what & frozenset(ROW_RECORDS)) - {"layers.sensitivity"}
+        self.odin = odin or OdinStep()
+        self.precision = precision
+        self.kinds = kinds
+        impossible = sorted(self.what - recordable(classifier))
+        if impossible:
+            raise DetectorError(why_not(classifier, impossible))
+
+    @cached_property
+    def _constants(self) -> dict[str, BatchNorm]:
+        """BatchNorm's own memory by tap name, float32, with the input pseudo-layer first."""
+        device = self.classifier.device
+        preprocessing = self.classifier.preprocessing
+        one = torch.ones(preprocessing.channels, device=device)
+        height, width = preprocessing.input_size
+        constants = {INPUT: BatchNorm(one * 0, one, one, one * 0, 0.0, height * width)}
+        sizes = {tap.name: tap.spatial_size for tap in self.classifier.taps}
+        for name, norm in self.classifier.batchnorms.items():
+            constants[name] = batchnorm_constants(norm, sizes[name])
+        return constants
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Features:
+        """images: (N, C, H, W), normalised. labels: (N,) int64, -1 = unknown. Gradients are those
+        of the label's logit, of the predicted class's where the label is unknown."""
+        if labels is None:
+            labels = torch.full((len(images),), -1)
+        device = self.classifier.device
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device)
+        with_graph = bool(self.what & {"layers.gradient", "odin.logits"})
+        layers: dict[str, Layer] = {}
+        norms: dict[str, BatchNorm] = {}
+        outputs: dict[str, Tensor] = {}
+        embedding: list[Tensor] = []
+
+        def receive(tap: Tap, given: Tensor, output: Tensor) -> Tensor | None:
+            mean = variance = None
+            if tap.kind == "batchnorm":
+                norm = self._constants[tap.name]
+                if self.what & {"layers.mean", "layers.std", "batchnorm.mean", "batchnorm.var"}:
+                    mean, variance = spatial_moments(given.detach())
+                    norms[tap.name] = self._normed(norm, mean, variance)
+                    mean, variance = after_batchnorm(norm, mean, variance)
+            elif self.what & {"layers.mean", "layers.std"}:
+                mean, variance = spatial_moments(output.detach(), tap.channel_dim)
+            layers[tap.name] = Layer(
+                tap.kind,
+                mean if "layers.mean" in self.what else None,
+                variance.sqrt() if variance is not None and "layers.std" in self.what else None,
+            )
+            if "layers.gradient" in self.what:
+                # A following in-place ReLU must change the copy, not what we differentiate by.
+                outputs[tap.name] = output
+                return output.clone()
+            return None
+
+        def keep_embedding(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            embedding.append(args[0].detach().reshape(len(images), -1).float())
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad() if with_graph else torch.inference_mode())
+            stack.enter_context(self._autocast())
+            if any(word.startswith(("layers.", "batchnorm.")) for word in self.what):
+                stack.enter_context(watch(self.classifier, receive, self.kinds))
+            if "embedding" in self.what and self.classifier.head_name is not None:
+                head = self.classifier.network.get_submodule(self.classifier.head_name)
+                stack.callback(head.register_forward_hook(keep_embedding).remove)
+            given = images.detach().requires_grad_() if with_graph else images
+            logits = as_logits(self.classifier.network(given)).float()
+            if outputs:
+                target = torch.where(labels >= 0, labels, logits.argmax(1))
+                score = logits.gather(1, target[:, None]).sum()
+                layers = self._with_gradients(layers, outputs, score)
+        odin = self._odin_logits(given, logits) if "odin.logits" in self.what else None
+        if not self.what & {"layers.mean", "layers.std", "layers.gradient"}:
+            layers = {}
+        return Features(
+            count=len(images),
+            label=labels,
+            logits=logits.detach() if "logits" in self.what else None,
+            embedding=embedding[0] if embedding else None,
+            layers=layers,
+            batchnorm=self._input_norm(images) | norms,
+            odin_logits=odin,
+            odin_step=None if odin is None else self.odin,
+            head=None if self.classifier.head is None else self.classifier.head.to(device),
+        )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.classifier.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.precision == "bfloat16",
+        )
+
+    def _normed(self, norm: BatchNorm, mean: Tensor, variance: Tensor) -> BatchNorm:
+        count = norm.spatial_size
+        unbiased = variance * (count / (count - 1)) if count > 1 else variance
+        return replace(
+            norm,
+            mean=mean if "batchnorm.mean" in self.what else None,
+            var=unbiased if "batchnorm.var" in self.what else None,
+        )
+
+    def _input_norm(self, images: Tensor) -> dict[str, BatchNorm]:
+        if not self.what & {"batchnorm.mean", "batchnorm.var"}:
+            return {}
+        return {INPUT: self._normed(self._constants[INPUT], *spatial_moments(images))}
+
+    def _with_gradients(
+        self, layers: dict[str, Layer], outputs: dict[str, Tensor], score: Tensor
+    ) -> dict[str, Layer]:
+        gradients = torch.autograd.grad(
+            score,
+            list(outputs.values()),
+            retain_graph="odin.logits" in self.what,
+            allow_unused=True,
+        )
+        dims = {tap.name: tap.channel_dim for tap in self.classifier.taps}
+        found = dict(layers)
+        for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
+            gradient = torch.zeros_like(output) if gradient is None else gradient
+            mean, _ = spatial_moments(gradient, dims[name])
+            found[name] = replace(layers[name], gradient=mean)
+        return found
+
+    def _odin_logits(self, given: Tensor, logits: Tensor) -> Tensor:
+        """(N, K) logits of x' = x − ε sign(∇ₓ CE(z/T, argmax z)) (Liang et al. 2018, eq. 2), ε in
+        pixels, so divided by the preprocessing's std."""
+        loss = F.cross_entropy(
+            logits / self.odin.temperature, logits.argmax(1).detach(), reduction="sum"
+        )
+        (gradient,) = torch.autograd.grad(loss, given)
+        std = given.new_tensor(self.classifier.preprocessing.std).view(-1, 1, 1)
+        perturbed = given.detach() - self.odin.epsilon / std * gradient.sign()
+        with torch.inference_mode(), self._autocast():
+            return as_logits(self.classifier.network(perturbed)).float()
+
+
+def batchnorm_constants(norm: _BatchNorm, spatial_size: int) -> BatchNorm:
+    """What a BatchNorm layer remembers, float32; weight 1 and bias 0 where it has none."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise DetectorError("a BatchNorm layer keeps no running statistics")
+    mean = norm.running_mean.float()
+    return BatchNorm(
+        running_mean=mean,
+        running_var=norm.running_var.float(),
+        weight=torch.ones_like(mean) if norm.weight is None else norm.weight.float(),
+        bias=torch.zeros_like(mean) if norm.bias is None else norm.bias.float(),
+        eps=norm.eps,
+        spatial_size=spatial_size,
+    )
+
+
+def after_batchnorm(norm: BatchNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments (N, C) of a BatchNorm's output from those of its input: the layer is affine."""
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return (mean - norm.running_mean) * scale + norm.bias, variance * scale.square()
+
+
+def recordable(classifier: Classifier) -> frozenset[str]:
+    """Which words of ``ROW_RECORDS`` this network can give."""
+    words = {"logits", "odin.logits"}
+    if classifier.head is not None:
+        words |= {"embedding", "head"}
+    if classifier.taps:
+        words |= {"layers.mean", "layers.std", "layers.gradient"}
+    if classifier.batchnorms:
+        words |= {"batchnorm.mean", "batchnorm.var", "batchnorm.running", "layers.sensitivity"}
+    return frozenset(words)
+
+
+def why_not(classifier: Classifier, words: list[str]) -> str:
+    """One sentence for what a network cannot give."""
+    reasons = []
+    if "embedding" in words or "head" in words:
+        reasons.append("its last layer is not linear, so there is no embedding")
+    if any(word.startswith("batchnorm") or word == "layers.sensitivity" for word in words):
+        reasons.append("it has no BatchNorm layer with running statistics")
+    if any(word.startswith("layers") for word in words) and not classifier.taps:
+        reasons.append("no layer to tap was found in it (choose some with --layers)")
+    return (
+        f"{classifier.arch} cannot give {', '.join(words)}: {'; '.join(reasons)}; "
+        "choose what is recorded with --record or --for"
+    )

@@ -1,0 +1,231 @@
+"""Scores files → every metric of every detector on every OOD set, and what to know about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from oodcli.errors import FileError
+from oodcli.files.scores import Scores
+from oodcli.metrics import CONVENTIONS, LOWER_IS_BETTER, MEAN, Estimate, evaluate_sets
+
+ID = "ID"
+"""The name of the in-distribution rows among the counts."""
+
+FEW_ROWS = 20
+"""Below this many ID rows, 95 % of them is all of them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of metrics.csv: fractions in [0, 1]; low and high are NaN without resamples."""
+
+    detector: str
+    set: str
+    metric: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one scores file held. rows: all of them, the unreadable too. infinite: how many scores
+    of each detector are infinite; left out where there is none."""
+
+    set: str
+    source: str
+    rows: int
+    unreadable: int
+    infinite: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that is reported. rows: by detector, set (``mean`` last), metric. counts: ID first, then
+    the OOD sets. accuracy: share of the ``labelled`` readable ID rows whose class was predicted;
+    None where no label is known. notes: sentences that belong beside the figures."""
+
+    rows: tuple[Row, ...]
+    counts: tuple[Counts, ...]
+    accuracy: float | None
+    labelled: int
+    notes: tuple[str, ...]
+    resamples: int
+    seed: int
+
+    @cached_property
+    def detectors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(row.detector for row in self.rows))
+
+    @cached_property
+    def sets(self) -> tuple[str, ...]:
+        """The OOD sets, without ``mean``."""
+        return tuple(dict.fromkeys(row.set for row in self.rows if row.set != MEAN))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The sets that a table shows: with ``mean`` where there is something to average."""
+        return self.sets if len(self.sets) == 1 else (*self.sets, MEAN)
+
+    def get(self, detector: str, set_: str, metric: str) -> Estimate:
+        """Raises KeyError when there is no such row."""
+        return self._index[detector, set_, metric]
+
+    def best(self, set_: str, metric: str) -> frozenset[str]:
+        """The best detectors on a set. Those that a table of percents with two decimals cannot
+        tell apart share the honour."""
+        sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+        shown = {
+            detector: sign * round(100 * self.get(detector, set_, metric).value, 2)
+            for detector in self.detectors
+        }
+        top = max(shown.values())
+        return frozenset(detector for detector, value in shown.items() if value == top)
+
+    @cached_property
+    def _index(self) -> Mapping[tuple[str, str, str], Estimate]:
+        return {
+            (row.detector, row.set, row.metric): Estimate(row.value, row.low, row.high)
+            for row in self.rows
+        }
+
+
+def evaluate_files(
+    id_scores: Scores,
+    ood_scores: Mapping[str, Scores],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluates the detectors that all files have in common, in the order of the ID file.
+
+    ood_scores: by the name of the set. progress: called with (done, total) after each detector.
+    The rows are resampled alike for all detectors (``metrics.evaluate_sets``).
+
+    Raises FileError when no detector is in all files, when a file has no readable row, when there
+    is no set, and when a set is called ``mean`` or ``ID``.
+    """
+    if not ood_scores:
+        raise FileError("no OOD set: give at least one, --ood NAME=F")
+    for name in (MEAN, ID):
+        if name in ood_scores:
+            raise FileError(f"--ood {name}=…: the report uses that name itself; choose another")
+    files = {ID: id_scores, **ood_scores}
+    for scores in files.values():
+        if scores.unreadable == len(scores.paths):
+            raise FileError(
+                f"{scores.source}: none of its {len(scores.paths)} rows has scores; "
+                f"the first says: {scores.errors[0]}"
+            )
+    detectors = _common(files)
+    accuracy, labelled, notes = _accuracy(id_scores)
+    rows = []
+    for done, detector in enumerate(detectors, start=1):
+        result = evaluate_sets(
+            id_scores.detectors[detector],
+            {name: scores.detectors[detector] for name, scores in ood_scores.items()},
+            resamples=resamples,
+            seed=seed,
+        )
+        rows += [
+            Row(detector, name, metric, *estimates[metric])
+            for name, estimates in result.items()
+            for metric in CONVENTIONS
+        ]
+        if progress is not None:
+            progress(done, len(detectors))
+    counts = tuple(_counts(name, scores, detectors) for name, scores in files.items())
+    return Evaluation(
+        rows=tuple(rows),
+        counts=counts,
+        accuracy=accuracy,
+        labelled=labelled,
+        notes=(*_left_out(files, detectors), *_warnings(counts), *notes),
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def _common(files: Mapping[str, Scores]) -> list[str]:
+    shared = [
+        detector
+        for detector in files[ID].detectors
+        if all(detector in scores.detectors for scores in files.values())
+    ]
+    if not shared:
+        columns = "; ".join(
+            f"{scores.source}: {', '.join(scores.detectors)}" for scores in files.values()
+        )
+        raise FileError(f"no detector is in all the files ({columns}): score with the same -d")
+    return shared
+
+
+def _left_out(files: Mapping[str, Scores], detectors: Sequence[str]) -> list[str]:
+    every = dict.fromkeys(name for scores in files.values() for name in scores.detectors)
+    return [
+        f"{detector} is left out: it is not in the scores of "
+        + ", ".join(name for name, scores in files.items() if detector not in scores.detectors)
+        + "."
+        for detector in every
+        if detector not in detectors
+    ]
+
+
+def _counts(name: str, scores: Scores, detectors: Sequence[str]) -> Counts:
+    infinite = {d: int(np.isinf(scores.detectors[d]).sum()) for d in detectors}
+    return Counts(
+        set=name,
+        source=scores.source,
+        rows=len(scores.paths),
+        unreadable=scores.unreadable,
+        infinite={detector: count for detector, count in infinite.items() if count},
+    )
+
+
+def _warnings(counts: Sequence[Counts]) -> list[str]:
+    notes = []
+    for count in counts:
+        if count.unreadable:
+            notes.append(
+                f"{count.set}: {count.unreadable} of {count.rows} rows could not be read "
+                "and are left out."
+            )
+        if count.infinite:
+            listed = ", ".join(f"{name} {number}" for name, number in count.infinite.items())
+            notes.append(f"{count.set}: infinite scores, counted as the most OOD: {listed}.")
+    readable = counts[0].rows - counts[0].unreadable
+    if readable < FEW_ROWS:
+        notes.append(
+            f"{ID}: only {readable} rows; 95 % of fewer than {FEW_ROWS} rows is all of them, so "
+            "the thresholds at 95 % are single rows."
+        )
+    return notes
+
+
+def _accuracy(scores: Scores) -> tuple[float | None, int, list[str]]:
+    pairs = [
+        (label, predicted)
+        for label, predicted, error in zip(
+            scores.labels, scores.predicted, scores.errors, strict=True
+        )
+        if label and not error
+    ]
+    if not pairs:
+        return None, 0, []
+    labels, predictions = (set(names) for names in zip(*pairs, strict=True))
+    if labels.isdisjoint(predictions):
+        return (
+            None,
+            len(pairs),
+            [
+                f"{ID}: no accuracy: no label ({min(labels)}, …) is among the predicted classes "
+                f"({min(predictions)}, …); --class-names sets their names."
+            ],
+        )
+    right = sum(label == predicted for label, predicted in pairs)
+    return right / len(pairs), len(pairs), []

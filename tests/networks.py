@@ -1,0 +1,103 @@
+"""Small networks with the awkward habits of large ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oodcli.classifier import Classifier, Preprocessing, assemble
+
+PREPROCESSING = Preprocessing((8, 8), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+
+
+class Block(nn.Module):
+    """A residual block; its ReLUs are functional, and in place where asked."""
+
+    def __init__(self, width: int, inplace: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=self.inplace)
+        return F.relu(self.bn2(self.conv2(out)) + x, inplace=self.inplace)
+
+
+class Residual(nn.Module):
+    """Stem, two stages with a change of resolution between, linear head."""
+
+    def __init__(self, classes: int = 3, width: int = 6, inplace: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = nn.Sequential(Block(width, inplace), Block(width, inplace))
+        self.down = nn.MaxPool2d(2)
+        self.layer2 = nn.Sequential(Block(width, inplace), Block(width, inplace))
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer1(F.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.layer2(self.down(x)).mean((2, 3)))
+
+
+class Shared(nn.Module):
+    """Calls one BatchNorm twice, and has one at a single position."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2d(3)
+        self.flat = nn.BatchNorm1d(3)
+        self.fc = nn.Linear(3, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.conv(x)))
+        x = torch.relu(self.bn(self.conv(x)))
+        return self.fc(self.flat(x.mean((2, 3))))
+
+
+class Plain(nn.Module):
+    """No BatchNorm; the head can be a convolution."""
+
+    def __init__(self, classes: int = 3, linear: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.head = nn.Linear(5, classes) if linear else nn.Conv2d(5, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x)).mean((2, 3), keepdim=True)
+        return (
+            self.head(x.flatten(1))
+            if isinstance(self.head, nn.Linear)
+            else self.head(x).mean((2, 3))
+        )
+
+
+def settled(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights, and running statistics from a few batches of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            spread = 0.5 if parameter.ndim > 1 else 0.2
+            shift = 1.0 if parameter.ndim == 1 else 0.0
+            parameter.copy_(shift + spread * torch.randn(parameter.shape, generator=generator))
+        network.train()
+        for _ in range(20):
+            network(torch.randn(16, 3, 8, 8, generator=generator))
+    return network.eval()
+
+
+def classifier(network: nn.Module, **settings: object) -> Classifier:
+    """A classifier around a small network, 8×8 RGB."""
+    return assemble(
+        settled(network), arch=type(network).__name__, preprocessing=PREPROCESSING, **settings
+    )
+
+
+def images(count: int, seed: int = 1) -> Tensor:
+    """(N, 3, 8, 8), normalised."""
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))

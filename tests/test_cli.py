@@ -1,0 +1,586 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from commands import oodcli
+from networks import Plain, settled
+from PIL import Image
+
+from oodcli import __version__, detectors
+from oodcli.files.scores import read_scores
+
+BASH = {"_OODCLI_COMPLETE": "complete_bash"}
+ZSH = {"_OODCLI_COMPLETE": "complete_zsh"}
+ALL = ("c2ir", "c2ir-z", "msp", "energy", "odin")
+
+
+def chosen(fitted):
+    files = [fitted / "fitted" / f"{name}.safetensors" for name in ("c2ir", "c2ir-z")]
+    return [word for name in (*files, "msp", "energy", "odin") for word in ("-d", name)]
+
+
+def rows(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A checkpoint without BatchNorm, made by a factory, and one whose head is a convolution."""
+    (tmp_path / "nets.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from networks import Plain\n"
+        "def plain():\n    return Plain()\n"
+        "def headless():\n    return Plain(linear=False)\n"
+    )
+    torch.save(settled(Plain()).state_dict(), tmp_path / "plain.pt")
+    torch.save(settled(Plain(linear=False)).state_dict(), tmp_path / "headless.pt")
+    size = ["--input-size", "8", "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"]
+    arch = f"{tmp_path / 'nets.py'}:"
+    return (
+        [tmp_path / "plain.pt", "--arch", arch + "plain", *size],
+        [tmp_path / "headless.pt", "--arch", arch + "headless", *size],
+    )
+
+
+# ---------------------------------------------------------------------------- start-up
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        (["--help"], {}),
+        (["--version"], {}),
+        *(
+            ([name, "--help"], {})
+            for name in (
+                "inspect",
+                "invert",
+                "extract",
+                "fit",
+                "score",
+                "evaluate",
+                "detectors",
+                "demo",
+            )
+        ),
+        ([], {**BASH, "COMP_WORDS": "oodcli score -d ", "COMP_CWORD": "3"}),
+        ([], {**ZSH, "_TYPER_COMPLETE_ARGS": "oodcli score --arch res"}),
+    ],
+)
+def test_help_and_completion_import_nothing_heavy(words, environment):
+    code = (
+        "import sys\n"
+        "from oodcli.cli import main\n"
+        f"sys.argv = ['oodcli', *{words!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'h5py', 'sklearn', 'scipy', 'PIL'}\n"
+        "print('HEAVY', sorted(heavy & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=True,
+    )
+    assert "HEAVY []" in done.stderr
+    assert done.stdout.strip()
+    if "COMP_WORDS" in environment:
+        assert set(ALL) <= set(done.stdout.split())
+
+
+def test_version_and_usage():
+    assert oodcli("--version").out.strip() == f"oodcli {__version__}"
+    assert oodcli("nonsense").status == 2
+    assert oodcli("score").status == 2
+    assert oodcli("invert", "x.pt", "--per-class", "0").status == 2
+
+
+# ---------------------------------------------------------------------------- the pipeline
+
+
+def test_the_pipeline_detects(fitted, tmp_path):
+    """Digits against photographs-like blobs: the virtual images alone must do it."""
+    checkpoint = fitted / "digits.pt"
+    for name, images in (("id", fitted / "test.npz"), ("ood", "noise:blob?n=200")):
+        result = oodcli(
+            "score", checkpoint, images, *chosen(fitted), "-o", tmp_path / f"{name}.csv"
+        )
+        assert result.status == 0, result.err
+    result = oodcli(
+        "evaluate",
+        "--id",
+        tmp_path / "id.csv",
+        "--ood",
+        f"blobs={tmp_path / 'ood.csv'}",
+        "-o",
+        tmp_path / "report",
+        "--json",
+    )
+    assert result.status == 0, result.err
+    found = {
+        (row["detector"], row["metric"]): row["value"]
+        for row in json.loads(result.out)["metrics"]
+        if row["set"] == "mean"
+    }
+    assert found["c2ir-z", "auroc"] > 0.8
+    assert {name for name, _ in found} == set(ALL)
+    assert json.loads(result.out)["id_accuracy"] > 0.95
+    made = set(os.listdir(tmp_path / "report"))
+    assert made >= {"metrics.csv", "metrics.json", "metrics.md", "metrics.tex", "roc.png"}
+    table = rows((tmp_path / "report" / "metrics.csv").read_text())
+    assert set(table[0]) == {"detector", "set", "metric", "value", "low", "high"}
+
+
+def test_scores_from_a_cache_are_those_from_images(fitted, tmp_path):
+    checkpoint, images = fitted / "digits.pt", fitted / "test.npz"
+    direct = oodcli("score", checkpoint, images, *chosen(fitted), "--batch-size", "50")
+    cache = tmp_path / "test.h5"
+    made = oodcli("extract", checkpoint, images, "--for", "c2ir,c2ir-z,odin", "-o", cache)
+    assert made.status == 0, made.err
+    alone = tmp_path / "elsewhere"
+    alone.mkdir()
+    shutil.move(cache, alone / "test.h5")
+    cached = oodcli("score", alone / "test.h5", *chosen(fitted))
+    assert cached.status == 0, cached.err
+    one, other = rows(direct.out), rows(cached.out)
+    assert len(one) == len(other) == 597
+    for a, b in zip(one, other, strict=True):
+        assert (a["path"], a["label"], a["predicted"]) == (b["path"], b["label"], b["predicted"])
+        for name in ALL:
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-5, abs=1e-9)
+
+
+def test_virtual_images_carry_what_mgi_needs(fitted):
+    with h5py.File(fitted / "v.features.h5") as file:
+        assert file.attrs["virtual"]
+        assert {"gradient", "sensitivity", "mean", "std"} <= set(file["layers/bn1"])
+        with h5py.File(fitted / "v.h5") as virtual:
+            assert np.array_equal(
+                file["layers/bn1/sensitivity"][()], virtual["layers/bn1/sensitivity"][()]
+            )
+            assert virtual["images"].shape == (100, 1, 8, 8)
+            assert sorted(np.bincount(virtual["label"][()])) == [10] * 10
+            assert json.loads(virtual.attrs["settings"])["mirror"] is False
+            quality = json.loads(virtual.attrs["quality"])
+            assert quality["agreement"] > 0.9
+            assert set(quality["batchnorm_gap"]) == set(virtual["layers"])
+    with Image.open(fitted / "v.png") as sheet:
+        assert sheet.size[0] > 600
+
+
+def test_same_seed_same_bytes(fitted, tmp_path):
+    for name in ("a", "b"):
+        made = oodcli(
+            "invert",
+            fitted / "digits.pt",
+            "--per-class",
+            2,
+            "--steps",
+            3,
+            "-o",
+            tmp_path / f"{name}.h5",
+            "--seed",
+            5,
+        )
+        assert made.status == 0, made.err
+    with h5py.File(tmp_path / "a.h5") as a, h5py.File(tmp_path / "b.h5") as b:
+        assert np.array_equal(a["images"][()], b["images"][()])
+        assert np.array_equal(a["layers/bn1/sensitivity"][()], b["layers/bn1/sensitivity"][()])
+
+
+def test_where_things_go_without_output(fitted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "photos" / "a.png")
+    assert oodcli("invert", fitted / "digits.pt", "--per-class", 1, "--steps", 2).status == 0
+    assert oodcli("extract", fitted / "digits.pt", "photos/").status == 0
+    assert set(os.listdir()) >= {"digits.virtual.h5", "digits.virtual.png", "photos.features.h5"}
+    again = oodcli("extract", fitted / "digits.pt", "photos/")
+    assert again.status == 1
+    assert "photos.features.h5 exists: choose another -o, or overwrite it with --force" in again.err
+    assert oodcli("extract", fitted / "digits.pt", "photos/", "--force").status == 0
+
+
+def test_results_on_standard_output_and_nothing_else(fitted):
+    result = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3")
+    assert "no -d, so energy" in result.err
+    assert [row["path"] for row in rows(result.out)] == [f"noise:uniform[{i}]" for i in range(3)]
+    silent = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "--quiet")
+    assert silent.err == ""
+    assert silent.out == result.out
+
+
+def test_dry_run_writes_nothing(fitted, tmp_path):
+    result = oodcli(
+        "invert", fitted / "digits.pt", "--per-class", 2500, "--dry-run", "-o", tmp_path / "v.h5"
+    )
+    assert result.status == 0
+    assert "25000 images of 10 classes, 50 steps, 250 batches of 100" in result.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_all_detectors(fitted):
+    result = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "-d", "all")
+    assert set(rows(result.out)[0]) == {
+        "path",
+        "label",
+        "predicted",
+        "confidence",
+        "msp",
+        "energy",
+        "odin",
+        "error",
+    }
+    fit = oodcli("fit", fitted / "v.features.h5", "-d", "all", "-o", fitted / "all", "--json")
+    assert [made["detector"] for made in json.loads(fit.out)] == ["c2ir", "c2ir-z"]
+
+
+def test_hyperparameters(fitted, tmp_path):
+    score = ("score", fitted / "digits.pt", "noise:uniform?n=3", "-d", "energy")
+    warm, cold = rows(oodcli(*score, "-p", "energy.T=5").out), rows(oodcli(*score).out)
+    assert warm[0]["energy"] != cold[0]["energy"]
+    for bad, sentence in (
+        ("energy.T=x", "expected float"),
+        ("energy.U=1", "no hyper-parameter 'U'"),
+        ("T=1", "expected NAME.KEY=VALUE"),
+        ("odin.T=1", "odin is not among"),
+    ):
+        result = oodcli(*score, "-p", bad)
+        assert (result.status, result.out) == (1, "")
+        assert sentence in result.err
+    fit = ("fit", fitted / "v.features.h5", "-d", "c2ir", "-p", "c2ir.statistics=batchnorm")
+    for weights in ("uniform", "random", "penultimate"):
+        made = oodcli(*fit, "-p", f"c2ir.weights={weights}", "-o", tmp_path / weights)
+        assert made.status == 0, made.err
+
+
+def test_odin_from_a_cache_of_another_step(fitted, tmp_path):
+    cache = tmp_path / "x.h5"
+    made = oodcli(
+        "extract",
+        fitted / "digits.pt",
+        "noise:uniform?n=3",
+        "--for",
+        "odin",
+        "-p",
+        "odin.epsilon=0.01",
+        "-o",
+        cache,
+    )
+    assert made.status == 0, made.err
+    assert "recorded with" in oodcli("score", cache, "-d", "odin").err
+    assert oodcli("score", cache, "-d", "odin", "-p", "odin.epsilon=0.01").status == 0
+
+
+def test_gates(fitted, tmp_path):
+    score = ("score", fitted / "digits.pt", "noise:uniform?n=20", "-d", "energy")
+    lenient = oodcli(*score, "--threshold", "energy=1e9", "--max-ood-fraction", "0.1")
+    assert lenient.status == 0
+    assert {row["energy.ood"] for row in rows(lenient.out)} == {"0"}
+    strict = oodcli(*score, "--threshold", "energy=-1e9", "--max-ood-fraction", "0.1")
+    assert strict.status == 4
+    assert {row["energy.ood"] for row in rows(strict.out)} == {"1"}
+    assert "gate failed" in strict.err
+    assert "needs a --threshold" in oodcli(*score, "--max-ood-fraction", "0.1").err
+    for bad in ("energy", "energy=x", "energy=nan", "msp=1"):
+        assert oodcli(*score, "--threshold", bad).status == 1
+    for name in ("a", "b"):
+        oodcli(*score, "-o", tmp_path / f"{name}.csv")
+    evaluate = ("evaluate", "--id", tmp_path / "a.csv", "--ood", f"b={tmp_path / 'b.csv'}")
+    assert oodcli(*evaluate, "--min-auroc", "0.4").status == 0
+    failed = oodcli(*evaluate, "--min-auroc", "0.9")
+    assert failed.status == 4
+    assert "mean AUROC below 0.9: energy 0.5000" in failed.err
+
+
+def test_bad_images_keep_their_rows(fitted, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (20, 30), "red").save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"not an image")
+    Image.new("L", (9, 9), 7).save(folder / "c.jpg")
+    output = tmp_path / "s.csv"
+    result = oodcli("score", fitted / "digits.pt", folder, *chosen(fitted), "-o", output)
+    assert result.status == 3
+    found = rows(output.read_text())
+    assert [bool(row["error"]) for row in found] == [False, True, False]
+    assert found[1]["energy"] == ""
+    made = oodcli(
+        "extract", fitted / "digits.pt", folder, "--for", "c2ir-z,odin", "-o", tmp_path / "f.h5"
+    )
+    assert made.status == 3
+    cached = oodcli("score", tmp_path / "f.h5", *chosen(fitted))
+    assert cached.status == 3
+    again = rows(cached.out)
+    assert [row["error"] for row in again] == [row["error"] for row in found]
+    assert float(again[2]["c2ir-z"]) == pytest.approx(float(found[2]["c2ir-z"]), rel=1e-5)
+    fit = oodcli(
+        "fit", tmp_path / "f.h5", "-d", "c2ir", "-p", "c2ir.weights=uniform", "-o", tmp_path / "d"
+    )
+    assert fit.status == 0, fit.err
+
+
+def test_lists_on_standard_input(fitted, tmp_path):
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "a.png")
+    result = oodcli("score", fitted / "digits.pt", "-", stdin=f"{tmp_path / 'a.png'}\n")
+    assert [row["path"] for row in rows(result.out)] == [str(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_formats_of_scores(fitted, tmp_path, suffix):
+    output = tmp_path / f"s.{suffix}"
+    oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "-o", output)
+    assert list(read_scores(output).detectors) == ["energy"]
+
+
+def test_real_images_can_be_fitted_too(fitted, tmp_path):
+    oodcli("extract", fitted / "digits.pt", fitted / "test.npz", "-o", tmp_path / "real.h5")
+    made = oodcli("fit", tmp_path / "real.h5", "-d", "c2ir-z", "-o", tmp_path, "--json")
+    assert json.loads(made.out)[0]["fitted_on"]["kind"] == "real"
+    refused = oodcli("fit", tmp_path / "real.h5", "-d", "c2ir", "-o", tmp_path / "more")
+    assert refused.status == 1
+    assert "virtual images only" in refused.err
+    assert not (tmp_path / "more").exists()
+
+
+# ---------------------------------------------------------------------------- inspect, detectors
+
+
+def test_inspect(fitted):
+    shown = oodcli("inspect", fitted / "digits.pt")
+    for text in ("resnet8-cifar", "75,002", "7 layers", "linear, 64 features", "c2ir-z"):
+        assert text in shown.out
+    found = json.loads(oodcli("inspect", fitted / "digits.pt", "--json").out)
+    assert found["num_classes"] == 10
+    assert len(found["batchnorm_layers"]) == 7
+    assert all(detector["allowed"] for detector in found["detectors"])
+    assert {tap["kind"] for tap in found["taps"]} == {"batchnorm", "block", "stage"}
+
+
+def test_inspect_writes_a_card_that_is_read_back(fitted, tmp_path):
+    shutil.copy(fitted / "digits.pt", tmp_path / "x.pt")
+    options = ("--mean", "0.1", "--std", "0.7", "--input-size", "8")
+    assert oodcli("inspect", tmp_path / "x.pt", *options, "--write-card").status == 0
+    found = json.loads(oodcli("inspect", tmp_path / "x.pt", "--json").out)
+    assert found["preprocessing"]["mean"] == [0.1]
+    assert found["preprocessing"]["input_size"] == [8, 8]
+    assert found["assumptions"] == []
+    again = oodcli("inspect", tmp_path / "x.pt", "--write-card")
+    assert again.status == 1
+    assert "x.toml exists" in again.err
+
+
+def test_inspect_says_what_is_impossible(plain):
+    batchless, headless = plain
+    found = json.loads(oodcli("inspect", *batchless, "--json").out)
+    allowed = {detector["name"]: detector["allowed"] for detector in found["detectors"]}
+    assert allowed == {name: not name.startswith("c2ir") for name in ALL}
+    assert json.loads(oodcli("inspect", *headless, "--json").out)["head"] is None
+    assert "last layer not linear" in oodcli("inspect", *headless).out
+
+
+def test_list_of_detectors():
+    found = json.loads(oodcli("detectors", "--json").out)
+    assert [row["name"] for row in found] == list(detectors.names())
+    for row in found:
+        assert set(row) == {"name", "source", "needs", "fitted", "about"}
+    shown = oodcli("detectors").out
+    assert all(name in shown for name in detectors.names())
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+# ---------------------------------------------------------------------------- faults
+
+
+def fails(sentence, *words, leaves=None):
+    """One sentence on standard error, nothing on standard output, status 1, nothing written."""
+    before = set(os.listdir(leaves)) if leaves else set()
+    result = oodcli(*words)
+    assert result.status == 1, result
+    assert result.out == ""
+    complaint = [line for line in result.err.splitlines() if line.startswith("oodcli: ")]
+    assert len(complaint) == 1
+    assert sentence in complaint[0]
+    assert "Traceback" not in result.err
+    if leaves:
+        assert set(os.listdir(leaves)) == before
+
+
+def test_faults_of_checkpoints(fitted, tmp_path, plain):
+    good = fitted / "digits.pt"
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(good.read_bytes()[:1000])
+    output = ("-o", tmp_path / "out.h5")
+    for command in ("invert", "extract"):
+        extra = () if command == "invert" else ("noise:uniform?n=2",)
+        fails("bad.pt", command, bad, *extra, *output, leaves=tmp_path)
+        fails("none.pt", command, tmp_path / "none.pt", *extra, *output, leaves=tmp_path)
+        fails("10", command, good, *extra, *output, "--num-classes", "7", leaves=tmp_path)
+        fails("mean", command, good, *extra, *output, "--mean", "0.1,0.2", leaves=tmp_path)
+        fails("--device warp", command, good, *extra, *output, "--device", "warp", leaves=tmp_path)
+        fails(
+            "--precision int8",
+            command,
+            good,
+            *extra,
+            *output,
+            "--precision",
+            "int8",
+            leaves=tmp_path,
+        )
+    batchless, headless = plain
+    fails("no BatchNorm layer", "invert", *batchless, *output, leaves=tmp_path)
+    fails(
+        "last layer is not linear",
+        "extract",
+        *headless,
+        "noise:uniform?n=2",
+        *output,
+        "--record",
+        "embedding",
+        leaves=tmp_path,
+    )
+    fails(
+        "last layer is not linear",
+        "extract",
+        *headless,
+        "noise:uniform?n=2",
+        *output,
+        "--for",
+        "c2ir-z",
+        leaves=tmp_path,
+    )
+
+
+def test_faults_of_images(fitted, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unreadable").mkdir()
+    (tmp_path / "unreadable" / "a.png").write_bytes(b"x")
+    output = ("-o", tmp_path / "out.csv")
+    for images, sentence in (
+        (tmp_path / "empty", "empty"),
+        (tmp_path / "none", "none"),
+        (tmp_path / "unreadable", "not one of 1 images could be read"),
+        ("noise:pink", "pink"),
+        (fitted / "v.features.h5", "v.features.h5"),
+    ):
+        fails(sentence, "score", fitted / "digits.pt", images, *output, leaves=tmp_path)
+
+
+def test_faults_of_caches_and_artefacts(fitted, tmp_path):
+    images = "noise:uniform?n=3"
+    artefact = fitted / "fitted" / "c2ir-z.safetensors"
+    other = tmp_path / "other.pt"
+    state = torch.load(fitted / "digits.pt", weights_only=True)
+    torch.save({name: value * 1.01 for name, value in state.items()}, other)
+    shutil.copy(fitted / "digits.toml", tmp_path / "other.toml")
+    output = ("-o", tmp_path / "out.csv")
+    fails(
+        "was fitted for the checkpoint",
+        "score",
+        other,
+        images,
+        "-d",
+        artefact,
+        *output,
+        leaves=tmp_path,
+    )
+    score = ("score", fitted / "digits.pt", images, *output)
+    fails("c2ir must be fitted first", *score, "-d", "c2ir", leaves=tmp_path)
+    fails("no detector is called 'magic'", *score, "-d", "magic", leaves=tmp_path)
+    fails("none.safetensors does not exist", *score, "-d", "none.safetensors", leaves=tmp_path)
+    fails("msp is given twice", *score, "-d", "msp", "-d", "msp", leaves=tmp_path)
+    cut = tmp_path / "cut.h5"
+    cut.write_bytes((fitted / "v.features.h5").read_bytes()[:5000])
+    fails("truncated", "score", cut, "-d", "msp", *output, leaves=tmp_path)
+    fails("truncated", "fit", cut, "-d", "c2ir", "-o", tmp_path / "d", leaves=tmp_path)
+    fails(
+        "does not exist",
+        "fit",
+        tmp_path / "no.h5",
+        "-d",
+        "c2ir",
+        "-o",
+        tmp_path / "d",
+        leaves=tmp_path,
+    )
+    fails(
+        "name detectors with -d",
+        "fit",
+        fitted / "v.features.h5",
+        "-o",
+        tmp_path / "d",
+        leaves=tmp_path,
+    )
+    fails(
+        "odin needs odin.logits",
+        "score",
+        fitted / "v.features.h5",
+        "-d",
+        "odin",
+        *output,
+        leaves=tmp_path,
+    )
+    fails(
+        "give IMAGES after a checkpoint",
+        "score",
+        fitted / "digits.pt",
+        "-d",
+        "msp",
+        leaves=tmp_path,
+    )
+    fails(
+        ".xlsx", "score", fitted / "digits.pt", images, "-o", tmp_path / "a.xlsx", leaves=tmp_path
+    )
+
+
+def test_faults_of_evaluate(fitted, tmp_path):
+    good = tmp_path / "good.csv"
+    oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "-o", good)
+    fails("expected NAME=FILE", "evaluate", "--id", good, "--ood", good)
+    fails("given twice", "evaluate", "--id", good, "--ood", f"a={good}", "--ood", f"a={good}")
+    fails("none.csv", "evaluate", "--id", tmp_path / "none.csv", "--ood", f"a={good}")
+    fails("magic", "evaluate", "--id", good, "--ood", f"a={good}", "-d", "magic")
+
+
+def test_our_own_faults_keep_their_traceback(fitted, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("oodcli.stages.score_to_file", broken)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        oodcli("score", fitted / "digits.pt", "noise:uniform?n=3")
+
+
+def test_interrupting_leaves_nothing_behind(fitted, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("oodcli.inversion.quality.Quality.report", interrupted)
+    result = oodcli(
+        "invert", fitted / "digits.pt", "--per-class", 1, "--steps", 2, "-o", tmp_path / "v.h5"
+    )
+    assert result.status == 130
+    assert os.listdir(tmp_path) == []
+    assert "Traceback" not in result.err
+
+
+def test_nan_weights_are_refused(fitted, tmp_path):
+    state = torch.load(fitted / "digits.pt", weights_only=True)
+    state["conv1.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    fails("conv1.weight", "score", tmp_path / "nan.pt", "noise:uniform?n=2")

@@ -1,0 +1,360 @@
+"""The cache, virtual images and artefacts: there and back, and damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from dataclasses import replace
+
+import h5py
+import networks
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from oodcli import detectors
+from oodcli.detectors.energy import Energy
+from oodcli.errors import DetectorError, FileError
+from oodcli.features import ROW_RECORDS, Rows, concatenate
+from oodcli.files.artefact import Artefact, read_artefact, write_artefact
+from oodcli.files.atomic import atomic, make_folder, refuse_existing
+from oodcli.files.cache import CacheWriter, open_cache
+from oodcli.files.hdf5 import Provenance, format_of, writing
+from oodcli.files.virtual import VirtualWriter, read_provenance, read_sensitivity
+from oodcli.recording import Recorder
+from oodcli.stages import provenance
+
+LABELS = torch.tensor([0, 1, -1, 2, 0])
+
+
+@pytest.fixture(scope="module")
+def network():
+    return networks.classifier(networks.Residual(), class_names=["ä", "b,c", "d\ne"])
+
+
+@pytest.fixture(scope="module")
+def features(network):
+    recorder = Recorder(network, frozenset(ROW_RECORDS))
+    return recorder(networks.images(5), LABELS)
+
+
+@pytest.fixture(scope="module")
+def made(network):
+    return provenance(
+        network, source="x", command="oodcli", seed=3, precision="float32", virtual=True
+    )
+
+
+@pytest.fixture
+def cache(tmp_path, features, made):
+    """Seven rows, two of them unreadable."""
+    path = tmp_path / "c.h5"
+    with writing(path) as new:
+        writer = CacheWriter(new.file, made, 7)
+        first = features.select(slice(0, 3))
+        writer.append(
+            Rows(
+                ("a", "ü", "bad", "c"), torch.tensor([0, 1, 2, -1]), (None, None, "no", None), first
+            )
+        )
+        writer.append(Rows(("worse",), torch.tensor([-1]), ("never",), None))
+        writer.append(
+            Rows(("d", "e"), torch.tensor([2, 0]), (None, None), features.select(slice(3, 5)))
+        )
+    return path
+
+
+def test_a_cache_gives_back_what_was_recorded(cache, features, made):
+    with open_cache(cache) as opened:
+        assert opened.provenance == made
+        assert opened.count == 7
+        assert opened.recorded == features.recorded
+        (rows,) = opened.blocks()
+        assert rows.paths == ("a", "ü", "bad", "c", "worse", "d", "e")
+        assert rows.errors == (None, None, "no", None, "never", None, None)
+        assert rows.labels.tolist() == [0, 1, 2, -1, -1, 2, 0]
+        again = rows.features
+        assert list(again.layers) == list(features.layers)
+        assert list(again.batchnorm) == list(features.batchnorm)
+        for name, tensor in features.rows().items():
+            assert torch.equal(again.rows()[name], tensor), name
+        for name, norm in features.batchnorm.items():
+            for part in ("running_mean", "running_var", "weight", "bias"):
+                assert torch.equal(getattr(again.batchnorm[name], part), getattr(norm, part))
+            assert again.batchnorm[name].eps == norm.eps
+            assert again.batchnorm[name].spatial_size == norm.spatial_size
+        assert {name: layer.kind for name, layer in again.layers.items()} == {
+            name: layer.kind for name, layer in features.layers.items()
+        }
+        assert torch.equal(again.head.weight, features.head.weight)
+        assert again.odin_step == features.odin_step
+
+
+def test_the_contract_of_the_cache(cache, features):
+    """Names and types of the datasets, which other programs read."""
+    with h5py.File(cache) as file:
+        assert file.attrs["format"] == "oodcli-features"
+        assert file.attrs["version"] == 1
+        for name in (
+            "checkpoint_sha256",
+            "arch",
+            "preprocessing",
+            "source",
+            "command",
+            "oodcli_version",
+            "torch_version",
+            "seed",
+            "class_names",
+        ):
+            assert name in file.attrs
+        assert json.loads(file.attrs["preprocessing"])["input_size"] == [8, 8]
+        assert file["logits"].shape == (7, 3)
+        assert file["logits"].dtype == "float32"
+        assert file["label"].dtype == "int64"
+        assert file["path"].asstr()[1] == "ü"
+        assert file["layers/layer1.0.bn1/mean"].shape == (7, 6)
+        assert file["batchnorm/input/var"].shape == (7, 3)
+        assert file["batchnorm/bn1/spatial_size"][()] == 64
+        assert file["head/weight"].shape == (3, 6)
+        assert file["odin/logits"].shape == (7, 3)
+
+
+def test_only_what_is_needed_is_read(cache):
+    with open_cache(cache) as opened:
+        (rows,) = opened.blocks({"logits", "layers.mean"})
+        assert set(rows.features.rows()) - {"label", "logits"} == {
+            f"layers/{name}/mean" for name in rows.features.layers
+        }
+        twice = [len(list(opened.rows({"logits"}))) for _ in range(2)]
+        assert twice == [1, 1]
+
+
+def test_reading_in_small_blocks(cache, monkeypatch):
+    monkeypatch.setattr("oodcli.files.cache.BLOCK_ROWS", 2)
+    with open_cache(cache) as opened:
+        blocks = list(opened.blocks({"logits"}))
+        assert [len(rows.paths) for rows in blocks] == [2, 2, 2, 1]
+        parts = [rows.features for rows in blocks if len(rows.features)]
+        with h5py.File(cache) as file:
+            whole = torch.from_numpy(file["logits"][()])
+        assert torch.equal(concatenate(parts).logits, whole[[0, 1, 3, 5, 6]])
+
+
+def test_blocks_must_record_the_same(tmp_path, features, made):
+    with (
+        pytest.raises(ValueError, match="something else"),
+        writing(tmp_path / "c.h5") as new,
+    ):
+        writer = CacheWriter(new.file, made, 2)
+        one = features.select(slice(0, 1))
+        writer.append(Rows(("a",), LABELS[:1], (None,), one))
+        writer.append(Rows(("b",), LABELS[:1], (None,), replace(one, logits=None)))
+
+
+def test_what_is_lacking_is_named(cache):
+    with open_cache(cache) as opened:
+        opened.require({"logits"}, "energy")
+        with pytest.raises(DetectorError, match=r"needs layers\.sensitivity.*virtual images only"):
+            opened.require({"layers.sensitivity"}, "c2ir")
+
+
+@pytest.mark.parametrize("kept", [0, 10, 600, 5000])
+def test_truncated_files(cache, kept):
+    cache.write_bytes(cache.read_bytes()[:kept])
+    assert format_of(cache) is None
+    with (
+        pytest.raises(FileError, match=r"c\.h5 is truncated, damaged or no HDF5 file"),
+        open_cache(cache),
+    ):
+        pass
+
+
+def test_other_files_are_refused(tmp_path, cache):
+    with (
+        pytest.raises(FileError, match="does not exist: 'oodcli extract'"),
+        open_cache(tmp_path / "none.h5"),
+    ):
+        pass
+    with pytest.raises(FileError, match="has format 'oodcli-features', expected 'oodcli-virtual'"):
+        read_provenance(cache)
+    with h5py.File(cache, "a") as file:
+        file.attrs["version"] = 99
+    with pytest.raises(FileError, match="version 99, this oodcli reads 1"), open_cache(cache):
+        pass
+
+
+@pytest.mark.parametrize("name", ["label", "head/bias", "batchnorm/bn1/eps", "error"])
+def test_a_missing_dataset_is_one_sentence(cache, name):
+    with h5py.File(cache, "a") as file:
+        del file[name]
+    with pytest.raises(FileError, match="make it again"), open_cache(cache) as opened:
+        list(opened.blocks())
+
+
+def test_a_dataset_of_another_length_is_refused(cache):
+    with h5py.File(cache, "a") as file:
+        del file["logits"]
+        file["logits"] = torch.zeros(3, 3).numpy()
+    with pytest.raises(FileError, match="/logits has 3 rows, but /path has 7"), open_cache(cache):
+        pass
+
+
+def test_many_class_names(tmp_path, made):
+    many = replace(made, class_names=tuple(f"class number {index:06d}" for index in range(5000)))
+    with writing(tmp_path / "v.h5") as new:
+        VirtualWriter(new.file, many, 1, {})
+    assert read_provenance(tmp_path / "v.h5") == many
+
+
+def test_virtual_images(tmp_path, made):
+    path = tmp_path / "v.h5"
+    images = torch.randn(5, 3, 8, 8).half()
+    sensitivity = {"z": torch.randn(5, 4), "a": torch.randn(5, 2)}
+    with writing(path) as new:
+        writer = VirtualWriter(new.file, made, 5, {"steps": 50})
+        for part in (slice(0, 3), slice(3, 5)):
+            parts = {name: rows[part] for name, rows in sensitivity.items()}
+            writer.append(images[part], LABELS[part], parts)
+        writer.finish({"agreement": 1.0})
+    assert format_of(path) == "oodcli-virtual"
+    assert read_provenance(path) == made
+    found = read_sensitivity(path, 1, 4)
+    assert torch.equal(found["z"], sensitivity["z"][1:4])
+    with h5py.File(path) as file:
+        assert file["images"].dtype == "float16"
+        assert torch.equal(torch.from_numpy(file["images"][()]), images)
+        assert json.loads(file.attrs["quality"]) == {"agreement": 1.0}
+
+
+# ---------------------------------------------------------------------------- artefacts
+
+
+@pytest.mark.parametrize("name", detectors.names())
+def test_an_artefact_is_the_detector(tmp_path, features, name):
+    train = features.select(LABELS >= 0)
+    settings = {"weights": "uniform"} if name.startswith("c2ir") else {}
+    detector = detectors.get(name).fit(train, **settings)
+    artefact = Artefact(detector, "abc", {"file": "c.h5", "rows": 4, "kind": "virtual"})
+    path = tmp_path / f"{name}.safetensors"
+    write_artefact(artefact, path)
+    again = read_artefact(path)
+    assert again.checkpoint_sha256 == "abc"
+    assert again.fitted_on == artefact.fitted_on
+    assert torch.equal(again.detector.score(features), detector.score(features))
+    assert again.detector.settings() == detector.settings()
+
+
+def test_damaged_artefacts(tmp_path):
+    path = tmp_path / "energy.safetensors"
+    write_artefact(Artefact(Energy(), "abc", {}), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20])
+    with pytest.raises(FileError, match="damaged or no safetensors file"):
+        read_artefact(path)
+    with pytest.raises(FileError, match="does not exist: 'oodcli fit'"):
+        read_artefact(tmp_path / "none.safetensors")
+    save_file({}, path, {"format": "other"})
+    with pytest.raises(FileError, match="no detector of oodcli"):
+        read_artefact(path)
+    good = {
+        "format": "oodcli-detector",
+        "version": "1",
+        "detector": "energy",
+        "hyperparameters": '{"T": 2.0}',
+        "checkpoint_sha256": "abc",
+        "fitted_on": "{}",
+    }
+    save_file({}, path, good)
+    assert read_artefact(path).detector == Energy(T=2.0)
+    for change in (
+        {"version": "2"},
+        {"detector": "magic"},
+        {"hyperparameters": "{}"},
+        {"hyperparameters": "{"},
+        {"hyperparameters": '{"T": 1, "U": 2}'},
+        {"hyperparameters": '{"T": "hot"}'},
+        {"fitted_on": ""},
+    ):
+        save_file({}, path, {**good, **change})
+        with pytest.raises(FileError, match=r"energy\.safetensors (is damaged|has format version)"):
+            read_artefact(path)
+
+
+# ---------------------------------------------------------------------------- atomic writes
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.csv"
+    with atomic(path) as partial:
+        partial.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    with pytest.raises(FileError, match=r"x\.csv exists: .*--force"), atomic(path):
+        pass
+    with pytest.raises(KeyboardInterrupt), atomic(path, force=True) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "whole"
+    assert os.listdir(tmp_path) == ["x.csv"]
+
+
+def test_impossible_outputs(tmp_path):
+    with pytest.raises(FileError, match="is no folder"):
+        refuse_existing(tmp_path / "none" / "x")
+    with pytest.raises(FileError, match="is a folder, expected a file"):
+        refuse_existing(tmp_path, force=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match="cannot be made"), make_folder(tmp_path / "file" / "d"):
+        pass
+
+
+def test_a_folder_that_stays_empty_is_taken_away(tmp_path):
+    with pytest.raises(RuntimeError), make_folder(tmp_path / "a" / "b"):
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with make_folder(tmp_path / "a" / "b"):
+        pass
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_full_disk_is_one_sentence():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    from pathlib import Path
+
+    from oodcli.files.scores import ScoreRow, ScoresWriter
+
+    with (
+        pytest.raises(OSError, match="No space left"),
+        ScoresWriter(Path("/dev/full"), ["msp"], "csv") as writer,
+    ):
+        writer.write(ScoreRow("x" * 100, scores={"msp": 1.0}) for _ in range(1000))
+
+
+@pytest.mark.parametrize("allowed", [*range(0, 3000, 100), 8000, 20_000, 60_000])
+def test_a_full_disk_does_not_crash_hdf5(tmp_path, features, made, allowed):
+    """Files may grow to so many bytes and no more: nothing is left, and the process lives."""
+    path = tmp_path / "c.h5"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, before[1]))
+    try:
+        with (
+            pytest.raises(FileError, match=r"c\.h5 could not be written: File too large"),
+            atomic(path) as partial,
+            writing(partial) as new,
+        ):
+            writer = CacheWriter(new.file, made, 5)
+            writer.append(Rows(tuple("abcde"), LABELS, (None,) * 5, features))
+            new.check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
+
+
+def test_provenance_needs_everything(tmp_path):
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        file.attrs["format"], file.attrs["version"] = "oodcli-virtual", 1
+    with pytest.raises(FileError, match="make it again"):
+        read_provenance(tmp_path / "v.h5")
+    assert {"virtual", "seed"} <= set(Provenance.__dataclass_fields__)

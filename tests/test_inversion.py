@@ -1,0 +1,223 @@
+"""The objective, piece by piece; the trajectory; the optimisation on a small network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import networks
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from oodcli.errors import CheckpointError, OodcliError
+from oodcli.features import Features, Layer
+from oodcli.inversion.invert import (
+    Plan,
+    StepLoss,
+    batch_moments,
+    image_steps,
+    invert,
+    seconds_per_image_step,
+    wanted_classes,
+)
+from oodcli.inversion.mgi import Sensitivity
+from oodcli.inversion.objective import (
+    OBJECTIVES,
+    batchnorm_distance,
+    gaussian_kl,
+    loss,
+    multiscale_start,
+    neighbour_difference,
+    total_variation,
+)
+from oodcli.inversion.quality import Quality
+
+
+@pytest.fixture(scope="module")
+def network():
+    return networks.classifier(networks.Residual(classes=3))
+
+
+def test_kl_of_gaussians():
+    mean, var = torch.tensor([0.3, -1.0]), torch.tensor([0.5, 2.0])
+    mean0, var0 = torch.tensor([0.0, 1.0]), torch.tensor([1.5, 1.0])
+    expected = kl_divergence(Normal(mean, var.sqrt()), Normal(mean0, var0.sqrt()))
+    torch.testing.assert_close(gaussian_kl(mean, var, mean0, var0), expected)
+    found, memory = (mean, var), (mean0, var0)
+    assert batchnorm_distance(found, memory, "kl").item() == pytest.approx(expected.mean().item())
+    assert batchnorm_distance(memory, memory, "kl", 1e-5).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_distances_by_hand():
+    found = (torch.tensor([3.0, 0.0]), torch.tensor([1.0, 2.0]))
+    memory = (torch.tensor([0.0, 4.0]), torch.tensor([1.0, 1.0]))
+    assert batchnorm_distance(found, memory, "squared").item() == 25 + 1
+    assert batchnorm_distance(found, memory, "norm").item() == 5 + 1
+
+
+def test_smoothness_by_hand():
+    images = torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]]])
+    # Across: 1, 2; down: 2, 3; diagonals: 4 and 1.
+    assert neighbour_difference(images).item() == pytest.approx((1 + 4 + 4 + 9) / 4)
+    expected = 5**0.5 + 13**0.5 + 4 + 1
+    assert total_variation(images).item() == pytest.approx(expected)
+
+
+def test_loss_is_the_sum_of_its_parts():
+    images = torch.tensor([[[[0.0, 1.0]]]])
+    logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+    found = [(torch.tensor([1.0]), torch.tensor([2.0]))]
+    memory = [(torch.tensor([0.0]), torch.tensor([1.0]))]
+    kl = gaussian_kl(*found[0], *memory[0]).item()
+    cross = 3 * torch.log1p(torch.exp(torch.tensor(-2 / 3))).item()
+    total = loss(OBJECTIVES["kl"], images, logits, labels, found, memory, [0.0]).item()
+    assert total == pytest.approx(cross + 10 * kl + 0.01 * 1.0, rel=1e-5)
+    cross = torch.log1p(torch.exp(torch.tensor(-2.0))).item()
+    total = loss(OBJECTIVES["paper"], images, logits, labels, found, memory, [0.0]).item()
+    assert total == pytest.approx(cross + 1 + 1, rel=1e-6)
+    total = loss(OBJECTIVES["deepinversion"], images, logits, labels, found, memory, [0.0]).item()
+    assert total == pytest.approx(cross + 10 * 2 + 2.5e-5 * 1.0, rel=1e-6)
+
+
+def test_published_settings():
+    deep = OBJECTIVES["deepinversion"]
+    assert (deep.steps, deep.learning_rate, deep.distance_weight) == (2000, 0.05, 10)
+    assert (deep.smoothness_weight, deep.roll, deep.mirror) == (2.5e-5, 2, False)
+    ours = OBJECTIVES["kl"]
+    assert (ours.steps, ours.learning_rate, ours.betas, ours.cosine) == (50, 0.15, (0.5, 0.9), True)
+
+
+def test_batch_moments():
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64).float() * 2 + 1
+    mean, var = batch_moments(x)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(var, x.var((0, 2, 3), correction=0), atol=1e-5, rtol=1e-5)
+    mean, var = batch_moments(x[:, :, 0, 0])
+    torch.testing.assert_close(var, x[:, :, 0, 0].var(0, correction=0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (28, 28), (224, 224), (64, 32)])
+def test_the_start_has_the_same_spread_at_every_size(size):
+    generator = torch.Generator().manual_seed(0)
+    images = multiscale_start((64, 3, *size), generator)
+    assert images.shape == (64, 3, *size)
+    # 1 (scales, less what interpolation takes) + 0.25 (colour) + 0.02 (white).
+    assert 0.55 < images.var().item() < 1.3
+    assert images.mean((2, 3)).std().item() > 0.5  # images differ in colour
+
+
+def test_sensitivity_by_hand():
+    """Two images; the second stands still once, and that step is skipped."""
+    label = torch.tensor([1, 0])
+    measure = Sensitivity(label)
+    scores = [(0.0, 5.0), (2.0, 5.001), (6.0, 4.0)]
+    gradients = [(9.0, 9.0), (1.0, 7.0), (8.0, 3.0)]
+    for (first, second), gradient in zip(scores, gradients, strict=True):
+        logits = torch.tensor([[-9.0, first], [second, -9.0]])
+        layer = Layer("batchnorm", gradient=torch.tensor(gradient)[:, None])
+        measure.add(Features(count=2, label=label, logits=logits, layers={"bn": layer}))
+    average = measure.average()["bn"][:, 0].tolist()
+    assert average[0] == pytest.approx((1 / 2 + 8 / 4) / 2)
+    assert average[1] == pytest.approx(3 / (4.0 - 5.001))
+
+
+def test_an_image_that_never_moves_has_no_sensitivity():
+    measure = Sensitivity(torch.tensor([0]))
+    for _ in range(3):
+        layer = Layer("batchnorm", gradient=torch.ones(1, 2))
+        measure.add(Features(count=1, logits=torch.zeros(1, 2), layers={"bn": layer}))
+    assert measure.average()["bn"].tolist() == [[0.0, 0.0]]
+
+
+def test_batches_mix_the_classes():
+    plan = Plan(classes=(0, 1, 2), per_class=7, batch_size=10)
+    batches = plan.batches()
+    assert [len(labels) for labels in batches] == [7, 7, 7]
+    assert torch.bincount(torch.cat(batches)).tolist() == [7, 7, 7]
+    assert all(len(labels.unique()) == 3 for labels in batches)
+    assert image_steps(plan, batches) == 21 * 50
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_inversion_lowers_its_objective(network, objective):
+    recipe = OBJECTIVES[objective]
+    plan = Plan((0, 1, 2), 8, recipe, steps=60, batch_size=24)
+    (batch,) = invert(network, plan)
+    judge = StepLoss(network, recipe, "float32")
+    start = multiscale_start((24, 3, 8, 8), torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        before, after = judge(start, batch.label), judge(batch.images.float(), batch.label)
+    assert after < 0.7 * before
+    assert batch.images.dtype == torch.float16
+    assert set(batch.sensitivity) == set(network.batchnorms)
+    assert batch.sensitivity["bn1"].shape == (24, 6)
+    assert batch.sensitivity["bn1"].any()
+
+
+def test_each_batch_depends_on_its_number_alone(network):
+    plan = Plan((0, 1, 2), 6, steps=5, batch_size=6)
+    whole = list(invert(network, plan))
+    rest = list(invert(network, plan, first=1))
+    assert len(whole) == 3
+    for one, other in zip(whole[1:], rest, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.sensitivity["bn1"], other.sensitivity["bn1"])
+    (other, *_) = invert(network, replace(plan, seed=1))
+    assert not torch.equal(other.images, whole[0].images)
+
+
+def test_progress_counts_image_steps(network):
+    steps = []
+    plan = Plan((0, 1, 2), 4, steps=5, batch_size=6)
+    list(invert(network, plan, progress=steps.append))
+    assert sum(steps) == 12 * 5
+    assert seconds_per_image_step(network, plan) > 0
+
+
+def test_bfloat16_is_close(network):
+    plan = Plan((0, 1, 2), 4, steps=3, batch_size=12)
+    (exact,) = invert(network, plan)
+    (fast,) = invert(network, replace(plan, precision="bfloat16"))
+    assert (exact.images - fast.images).abs().float().mean() < 0.1
+
+
+def test_a_network_without_batchnorm_is_refused():
+    plain = networks.classifier(networks.Plain())
+    with pytest.raises(CheckpointError, match=r"no BatchNorm layer.*msp, energy, odin"):
+        next(invert(plain, Plan((0, 1, 2), 2)))
+
+
+def test_divergence_is_an_error(network):
+    wild = replace(OBJECTIVES["kl"], learning_rate=1e9, cosine=False)
+    with pytest.raises(OodcliError, match="diverged"):
+        list(invert(network, Plan((0, 1, 2), 2, wild, steps=3)))
+
+
+def test_wanted_classes():
+    assert wanted_classes(None, 3) == (0, 1, 2)
+    assert wanted_classes("0-2, 5", 6) == (0, 1, 2, 5)
+    for text in ("7", "a", "1-", "-1", "", "2-1"):
+        with pytest.raises(OodcliError, match="--classes"):
+            wanted_classes(text, 6)
+
+
+def test_quality_of_the_networks_own_statistics(network):
+    """A batch whose BatchNorm inputs are exactly as remembered has no gap."""
+    images = networks.images(16)
+    quality = Quality(network)
+    quality.add(images.half(), torch.zeros(16, dtype=torch.int64))
+    report = quality.report()
+    with torch.no_grad():
+        given = network.network.conv1(images.half().float())
+    bn1 = network.network.bn1
+    expected = gaussian_kl(
+        given.mean((0, 2, 3)),
+        given.var((0, 2, 3), correction=0),
+        bn1.running_mean,
+        bn1.running_var + bn1.eps,
+    ).mean()
+    assert report["batchnorm_gap"]["bn1"] == pytest.approx(expected.item(), rel=1e-4)
+    with torch.no_grad():
+        logits = network.network(images.half().float())
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(16, dtype=torch.int64))
+    assert report["cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,204 @@
+"""What is recorded is what the network computed."""
+
+from __future__ import annotations
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+
+from oodcli.errors import CheckpointError, DetectorError
+from oodcli.features import INPUT, ROW_RECORDS, OdinStep
+from oodcli.recording import CHEAP, Recorder, recordable, spatial_moments
+
+EVERYTHING = frozenset(ROW_RECORDS)
+
+
+@pytest.fixture(params=[False, True], ids=["relu", "inplace-relu"])
+def residual(request):
+    return networks.classifier(networks.Residual(inplace=request.param))
+
+
+def naive(classifier, images):
+    """Inputs and outputs of every module by name, cloned at once."""
+    found = {}
+    handles = [
+        module.register_forward_hook(
+            lambda _, args, out, name=name: found.update({name: (args[0].clone(), out.clone())})
+        )
+        for name, module in classifier.network.named_modules()
+        if name
+    ]
+    with torch.no_grad():
+        logits = classifier.network(images)
+    for handle in handles:
+        handle.remove()
+    return logits, found
+
+
+def test_moments_of_every_layer(residual):
+    images = networks.images(5)
+    logits, modules = naive(residual, images)
+    seen = Recorder(residual, CHEAP)(images)
+    torch.testing.assert_close(seen.logits, logits)
+    torch.testing.assert_close(seen.embedding, modules["fc"][0])
+    assert [name for name, layer in seen.layers.items() if layer.kind == "stage"] == [
+        "layer1",
+        "layer2",
+    ]
+    assert sum(layer.kind == "block" for layer in seen.layers.values()) == 4
+    assert sum(layer.kind == "batchnorm" for layer in seen.layers.values()) == 9
+    for name, layer in seen.layers.items():
+        output = modules[name][1].double().flatten(2)
+        torch.testing.assert_close(layer.mean.double(), output.mean(2), atol=1e-5, rtol=1e-5)
+        expected = output.std(2, correction=0)
+        torch.testing.assert_close(layer.std.double(), expected, atol=1e-5, rtol=1e-4)
+    for name, norm in seen.batchnorm.items():
+        given = (images if name == INPUT else modules[name][0]).double().flatten(2)
+        torch.testing.assert_close(norm.mean.double(), given.mean(2), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(norm.var.double(), given.var(2), atol=1e-5, rtol=1e-4)
+        assert norm.spatial_size == given.shape[2]
+    first = residual.network.bn1
+    assert torch.equal(seen.batchnorm["bn1"].running_mean, first.running_mean)
+    assert seen.batchnorm["bn1"].eps == first.eps
+
+
+def test_gradients_are_those_of_a_bump(residual):
+    """Adding ε to one channel of a layer's output changes y_c by ε·HW·(mean gradient)."""
+    images = networks.images(2)
+    labels = torch.tensor([1, -1])
+    seen = Recorder(residual, EVERYTHING)(images, labels)
+    target = torch.where(labels >= 0, labels, seen.logits.argmax(1))
+    epsilon = 1e-3
+    for name, layer in seen.layers.items():
+        module = residual.network.get_submodule(name)
+        positions = next(tap.spatial_size for tap in residual.taps if tap.name == name)
+        for channel in (0, 3):
+            scores = []
+            for sign in (1, -1):
+
+                def bump(_, args, out, sign=sign, channel=channel):
+                    out = out.clone()
+                    out[:, channel] += sign * epsilon
+                    return out
+
+                handle = module.register_forward_hook(bump)
+                with torch.no_grad():
+                    scores.append(residual.network.double()(images.double()))
+                residual.network.float()
+                handle.remove()
+            slope = (scores[0] - scores[1])[torch.arange(2), target] / (2 * epsilon) / positions
+            # A kink of a ReLU within ±ε moves the slope a little.
+            torch.testing.assert_close(
+                layer.gradient[:, channel].double(), slope, atol=2e-3, rtol=2e-2
+            )
+
+
+def test_odin_is_a_step_against_the_loss(residual):
+    images = networks.images(4)
+    step = OdinStep(epsilon=0.02, temperature=10.0)
+    seen = Recorder(residual, EVERYTHING, odin=step)(images)
+    given = images.clone().requires_grad_()
+    logits = residual.network(given)
+    losses = F.cross_entropy(logits / 10.0, logits.argmax(1), reduction="none")
+    (gradient,) = torch.autograd.grad(losses.sum(), given)
+    std = torch.tensor([0.2, 0.3, 0.25]).view(1, 3, 1, 1)
+    moved = images - 0.02 / std * gradient.sign()
+    with torch.no_grad():
+        torch.testing.assert_close(seen.odin_logits, residual.network(moved))
+    assert seen.odin_step == step
+
+
+def test_moving_as_odin_does_lowers_the_loss(residual):
+    images = networks.images(16)
+    seen = Recorder(residual, EVERYTHING, odin=OdinStep(0.001, 1000.0))(images)
+    label = seen.logits.argmax(1)
+    before = F.cross_entropy(seen.logits, label)
+    assert F.cross_entropy(seen.odin_logits, label) < before
+
+
+def test_a_batchnorm_that_is_called_twice_has_two_records():
+    classifier = networks.classifier(networks.Shared())
+    images = networks.images(3)
+    recorder = Recorder(classifier, EVERYTHING)
+    for _ in range(2):  # the second pass starts counting anew
+        seen = recorder(images)
+        assert list(seen.batchnorm) == [INPUT, "bn", "bn@2", "flat"]
+    network = classifier.network
+    with torch.no_grad():
+        first = network.conv(images)
+        second = network.conv(torch.relu(network.bn(first)))
+    torch.testing.assert_close(seen.batchnorm["bn"].mean, first.mean((2, 3)))
+    torch.testing.assert_close(seen.batchnorm["bn@2"].mean, second.mean((2, 3)))
+
+
+def test_one_position_has_no_variance():
+    classifier = networks.classifier(networks.Shared())
+    seen = Recorder(classifier, CHEAP)(networks.images(3))
+    assert seen.batchnorm["flat"].spatial_size == 1
+    assert not seen.batchnorm["flat"].var.any()
+    assert not seen.layers["flat"].std.any()
+
+
+def test_recording_leaves_nothing_behind(residual):
+    images = networks.images(2)
+    before = residual.network(images)
+    recorder = Recorder(residual, EVERYTHING)
+    recorder(images)
+    assert not any(module._forward_hooks for module in residual.network.modules())
+    assert not any(module._forward_pre_hooks for module in residual.network.modules())
+    assert torch.equal(residual.network(images), before)
+    assert not images.requires_grad
+
+
+def test_rows_do_not_depend_on_their_batch(residual):
+    images = networks.images(6)
+    recorder = Recorder(residual, EVERYTHING)
+    whole = recorder(images).rows()
+    single = recorder(images[4:5]).rows()
+    for name, rows in whole.items():
+        torch.testing.assert_close(rows[4:5], single[name], atol=1e-5, rtol=1e-5)
+
+
+def test_only_what_was_asked_for(residual):
+    seen = Recorder(residual, frozenset({"logits"}))(networks.images(2))
+    assert set(seen.rows()) == {"label", "logits"}
+    seen = Recorder(residual, frozenset({"layers.mean"}))(networks.images(2))
+    assert seen.recorded == {"label", "head", "layers.mean", "batchnorm.running"}
+
+
+def test_moments_of_tokens():
+    tokens = torch.randn(2, 5, 4)
+    mean, variance = spatial_moments(tokens, -1)
+    torch.testing.assert_close(mean, tokens.mean(1))
+    torch.testing.assert_close(variance, tokens.var(1, correction=0), atol=1e-6, rtol=1e-5)
+
+
+def test_what_a_network_cannot_give():
+    plain = networks.classifier(networks.Plain())
+    assert "batchnorm.mean" not in recordable(plain)
+    with pytest.raises(DetectorError, match="no BatchNorm layer"):
+        Recorder(plain, frozenset({"batchnorm.mean"}))
+    headless = networks.classifier(networks.Plain(linear=False))
+    assert headless.head is None
+    with pytest.raises(DetectorError, match="last layer is not linear"):
+        Recorder(headless, frozenset({"embedding"}))
+    with pytest.raises(DetectorError, match="no layer to tap"):
+        Recorder(plain, frozenset({"layers.mean"}))
+
+
+def test_layers_by_regular_expression():
+    chosen = networks.classifier(networks.Residual(), layers=r"conv\d$")
+    assert {tap.name for tap in chosen.taps if tap.kind == "other"} >= {"conv1", "layer2.1.conv2"}
+    assert not any(tap.kind in ("block", "stage") for tap in chosen.taps)
+    with pytest.raises(CheckpointError, match="matches no module"):
+        networks.classifier(networks.Residual(), layers="nothing")
+    with pytest.raises(CheckpointError, match="no regular expression"):
+        networks.classifier(networks.Residual(), layers="(")
+
+
+def test_wrong_input_size_and_class_names():
+    with pytest.raises(CheckpointError, match="3 class names were given but the network has 4"):
+        networks.classifier(networks.Residual(classes=4), class_names=["a", "b", "c"])
+    with pytest.raises(CheckpointError, match="at least two classes"):
+        networks.classifier(networks.Residual(classes=1))

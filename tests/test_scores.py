@@ -1,0 +1,335 @@
+"""The scores file: what is written is read back, and what is broken is refused in one sentence."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+import tracemalloc
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from oodcli.errors import FileError
+from oodcli.files.scores import ScoreRow, ScoresWriter, format_of, is_detector, read_scores
+
+ROWS = [
+    ScoreRow("a.png", "cat", "dog", 0.75, {"msp": 0.25, "energy": -12.3456789012}),
+    ScoreRow("b.png", "cat", error="cannot identify image file"),
+    ScoreRow("c.png", "", "cat", 1.0, {"msp": math.nan, "energy": math.inf}),
+]
+TEXT = (
+    "path,label,predicted,confidence,msp,energy,error\n"
+    "a.png,cat,dog,0.75,0.25,-12.3456789,\n"
+    "b.png,cat,,,,,cannot identify image file\n"
+    "c.png,,cat,1,inf,inf,\n"
+)
+
+
+@pytest.fixture(params=["csv", "jsonl", "parquet"])
+def suffix(request: pytest.FixtureRequest) -> str:
+    if request.param == "parquet":
+        pytest.importorskip("pyarrow")
+    return str(request.param)
+
+
+def write(path: Path, rows: Iterable[ScoreRow], columns: tuple[str, ...]) -> Path:
+    with ScoresWriter(path, columns) as writer:
+        writer.write(rows)
+    return path
+
+
+def test_csv_to_the_letter(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.csv", ROWS, ("msp", "energy"))
+    assert path.read_bytes() == TEXT.encode()
+
+
+def test_a_stream_is_csv_and_stays_open() -> None:
+    stream = io.StringIO()
+    with ScoresWriter(stream, ("msp", "energy")) as writer:
+        for row in ROWS:
+            writer.write([row])
+    assert stream.getvalue() == TEXT
+
+
+def test_json_lines_to_the_letter(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", ROWS, ("msp", "energy"))
+    first, second, third = (json.loads(line) for line in path.read_text().splitlines())
+    assert first == {
+        "path": "a.png",
+        "label": "cat",
+        "predicted": "dog",
+        "confidence": 0.75,
+        "msp": 0.25,
+        "energy": -12.3456789,
+        "error": "",
+    }
+    assert (second["msp"], second["confidence"]) == (None, None)
+    assert second["error"] == "cannot identify image file"
+    assert (third["msp"], third["energy"]) == ("inf", "inf")
+
+
+def test_parquet_has_types(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [ScoreRow("a", "", "cat", 0.5, {"msp": 0.25, "msp.p": 0.5, "msp.ood": 1})]
+    path = write(tmp_path / "s.parquet", rows, ("msp", "msp.p", "msp.ood"))
+    table = pyarrow.parquet.read_table(path)
+    assert [str(kind) for kind in table.schema.types] == (
+        ["string"] * 3 + ["double"] * 3 + ["int8", "string"]
+    )
+    assert table.to_pylist()[0]["msp.ood"] == 1
+
+
+def test_read_back(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"s.{suffix}", ROWS, ("msp", "energy"))
+    scores = read_scores(path)
+    assert scores.source == str(path)
+    assert scores.paths == ("a.png", "b.png", "c.png")
+    assert scores.labels == ("cat", "cat", "")
+    assert scores.predicted == ("dog", "", "cat")
+    np.testing.assert_array_equal(scores.confidence, [0.75, np.nan, 1.0])
+    assert list(scores.detectors) == ["msp", "energy"]
+    np.testing.assert_array_equal(scores.detectors["msp"], [0.25, np.inf])
+    np.testing.assert_array_equal(scores.detectors["energy"], [-12.3456789, np.inf])
+    assert scores.detectors["msp"].dtype == np.float64
+    assert scores.errors == ("", "cannot identify image file", "")
+    assert scores.unreadable == 1
+    assert scores.readable.tolist() == [True, False, True]
+
+
+def test_only_some_detectors(tmp_path: Path) -> None:
+    scores = read_scores(write(tmp_path / "s.csv", ROWS, ("msp", "energy")))
+    assert list(scores.only(["energy", "msp"]).detectors) == ["energy", "msp"]
+    assert list(scores.only(["energy"]).detectors) == ["energy"]
+    assert scores.only(["energy"]).unreadable == 1
+    with pytest.raises(FileError, match=r"s\.csv: no column 'knn': it has msp, energy"):
+        scores.only(["energy", "knn"])
+
+
+def test_columns_of_a_threshold_are_no_detectors(tmp_path: Path, suffix: str) -> None:
+    cells = {"msp": 0.25, "msp.p": 0.04, "msp.ood": 1}
+    rows = [ScoreRow("a", "", "cat", 0.5, cells), ScoreRow("b", error="gone")]
+    path = write(tmp_path / f"s.{suffix}", rows, tuple(cells))
+    assert list(read_scores(path).detectors) == ["msp"]
+    if suffix == "csv":
+        assert "a,,cat,0.5,0.25,0.04,1,\n" in path.read_text()
+
+
+def test_which_columns_are_detectors() -> None:
+    assert is_detector("norm+")
+    assert not any(map(is_detector, ["path", "error", "confidence", "msp.p", "msp.ood"]))
+
+
+def test_detectors_are_told_by_name_not_by_place(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text("error,msp,label,path,confidence,predicted\n,0.5,cat,a.png,,dog\n")
+    scores = read_scores(path)
+    assert scores.paths == ("a.png",)
+    assert scores.detectors["msp"].tolist() == [0.5]
+    assert math.isnan(scores.confidence[0])
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    cells=st.lists(
+        st.tuples(text, text, text, text, st.floats(width=32, allow_nan=False)), min_size=1
+    )
+)
+def test_any_text_survives(
+    tmp_path: Path, suffix: str, cells: list[tuple[str, str, str, str, float]]
+) -> None:
+    rows = [
+        ScoreRow(path, label, error=error)
+        if error
+        else ScoreRow(path, label, predicted, 0.5, {"msp": score})
+        for path, label, predicted, error, score in cells
+    ]
+    scores = read_scores(write(tmp_path / f"s.{suffix}", rows, ("msp",)))
+    assert scores.paths == tuple(row.path for row in rows)
+    assert scores.labels == tuple(row.label for row in rows)
+    assert scores.predicted == tuple(row.predicted for row in rows)
+    assert scores.errors == tuple(row.error for row in rows)
+    # 9 digits are exact for a float32.
+    written = np.array([r.scores["msp"] for r in rows if not r.error], np.float32)
+    written[np.isneginf(written)] = np.inf
+    np.testing.assert_array_equal(scores.detectors["msp"].astype(np.float32), written)
+
+
+@pytest.mark.parametrize("path", ["=cmd()", "+1", "-1", "@x", ' "quoted", said\r\nhe', "ü\u2028"])
+def test_a_path_is_kept_exactly(tmp_path: Path, suffix: str, path: str) -> None:
+    row = ScoreRow(path, "", "cat", 0.5, {"msp": 0.5})
+    written = write(tmp_path / f"s.{suffix}", [row], ("msp",))
+    assert read_scores(written).paths == (path,)
+    if suffix == "csv":  # for whoever reads it without us
+        with written.open(newline="", encoding="utf-8") as stream:
+            assert next(csv.DictReader(stream))["path"] == path
+
+
+def test_a_name_that_is_not_utf8_is_escaped(tmp_path: Path, suffix: str) -> None:
+    path = os.fsdecode(b"caf\xe9.png")
+    written = write(tmp_path / f"s.{suffix}", [ScoreRow(path, error=f"{path}: gone")], ("msp",))
+    assert read_scores(written).paths == ("caf\\udce9.png",)
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, suffix: str) -> None:
+    def peak(count: int) -> int:
+        rows = (ScoreRow(f"{i}.png", "", "cat", 0.5, {"msp": i / 7}) for i in range(count))
+        tracemalloc.start()
+        try:
+            write(tmp_path / f"{count}.{suffix}", rows, ("msp",))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # what is imported on first use
+    assert peak(30_000) < 1.3 * peak(10_000) + 200_000
+
+
+def test_parquet_in_several_row_groups(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    rows = (ScoreRow(f"{i}.png", "", "cat", 0.5, {"msp": i}) for i in range(10_000))
+    scores = read_scores(write(tmp_path / "s.parquet", rows, ("msp",)))
+    np.testing.assert_array_equal(scores.detectors["msp"], np.arange(10_000))
+
+
+def test_a_row_must_be_whole(tmp_path: Path) -> None:
+    with ScoresWriter(tmp_path / "s.csv", ("msp", "energy")) as writer:
+        with pytest.raises(ValueError, match=r"a\.png: expected a score for msp, energy, .* msp"):
+            writer.write([ScoreRow("a.png", "", "cat", 0.5, {"msp": 0.5})])
+        with pytest.raises(ValueError, match="got none"):
+            writer.write([ScoreRow("a.png", "", "cat", 0.5)])
+
+
+def test_wrong_use(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two columns"):
+        ScoresWriter(tmp_path / "s.csv", ("msp", "msp"))
+    with pytest.raises(ValueError, match="two columns"):
+        ScoresWriter(tmp_path / "s.csv", ("path",))
+    with pytest.raises(ValueError, match="parquet needs a path"):
+        ScoresWriter(io.StringIO(), ("msp",), "parquet")
+    with pytest.raises(FileError, match=r"s\.xlsx: expected a scores file"):
+        ScoresWriter(tmp_path / "s.xlsx", ("msp",))
+    assert format_of(Path("/dev/fd/63")) == "csv"
+    assert format_of(Path("A.CSV")) == "csv"
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = tmp_path / "s.parquet"
+    with pytest.raises(FileError, match=r"pip install 'oodcli\[parquet\]'"):
+        write(path, ROWS, ("msp", "energy"))
+    path.write_bytes(b"PAR1")
+    with pytest.raises(FileError, match=r"pip install 'oodcli\[parquet\]'"):
+        read_scores(path)
+
+
+HEADER = "path,label,predicted,confidence,msp,error\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        (HEADER, "has no row below its header"),
+        ("path,label,predicted,confidence,error\na,,,,\n", "line 1: no column of a detector"),
+        ("path,label,predicted,confidence,msp.p,error\n", "line 1: no column of a detector"),
+        ("path,msp\na,1\n", "line 1: no column label, predicted, confidence, error"),
+        ("path,path,label,predicted,confidence,msp,error\n", "line 1: column 'path' is .* once"),
+        (",path,label,predicted,confidence,msp,error\n", "line 1: a column has no name"),
+        (HEADER + "a,,c,1,0.5,\nb,,c,1,x,\n", "line 3: msp is 'x', expected a number"),
+        (HEADER + '"a\nb",,c,1,0.5,\nb,,c,1,,\n', "line 4: msp is empty, expected a number"),
+        (HEADER + "a,,c,1,nan,\n", "line 2: msp is nan"),
+        (HEADER + "a,,c,1,-inf,\n", "line 2: msp is -inf"),
+        (HEADER + "a,,c,high,1,\n", "line 2: confidence is 'high', expected a number"),
+        (HEADER + "a,,c,1,0.5,\nb,,c,1,0.\n", "line 3: 5 cells where the header has 6: .* cut off"),
+        (HEADER + "a,,c,1,0.5,,\n", "line 2: 7 cells where the header has 6"),
+        (HEADER + 'a,,c,1,0.5,\n"b,,c', "line 3: not CSV .* cut off"),
+        (b"\x89HDF\r\n\x1a\n\xff\xfe", "is not UTF-8 text"),
+    ],
+)
+def test_broken_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "s.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FileError, match=f"^{path}.*{message}") as caught:
+        read_scores(path)
+    assert "\n" not in str(caught.value)
+
+
+OBJECT = {"path": "a", "label": "", "predicted": "c", "confidence": 1, "msp": 0.5, "error": ""}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        (json.dumps(OBJECT) + '\n{"path": "b', "line 2: not JSON .* cut off"),
+        (json.dumps(OBJECT) + '\n{"path": "b"}\n', "line 2: the keys are not those"),
+        ('{"path": 1, "path": 2}\n', "line 1: column 'path' is there more than once"),
+        ("[1]\n", "line 1: expected an object"),
+        ("1\n", "line 1: expected an object"),
+        (json.dumps(OBJECT | {"msp": math.nan}), "line 1: msp is nan"),
+        (json.dumps(OBJECT | {"msp": None}), "line 1: msp is empty"),
+        (json.dumps(OBJECT | {"msp": True}), "line 1: msp is True"),
+        (json.dumps(OBJECT | {"msp": [1]}), r"line 1: msp is \[1\]"),
+        (json.dumps(OBJECT | {"msp": 10**400}), "line 1: msp is 1000"),
+        (b"\xff", "is not UTF-8"),
+    ],
+)
+def test_broken_json_lines(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FileError, match=f"^{path}.*{message}"):
+        read_scores(path)
+
+
+def test_broken_parquet(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    whole = write(tmp_path / "whole.parquet", ROWS, ("msp", "energy")).read_bytes()
+    for name, content in {"cut": whole[:-20], "empty": b"", "other": b"path,label\n"}.items():
+        path = tmp_path / f"{name}.parquet"
+        path.write_bytes(content)
+        with pytest.raises(FileError, match=r"is not parquet, or is cut off .*: score again"):
+            read_scores(path)
+
+
+def test_a_null_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [OBJECT, OBJECT | {"msp": None}]
+    path = tmp_path / "s.parquet"
+    pyarrow.parquet.write_table(arrow.Table.from_pylist(rows), path)
+    with pytest.raises(FileError, match=r"s\.parquet, row 2: msp is empty"):
+        read_scores(path)
+
+
+def test_missing_and_misplaced(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"s\.csv: no such file"):
+        read_scores(tmp_path / "s.csv")
+    with pytest.raises(FileError, match=r"cache\.h5: expected a scores file, \.csv"):
+        read_scores(tmp_path / "cache.h5")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(FileError, match="is a folder"):
+        read_scores(tmp_path / "folder.csv")
+
+
+def test_what_a_spreadsheet_saved_again_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode() + b"\r\n")
+    assert read_scores(path).paths == ("a.png", "b.png", "c.png")
