@@ -17,6 +17,7 @@ import re
 import sys
 import tomllib
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli import architectures
 from oodcli.architectures import Inputs
@@ -364,7 +366,8 @@ def _read_torch(path: Path, trust_pickle: bool) -> Any:
                 f"{path} cannot be unpickled without the code that made it ({_line(error)}): run "
                 "oodcli where that code can be imported (PYTHONPATH), or save the state dict"
             ) from error
-        reason = "no pickle" if isinstance(error, pickle.UnpicklingError) else _line(error)
+        no_pickle = isinstance(error, pickle.UnpicklingError | KeyError)  # an unknown opcode
+        reason = "no pickle" if no_pickle else _line(error)
         raise CheckpointError(
             f"{path} is not a checkpoint that torch can read, or it is damaged "
             f"({reason}): oodcli reads {' '.join(SUFFIXES)}"
@@ -630,8 +633,17 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load weights whose names and shapes have been compared. A network on the meta device takes
     the tensors themselves. Raises CheckpointError when they are of a type it cannot hold."""
     meta = any(tensor.is_meta for tensor in network.state_dict().values())
+    current = OrderedDict(state)
+    # The names and shapes are today's, so the layout is: MNASNet asks, and refuses if nobody says.
+    # A BatchNorm that is not told makes up its counter where an old checkpoint has none.
+    versions = {
+        name: {"version": module._version}
+        for name, module in network.named_modules()
+        if not isinstance(module, _BatchNorm)
+    }
+    current._metadata = versions  # type: ignore[attr-defined]
     try:
-        network.load_state_dict(dict(state), strict=False, assign=meta)
+        network.load_state_dict(current, strict=False, assign=meta)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the weights cannot be loaded: {reason}") from error

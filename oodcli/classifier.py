@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +39,8 @@ class Preprocessing:
                 f"mean has {len(self.mean)} and std {len(self.std)} numbers: give one for grey "
                 "or three for RGB, the same count for both"
             )
+        if not all(math.isfinite(number) for number in (*self.mean, *self.std)):
+            raise CheckpointError(f"mean {self.mean} and std {self.std} must be finite numbers")
         if not all(deviation > 0 for deviation in self.std):
             raise CheckpointError(f"std {self.std} must be positive")
         if len(self.input_size) != 2 or min(self.input_size) < 1:
@@ -225,7 +228,7 @@ def assemble(
         preprocessing=preprocessing,
         sha256=sha256,
         assumptions=tuple(assumptions),
-        taps=_find_taps(network, calls, layers),
+        taps=_find_taps(network, calls, layers, preprocessing.input_size),
         head_name=head_name,
         head=head,
     )
@@ -243,7 +246,10 @@ def _find_head(calls: Calls, logits: Tensor) -> tuple[str | None, LinearHead | N
     return None, None
 
 
-def _find_taps(network: nn.Module, calls: Calls, layers: str | None) -> tuple[Tap, ...]:
+def _find_taps(
+    network: nn.Module, calls: Calls, layers: str | None, input_size: tuple[int, int]
+) -> tuple[Tap, ...]:
+    height, width = input_size
     modules = dict(network.named_modules())
     blocks = _blocks(modules) or _plain_layers(calls)
     stages = _stages(modules, blocks, calls)
@@ -263,7 +269,7 @@ def _find_taps(network: nn.Module, calls: Calls, layers: str | None) -> tuple[Ta
         if kind is None:
             continue
         seen[name] = seen.get(name, 0) + 1
-        dim = _channel_dim(output)
+        dim = _channel_dim(output.shape, height / width)
         taps.append(
             Tap(
                 name=name if seen[name] == 1 else f"{name}@{seen[name]}",
@@ -282,13 +288,14 @@ def _find_taps(network: nn.Module, calls: Calls, layers: str | None) -> tuple[Ta
     return tuple(taps)
 
 
-def _channel_dim(output: Tensor) -> int:
-    """1 for (N, C) and (N, C, H, W); -1 for tokens (N, T, C) and for (N, H, W, C)."""
-    if output.ndim == 3:
-        return -1
-    if output.ndim == 4 and output.shape[2] != output.shape[3] and len(set(output.shape[1:3])) == 1:
-        return -1
-    return 1
+def _channel_dim(shape: Sequence[int], aspect: float) -> int:
+    """1 for (N, C) and (N, C, H, W); -1 for tokens (N, T, C) and for (N, H, W, C). Of four
+    dimensions those are H and W whose ratio is nearer to the image's, ``aspect``."""
+    if len(shape) != 4:
+        return -1 if len(shape) == 3 else 1
+    first = abs(math.log(shape[2] / shape[3] / aspect))
+    last = abs(math.log(shape[1] / shape[2] / aspect))
+    return -1 if last < first else 1
 
 
 def _blocks(modules: dict[str, nn.Module]) -> set[str]:

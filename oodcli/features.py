@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -99,6 +100,7 @@ class OdinStep:
 class Features:
     """One block of N rows, in input order. Whatever was not recorded is None or absent.
 
+    mirror: the same records of the mirror images, where those were recorded too.
     Raises ValueError when the tensors disagree about N.
     """
 
@@ -111,6 +113,7 @@ class Features:
     odin_logits: Tensor | None = None  # (N, K)
     odin_step: OdinStep | None = None
     head: LinearHead | None = None
+    mirror: Features | None = None
     _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,6 +138,9 @@ class Features:
         for name, norm in self.batchnorm.items():
             named[f"batchnorm/{name}/mean"] = norm.mean
             named[f"batchnorm/{name}/var"] = norm.var
+        if self.mirror is not None:
+            views = self.mirror.rows()
+            named |= {f"mirror/{name}": rows for name, rows in views.items() if name != "label"}
         return {name: rows for name, rows in named.items() if rows is not None}
 
     def map_rows(self, change: Callable[[str, Tensor], Tensor], count: int) -> Features:
@@ -168,6 +174,12 @@ class Features:
                 )
                 for name, norm in self.batchnorm.items()
             },
+            mirror=None
+            if self.mirror is None
+            else self.mirror.map_rows(
+                lambda name, rows: change(name if name == "label" else f"mirror/{name}", rows),
+                count,
+            ),
         )
 
     def select(self, rows: slice | Tensor) -> Features:
@@ -175,7 +187,7 @@ class Features:
         count = len(torch.arange(self.count)[rows.cpu() if isinstance(rows, Tensor) else rows])
         return self.map_rows(lambda _, tensor: tensor[rows], count)
 
-    @property
+    @cached_property
     def recorded(self) -> frozenset[str]:
         """Which of the words of ``needs`` this block can satisfy."""
         names = {
@@ -184,6 +196,7 @@ class Features:
             "embedding": self.embedding is not None,
             "head": self.head is not None,
             "odin.logits": self.odin_logits is not None,
+            "mirror": self.mirror is not None,
             "batchnorm.running": any(name != INPUT for name in self.batchnorm),
             "batchnorm.mean": any(norm.mean is not None for norm in self.batchnorm.values()),
             "batchnorm.var": any(norm.var is not None for norm in self.batchnorm.values()),
@@ -251,7 +264,10 @@ def lacking(missing: Sequence[str], who: str) -> str:
         hints.append("a network whose last layer is not linear has no head and no embedding")
     if "batchnorm.running" in missing:
         hints.append("the network has no BatchNorm layer with running statistics")
-    if set(missing) - {"head", "label", "layers.sensitivity", "batchnorm.running"}:
+    if "mirror" in missing:
+        hints.append("record the mirror images with: oodcli extract … --mirror")
+    others = {"head", "label", "layers.sensitivity", "batchnorm.running", "mirror"}
+    if set(missing) - others:
         hints.append(f"record it with: oodcli extract CHECKPOINT IMAGES --for {who}")
     if "label" in missing:
         hints.append("labels come from sub-folders, lists, or an .npz with labels")

@@ -71,7 +71,8 @@ def spatial_moments(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, T
 class Recorder:
     """Runs the network once per batch and keeps what was asked for.
 
-    what: words of ``features.ROW_RECORDS`` (plus ``label`` and ``head``, always kept).
+    what: words of ``features.ROW_RECORDS`` (plus ``label`` and ``head``, always kept), and
+    ``mirror`` for a second pass over the mirror images.
     Gradients and ODIN add one backward pass each, ODIN one more forward pass.
     Raises DetectorError for a word that is unknown, or that this network cannot give.
     """
@@ -86,6 +87,7 @@ class Recorder:
         kinds: frozenset[str] = KINDS,
     ) -> None:
         self.classifier = classifier
+        self.asked = what
         self.what = (what & frozenset(ROW_RECORDS)) - {"layers.sensitivity"}
         self.odin = odin or OdinStep()
         self.precision = precision
@@ -110,6 +112,12 @@ class Recorder:
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Features:
         """images: (N, C, H, W), normalised. labels: (N,) int64, -1 = unknown. Gradients are those
         of the label's logit, of the predicted class's where the label is unknown."""
+        seen = self._view(images, labels)
+        if "mirror" not in self.asked:
+            return seen
+        return replace(seen, mirror=self._view(images.flip(3), labels))
+
+    def _view(self, images: Tensor, labels: Tensor | None) -> Features:
         if labels is None:
             labels = torch.full((len(images),), -1)
         device = self.classifier.device

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from test_architectures import randomised, rekeyed
 from torch import Tensor, nn
@@ -221,8 +222,9 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, state: dict[str, Tensor]) 
     path = tmp_path / "net.pt"
     path.touch()
     fails(path, "is empty")
-    path.write_text("not a checkpoint")
-    fails(path, "net.pt", "damaged")
+    for text in ("not a checkpoint", "hello"):  # the second is an opcode of no pickle
+        path.write_text(text)
+        fails(path, "net.pt", "damaged (no pickle)")
     np.savez(tmp_path / "data.npz", images=np.zeros(3))
     fails(tmp_path / "data.npz", "data.npz")
     torch.save(state, path)
@@ -332,6 +334,14 @@ def test_torchvision_weights_bring_their_own_preprocessing_and_names(tmp_path: P
     assert small.preprocessing.resize is None
 
 
+def test_a_network_that_asks_for_the_version_of_its_layout(tmp_path: Path) -> None:
+    network = torchvision.models.mnasnet0_5(num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    found = load_classifier(tmp_path / "net.pt", Overrides(input_size=(32, 32)))
+    assert found.arch == "torchvision:mnasnet0_5"
+    torch.testing.assert_close(dict(found.network.state_dict()), dict(network.state_dict()))
+
+
 def test_inception_says_what_it_does_with_its_input(tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
     torch.save(randomised(build("torchvision:googlenet", 7)).state_dict(), path)
@@ -439,6 +449,13 @@ def test_a_written_card_gives_the_same_classifier(tmp_path: Path, state: dict[st
         assert (again.arch, again.class_names) == (found.arch, found.class_names)
         assert again.assumptions == ()
         (tmp_path / "net.toml").unlink()
+
+
+def test_numbers_that_are_none(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state, tmp_path / "net.pt")
+    inf, nan = float("inf"), float("nan")
+    fails(tmp_path / "net.pt", "finite", overrides=Overrides(mean=(nan, 0, 0)))
+    fails(tmp_path / "net.pt", "finite", overrides=Overrides(std=(1, inf, 1)))
 
 
 @pytest.mark.parametrize(

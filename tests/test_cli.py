@@ -217,7 +217,7 @@ def test_where_things_go_without_output(fitted, tmp_path, monkeypatch):
 
 def test_results_on_standard_output_and_nothing_else(fitted):
     result = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3")
-    assert "no -d, so energy" in result.err
+    assert "no -d, so 1c-sum" in result.err
     assert [row["path"] for row in rows(result.out)] == [f"noise:uniform[{i}]" for i in range(3)]
     silent = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "--quiet")
     assert silent.err == ""
@@ -229,24 +229,20 @@ def test_dry_run_writes_nothing(fitted, tmp_path):
         "invert", fitted / "digits.pt", "--per-class", 2500, "--dry-run", "-o", tmp_path / "v.h5"
     )
     assert result.status == 0
-    assert "25000 images of 10 classes, 50 steps, 250 batches of 100" in result.err
+    assert "25000 images of 10 classes; steps: 50, batches: 250 of 100" in result.err
     assert os.listdir(tmp_path) == []
 
 
 def test_all_detectors(fitted):
     result = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "-d", "all")
-    assert set(rows(result.out)[0]) == {
-        "path",
-        "label",
-        "predicted",
-        "confidence",
-        "msp",
-        "energy",
-        "odin",
-        "error",
-    }
+    free = [name for name in detectors.names() if not detectors.get(name).fitted]
+    both = [name for name in detectors.names() if name in {*free, "1c-sum"}]
+    assert list(rows(result.out)[0]) == ["path", "label", "predicted", "confidence", *both, "error"]
     fit = oodcli("fit", fitted / "v.features.h5", "-d", "all", "-o", fitted / "all", "--json")
-    assert [made["detector"] for made in json.loads(fit.out)] == ["c2ir", "c2ir-z"]
+    # supervised needs OOD rows, and 1c-sum noise.
+    others = {*free, "supervised", "1c-sum"}
+    made = [artefact["detector"] for artefact in json.loads(fit.out)]
+    assert made == [name for name in detectors.names() if name not in others]
 
 
 def test_hyperparameters(fitted, tmp_path):
@@ -295,7 +291,7 @@ def test_gates(fitted, tmp_path):
     assert strict.status == 4
     assert {row["energy.ood"] for row in rows(strict.out)} == {"1"}
     assert "gate failed" in strict.err
-    assert "needs a --threshold" in oodcli(*score, "--max-ood-fraction", "0.1").err
+    assert "counts verdicts: add --fpr" in oodcli(*score, "--max-ood-fraction", "0.1").err
     for bad in ("energy", "energy=x", "energy=nan", "msp=1"):
         assert oodcli(*score, "--threshold", bad).status == 1
     for name in ("a", "b"):
@@ -305,6 +301,325 @@ def test_gates(fitted, tmp_path):
     failed = oodcli(*evaluate, "--min-auroc", "0.9")
     assert failed.status == 4
     assert "mean AUROC below 0.9: energy 0.5000" in failed.err
+
+
+@pytest.fixture(scope="module")
+def pool(fitted):
+    """An accuracy-matched pool with both views."""
+    path = fitted / "pool.h5"
+    made = oodcli(
+        "invert",
+        fitted / "digits.pt",
+        "--per-class",
+        20,
+        "--no-mirror",
+        "--seed",
+        3,
+        "-o",
+        fitted / "v3.h5",
+    )
+    assert made.status == 0, made.err
+    made = oodcli(
+        "extract",
+        fitted / "digits.pt",
+        fitted / "v3.h5",
+        "--match-accuracy",
+        "0.95",
+        "--mirror",
+        "-o",
+        path,
+    )
+    assert made.status == 0, made.err
+    assert "brings the network down to 95.00%" in made.err
+    return path
+
+
+def test_verdicts_without_real_data(fitted, pool, tmp_path):
+    fit = oodcli(
+        "fit",
+        fitted / "v.features.h5",
+        "-d",
+        "c2ir-z",
+        "-d",
+        "energy",
+        "--calibrate",
+        pool,
+        "-o",
+        tmp_path,
+    )
+    assert fit.status == 0, fit.err
+    words = "virtual, matched to accuracy 0.95, no real data"
+    assert words in fit.err
+    score = (
+        "score",
+        fitted / "digits.pt",
+        fitted / "test.npz",
+        "-d",
+        tmp_path / "c2ir-z.safetensors",
+        "-d",
+        tmp_path / "energy.safetensors",
+    )
+    result = oodcli(*score, "--fpr", "0.05")
+    assert result.status == 0, result.err
+    assert words in result.err
+    found = rows(result.out)
+    for row in found:
+        assert row["c2ir-z.ood"] == str(int(float(row["c2ir-z.p"]) <= 0.05))
+        assert 0 < float(row["energy.p"]) <= 1
+    alarms = sum(row["c2ir-z.ood"] == "1" for row in found) / len(found)
+    assert alarms < 0.25
+    noise = rows(oodcli(*score[:2], "noise:uniform?n=50", *score[3:], "--fpr", "0.05").out)
+    assert sum(row["c2ir-z.ood"] == "1" for row in noise) > 8
+    assert oodcli(*score, "--fpr", "0.05", "--max-ood-fraction", "0.9").status == 0
+    assert oodcli(*score, "--fpr", "0.9", "--max-ood-fraction", "0.1").status == 4
+    mirrored = oodcli(*score, "--fpr", "0.05", "--mirror")
+    assert mirrored.status == 0, mirrored.err
+    assert rows(mirrored.out)[0]["c2ir-z"] != found[0]["c2ir-z"]
+
+
+def test_verdicts_from_real_images(fitted, tmp_path):
+    """Calibrated on some held-out digits, tried on the others: inside the binomial interval."""
+    with np.load(fitted / "test.npz") as data:
+        for name, part in (("calibrate", slice(0, 300)), ("try", slice(300, None))):
+            np.savez(tmp_path / f"{name}.npz", images=data["images"][part])
+    made = oodcli(
+        "extract", fitted / "digits.pt", tmp_path / "calibrate.npz", "-o", tmp_path / "id.h5"
+    )
+    assert made.status == 0, made.err
+    assert (
+        oodcli(
+            "fit", "-d", "energy", "--calibrate", tmp_path / "id.h5", "-o", tmp_path / "alone"
+        ).status
+        == 0
+    )
+    fit = oodcli(
+        "fit", tmp_path / "id.h5", "-d", "energy", "-d", "c2ir-z", "-o", tmp_path / "own", "--json"
+    )
+    basis = {made["detector"]: made["calibrated_on"] for made in json.loads(fit.out)}
+    assert basis == {"energy": "300 real images", "c2ir-z": "60 real images"}
+    for folder in ("alone", "own"):
+        result = oodcli(
+            "score",
+            fitted / "digits.pt",
+            tmp_path / "try.npz",
+            "-d",
+            tmp_path / folder / "energy.safetensors",
+            "--fpr",
+            "0.1",
+        )
+        found = rows(result.out)
+        alarms = sum(row["energy.ood"] == "1" for row in found)
+        assert abs(alarms - 0.1 * len(found)) < 3 * (0.1 * 0.9 * len(found) * 2) ** 0.5
+
+
+def test_ten_real_images_beside_a_pool(fitted, pool, tmp_path):
+    with np.load(fitted / "test.npz") as data:
+        np.savez(tmp_path / "ten.npz", images=data["images"][:10])
+    oodcli("extract", fitted / "digits.pt", tmp_path / "ten.npz", "-o", tmp_path / "ten.h5")
+    mixed = oodcli(
+        "fit",
+        "-d",
+        "energy",
+        "--calibrate",
+        pool,
+        "--calibrate",
+        tmp_path / "ten.h5",
+        "-o",
+        tmp_path / "mixed",
+    )
+    assert "virtual, matched to accuracy 0.95, 10 real images" in mixed.err
+    oodcli("fit", "-d", "energy", "--calibrate", tmp_path / "ten.h5", "-o", tmp_path / "ten")
+    result = oodcli(
+        "score",
+        fitted / "digits.pt",
+        "noise:uniform?n=5",
+        "-d",
+        tmp_path / "ten" / "energy.safetensors",
+        "--fpr",
+        "0.05",
+    )
+    assert "no p-value is below 0.0909" in result.err
+    assert "0.0% to 0.0% false alarms" in result.err
+
+
+def test_verdicts_that_rest_on_nothing_are_refused(fitted, pool, tmp_path):
+    score = ("score", fitted / "digits.pt", "noise:uniform?n=5")
+    fails("energy has no calibration for --fpr", *score, "-d", "energy", "--fpr", "0.05")
+    fails(
+        "holds raw virtual images",
+        "fit",
+        fitted / "v.features.h5",
+        "-d",
+        "energy",
+        "--calibrate",
+        fitted / "v.features.h5",
+        "-o",
+        tmp_path / "x",
+        leaves=tmp_path,
+    )
+    fails("exclude each other", *score, "-d", "energy", "--fpr", "0.1", "--contamination", "0.1")
+    fails(
+        "for virtual images, made by invert",
+        "extract",
+        fitted / "digits.pt",
+        fitted / "test.npz",
+        "--match-accuracy",
+        "0.9",
+        "-o",
+        tmp_path / "p.h5",
+        leaves=tmp_path,
+    )
+    fails("nothing to fit on", "fit", "-d", "energy", "-o", tmp_path / "x", leaves=tmp_path)
+    fails(
+        "c2ir must be fitted",
+        "fit",
+        "-d",
+        "c2ir",
+        "--calibrate",
+        pool,
+        "-o",
+        tmp_path / "x",
+        leaves=tmp_path,
+    )
+    fails("has learnt no threshold", *score, "-d", "energy", "--threshold", "labelled")
+    fails(
+        "mirror, which was not recorded",
+        "score",
+        fitted / "v.features.h5",
+        "-d",
+        "energy",
+        "--mirror",
+    )
+
+
+def test_thresholds_from_the_stream(fitted):
+    score = ("score", fitted / "digits.pt", "noise:uniform?n=20", "-d", "energy", "-d", "msp")
+    found = rows(oodcli(*score, "--contamination", "0.25").out)
+    assert sum(row["energy.ood"] == "1" for row in found) == 5
+    ordered = sorted(found, key=lambda row: float(row["energy"]))
+    assert [row["energy.ood"] for row in ordered] == ["0"] * 15 + ["1"] * 5
+    split = oodcli(*score, "--threshold", "split")
+    assert 0 < sum(row["msp.ood"] == "1" for row in rows(split.out)) < 20
+    assert "from this stream" in split.err
+
+
+def test_learning_from_marks(fitted, tmp_path):
+    checkpoint = fitted / "digits.pt"
+    listing = tmp_path / "mixed"
+    listing.mkdir()
+    with np.load(fitted / "test.npz") as data:
+        for index, image in enumerate(data["images"][:40, :, :, 0]):
+            Image.fromarray(image).save(listing / f"id{index:02d}.png")
+    generator = np.random.default_rng(0)
+    for index in range(40):
+        noise = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(noise).save(listing / f"ood{index:02d}.png")
+    assert oodcli("extract", checkpoint, listing, "-o", tmp_path / "mixed.h5").status == 0
+    marks = [
+        f"{listing}/{kind}{i:02d}.png,{kind == 'ood':d}"
+        for kind in ("id", "ood")
+        for i in range(40)
+    ]
+    (tmp_path / "marks.csv").write_text("path,ood\n" + "\n".join(marks) + "\n")
+    oodcli("extract", checkpoint, "noise:uniform?n=300", "-o", tmp_path / "noise.h5")
+    assert (
+        oodcli("fit", tmp_path / "noise.h5", "-d", "1c-sum", "-o", tmp_path / "plain").status == 0
+    )
+    artefact = tmp_path / "plain" / "1c-sum.safetensors"
+    fit = oodcli(
+        "fit",
+        tmp_path / "mixed.h5",
+        "-d",
+        artefact,
+        "-d",
+        "energy",
+        "--labelled",
+        tmp_path / "marks.csv",
+        "-o",
+        tmp_path / "learnt",
+    )
+    assert fit.status == 0, fit.err
+    learnt = tmp_path / "learnt" / "1c-sum.safetensors"
+    result = oodcli("score", checkpoint, listing, "-d", learnt, "--threshold", "labelled")
+    found = rows(result.out)
+    right = sum((row["1c-sum.ood"] == "1") == ("ood" in row["path"]) for row in found)
+    assert right > 70
+    before = rows(oodcli("score", checkpoint, listing, "-d", artefact).out)
+    assert before[0]["1c-sum"] != found[0]["1c-sum"]
+    fails(
+        "no path of --labelled is among",
+        "fit",
+        tmp_path / "noise.h5",
+        "-d",
+        "energy",
+        "--labelled",
+        tmp_path / "marks.csv",
+        "-o",
+        tmp_path / "x",
+        leaves=tmp_path,
+    )
+
+
+def test_explanations(fitted, tmp_path):
+    result = oodcli(
+        "score",
+        fitted / "digits.pt",
+        "noise:uniform?n=3",
+        "-d",
+        fitted / "fitted" / "c2ir-z.safetensors",
+        "-d",
+        "1c-sum",
+        "-d",
+        "dss",
+        "-d",
+        "msp",
+        "--explain",
+        "-o",
+        tmp_path / "s.csv",
+    )
+    assert result.status == 0, result.err
+    found = rows((tmp_path / "s.csv").read_text())
+    assert len(found[0]["c2ir-z.why"].split("; ")) == 3
+    assert "activations of" in found[0]["c2ir-z.why"]
+    assert "input of" in found[0]["dss.why"] or "the image itself" in found[0]["dss.why"]
+    assert "msp.why" not in found[0]
+    assert set(read_scores(tmp_path / "s.csv").detectors) == {"c2ir-z", "1c-sum", "dss", "msp"}
+
+
+def test_noise_is_what_1c_sum_is_standardised_on(fitted, tmp_path):
+    checkpoint = fitted / "digits.pt"
+    direct = oodcli("score", checkpoint, fitted / "test.npz", "-d", "1c-sum")
+    oodcli("extract", checkpoint, "noise:uniform?n=2000&seed=0", "-o", tmp_path / "noise.h5")
+    oodcli("extract", checkpoint, fitted / "test.npz", "-o", tmp_path / "id.h5")
+    made = oodcli("fit", tmp_path / "noise.h5", "-d", "1c-sum", "-o", tmp_path)
+    assert made.status == 0, made.err
+    cached = oodcli("score", tmp_path / "id.h5", "-d", tmp_path / "1c-sum.safetensors")
+    for one, other in zip(rows(direct.out), rows(cached.out), strict=True):
+        assert float(one["1c-sum"]) == pytest.approx(float(other["1c-sum"]), rel=1e-5, abs=1e-6)
+    fails(
+        "1c-sum is standardised on noise:uniform",
+        "fit",
+        fitted / "v.features.h5",
+        "-d",
+        "1c-sum",
+        "-o",
+        tmp_path / "x",
+        leaves=tmp_path,
+    )
+    assert (
+        oodcli(
+            "fit",
+            fitted / "v.features.h5",
+            "-d",
+            "1c-sum",
+            "-p",
+            "1c-sum.reference=virtual",
+            "-o",
+            tmp_path / "virtual",
+        ).status
+        == 0
+    )
+    fails("1c-sum must be fitted first", "score", tmp_path / "id.h5", "-d", "1c-sum")
 
 
 def test_bad_images_keep_their_rows(fitted, tmp_path):
@@ -344,7 +659,7 @@ def test_lists_on_standard_input(fitted, tmp_path):
 def test_formats_of_scores(fitted, tmp_path, suffix):
     output = tmp_path / f"s.{suffix}"
     oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "-o", output)
-    assert list(read_scores(output).detectors) == ["energy"]
+    assert list(read_scores(output).detectors) == ["1c-sum"]
 
 
 def test_real_images_can_be_fitted_too(fitted, tmp_path):
@@ -388,7 +703,11 @@ def test_inspect_says_what_is_impossible(plain):
     batchless, headless = plain
     found = json.loads(oodcli("inspect", *batchless, "--json").out)
     allowed = {detector["name"]: detector["allowed"] for detector in found["detectors"]}
-    assert allowed == {name: not name.startswith("c2ir") for name in ALL}
+    needs = {name: detectors.get(name).needs for name in detectors.names()}
+    assert allowed == {
+        name: not any(word.startswith(("batchnorm", "layers.sens")) for word in words)
+        for name, words in needs.items()
+    }
     assert json.loads(oodcli("inspect", *headless, "--json").out)["head"] is None
     assert "last layer not linear" in oodcli("inspect", *headless).out
 

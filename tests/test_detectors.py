@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import FrozenInstanceError, replace
 
 import networks
@@ -48,7 +49,15 @@ def test(network):
 
 
 def fitted(name, train, **hyperparameters):
-    return detectors.get(name).fit(train, **hyperparameters)
+    kind = detectors.get(name)
+    if kind.uses_ood:  # the same rows, some way off
+        blocks = [train] if isinstance(train, Features) else train
+        hyperparameters["ood"] = [block.map_rows(far_off, len(block)) for block in blocks]
+    return kind.fit(train, **hyperparameters)
+
+
+def far_off(name, rows):
+    return rows if name == "label" else rows * 1.5
 
 
 every = pytest.mark.parametrize("name", detectors.names())
@@ -140,10 +149,25 @@ def test_a_class_without_rows(name, train, test):
 
 
 @every
+def test_nothing_to_fit_on(name):
+    if detectors.get(name).fitted:
+        with pytest.raises(DetectorError, match="no row to fit on"):
+            fitted(name, [])
+
+
+@every
+def test_on_a_device(name, train, test):
+    detector = fitted(name, train)
+    moved = detector.to(torch.device("meta"))
+    assert all(tensor.is_meta for tensor in moved.state().values())
+    assert moved.settings() == detector.settings()
+
+
+@every
 def test_what_was_not_recorded_is_named(name, train, test):
     detector = fitted(name, train)
     empty = Features(count=9, label=test.label)
-    with pytest.raises(DetectorError, match=f"{name} needs .*not recorded"):
+    with pytest.raises(DetectorError, match=rf"{re.escape(name)} needs .*not recorded"):
         detector.score(empty)
 
 

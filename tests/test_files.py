@@ -234,6 +234,8 @@ def test_virtual_images(tmp_path, made):
 def test_an_artefact_is_the_detector(tmp_path, features, name):
     train = features.select(LABELS >= 0)
     settings = {"weights": "uniform"} if name.startswith("c2ir") else {}
+    if detectors.get(name).uses_ood:
+        settings["ood"] = features.select(LABELS < 0)
     detector = detectors.get(name).fit(train, **settings)
     artefact = Artefact(detector, "abc", {"file": "c.h5", "rows": 4, "kind": "virtual"})
     path = tmp_path / f"{name}.safetensors"
@@ -297,6 +299,31 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "whole"
     assert os.listdir(tmp_path) == ["x.csv"]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with (
+        pytest.raises(FileError, match="not a regular file"),
+        atomic(tmp_path / "pipe.csv", force=True),
+    ):
+        pass
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link.csv").symlink_to(tmp_path / "far" / "x.csv")
+    for text in ("first", "second"):
+        with atomic(tmp_path / "link.csv", force=True) as partial:
+            partial.write_text(text)
+        assert (tmp_path / "link.csv").is_symlink()
+        assert (tmp_path / "far" / "x.csv").read_text() == text
+
+
+def test_long_names(tmp_path):
+    path = tmp_path / ("ä" * 120 + ".csv")
+    with atomic(path) as partial:
+        partial.write_text("whole")
+    assert path.read_text() == "whole"
+    with pytest.raises(FileError, match="name too long"):
+        refuse_existing(tmp_path / ("x" * 300))
 
 
 def test_impossible_outputs(tmp_path):

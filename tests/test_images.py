@@ -1143,6 +1143,11 @@ def test_faults_of_the_program_are_passed_on():
     assert_no_threads()
 
 
+def test_an_empty_word_is_not_the_working_directory():
+    with pytest.raises(ImagesError, match="empty word"):
+        open_images("", PLAIN, PETS)
+
+
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="batch_size=0"):
         list(batches(Slow(), PLAIN, 0))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from oodcli.classifier import _channel_dim
 from oodcli.errors import CheckpointError, DetectorError
 from oodcli.features import INPUT, ROW_RECORDS, OdinStep
 from oodcli.recording import CHEAP, Recorder, recordable, spatial_moments
@@ -172,6 +173,25 @@ def test_moments_of_tokens():
     mean, variance = spatial_moments(tokens, -1)
     torch.testing.assert_close(mean, tokens.mean(1))
     torch.testing.assert_close(variance, tokens.var(1, correction=0), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "dim"),
+    [
+        ((1, 64, 64, 32), (128, 64), 1),  # as many channels as rows
+        ((1, 32, 32, 64), (64, 128), 1),
+        ((1, 96, 8, 8), (32, 32), 1),
+        ((1, 8, 8, 96), (32, 32), -1),
+        ((1, 48, 32, 96), (192, 128), -1),  # Swin's order of dimensions
+        ((1, 512, 1, 1), (128, 64), 1),
+        ((1, 1, 1, 512), (128, 64), -1),
+        ((1, 5, 5, 5), (32, 32), 1),
+        ((1, 50, 768), (224, 224), -1),
+        ((1, 10), (32, 32), 1),
+    ],
+)
+def test_which_dimension_holds_the_channels(shape, size, dim):
+    assert _channel_dim(shape, size[0] / size[1]) == dim
 
 
 def test_what_a_network_cannot_give():

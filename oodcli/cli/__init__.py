@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import warnings
 from typing import Annotated
 
 import typer
 
-from oodcli.cli import demo, detectors, evaluate, extract, fit, inspect, invert, score
+from oodcli.cli import console, demo, detectors, evaluate, extract, fit, inspect, invert, score
 from oodcli.errors import OodcliError
 
 app = typer.Typer(
@@ -50,21 +51,31 @@ def root(
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+def _stopped(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Runs the command line. A fault of the user's is one sentence and status 1; a fault of ours
     keeps its traceback."""
+    for name in ("SIGTERM", "SIGHUP"):  # partial files are removed on the way out
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stopped)
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OodcliError as error:
-        print(f"oodcli: {error}", file=sys.stderr)
+        console.say(f"oodcli: {error}", always=True)
         sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
         # With EPIPE whoever read our output has gone, and there is nobody left to tell.
         if error.errno != errno.EPIPE:
-            print(
-                f"oodcli: standard output could not be written: {error.strerror}", file=sys.stderr
+            console.say(
+                f"oodcli: standard output could not be written: {error.strerror}", always=True
             )
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,16 +18,29 @@ if TYPE_CHECKING:
 quiet = False
 
 
-def set_quiet(value: bool) -> None:
-    """--quiet: nothing on standard error but errors."""
+def set_quiet(value: bool) -> bool:
+    """--quiet: nothing on standard error but errors. Returns the value, which the command gets."""
     global quiet
     quiet = value
+    return value
 
 
-def say(message: str) -> None:
-    """One line on standard error, for a person."""
-    if not quiet:
-        print(message, file=sys.stderr, flush=True)
+def say(message: str, *, always: bool = False) -> None:
+    """Lines on standard error, for a person; on a terminal they break between words, but for a
+    command to be copied. always: even with --quiet."""
+    if quiet and not always:
+        return
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        message = "\n".join(
+            line if line.startswith("$ ") else _folded(line, columns)
+            for line in message.split("\n")
+        )
+    print(message, file=sys.stderr, flush=True)
+
+
+def _folded(line: str, columns: int) -> str:
+    return textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
 
 
 def emit(text: str) -> None:

@@ -121,8 +121,9 @@ def _prepare(output: Path) -> None:
     console.say(f"Training a small network on {TRAINED_ON} of scikit-learn's digits.")
     with console.progress(EPOCHS * TRAINED_ON, "train", EPOCHS) as advance:
         state = train(images[:TRAINED_ON], labels[:TRAINED_ON], advance)
-    with atomic(output / "digits.pt", force=True) as partial:
-        torch.save(state, partial)
+    # To an open file: of a path, torch saves the name too, and the hash would differ each time.
+    with atomic(output / "digits.pt", force=True) as partial, partial.open("wb") as file:
+        torch.save(state, file)
     (output / "digits.toml").write_text(CARD, encoding="utf-8")
     np.savez_compressed(
         output / "digits-test.npz",
@@ -145,6 +146,8 @@ def _run(story: str, words: list[str], quiet: bool) -> None:
     given = sys.argv
     sys.argv = ["oodcli", *words]  # what the files record as their command
     try:
-        app([*words, *(["--quiet"] if quiet else [])], standalone_mode=False)
+        status = app([*words, *(["--quiet"] if quiet else [])], standalone_mode=False)
     finally:
         sys.argv = given
+    if status:  # 130 when it was interrupted
+        raise typer.Exit(status)

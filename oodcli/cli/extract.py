@@ -50,6 +50,19 @@ def command(
             show_default=False,
         ),
     ] = None,
+    match_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Degrade virtual images by noise until the network is right on this share of "
+            "them, its published test accuracy: rows to calibrate on.",
+            show_default=False,
+        ),
+    ] = None,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Record the mirror images, too.")
+    ] = False,
     param: Parameters = None,
     json: Json = False,
     force: Force = False,
@@ -61,14 +74,15 @@ def command(
     from oodcli import detectors
     from oodcli.errors import OodcliError
     from oodcli.features import KNOWN_RECORDS
-    from oodcli.files.atomic import refuse_existing
+    from oodcli.files.atomic import refuse_existing, refuse_suffix
     from oodcli.files.hdf5 import format_of
     from oodcli.files.virtual import FORMAT, read_provenance
     from oodcli.images import open_images
     from oodcli.recording import CHEAP, Recorder, recordable
-    from oodcli.stages import extract_to_file, odin_step, provenance
+    from oodcli.stages import degrading, extract_to_file, odin_step, provenance
 
     path = output or Path(_stem(images) + ".features.h5")
+    refuse_suffix(path, ".h5", ".hdf5")
     refuse_existing(path, force=force)
     classifier = model.load(checkpoint)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
@@ -109,7 +123,28 @@ def command(
             or "layers.sensitivity" not in kind.fit_needs(**hyperparameters)
         ):
             what |= kind.fit_needs(**hyperparameters)
+    if mirror:
+        what |= {"mirror"}
     precision = model.resolved_precision(fast=False)
+    batch_size = model.resolved_batch_size(classifier)
+    change = reached = None
+    if match_accuracy is not None:
+        if not virtual:
+            raise OodcliError(
+                f"--match-accuracy is for virtual images, made by invert, but {images} is not"
+            )
+        change, strength, reached = degrading(
+            classifier,
+            source,
+            match_accuracy,
+            batch_size=batch_size,
+            seed=model.seed,
+            precision=precision,
+        )
+        console.say(
+            f"noise of strength {strength:.3f} brings the network down to {reached:.2%} of these "
+            f"{len(source)} virtual images"
+        )
     recorder = Recorder(classifier, what | {"logits"}, odin=step, precision=precision)
     with console.progress(len(source), "extract") as advance:
         summary = extract_to_file(
@@ -124,8 +159,10 @@ def command(
                 seed=model.seed,
                 precision=precision,
                 virtual=virtual,
+                matched_accuracy=reached,
             ),
-            batch_size=model.resolved_batch_size(classifier),
+            batch_size=batch_size,
+            change=change,
             sensitivity_from=Path(images) if own and "layers.gradient" in what else None,
             force=force,
             progress=advance,

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from oodcli.cli import console
 from oodcli.cli.options import Detectors, Force, Json, Parameters, Quiet, parameters
 
+if TYPE_CHECKING:
+    from oodcli.stages import FitInputs
+
 
 def command(
     cache: Annotated[
-        Path,
-        typer.Argument(metavar="CACHE.h5", help="Made by extract.", show_default=False),
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="CACHE.h5",
+            help="Made by extract. Not needed to calibrate detectors that need no fitting.",
+            show_default=False,
+        ),
+    ] = None,
     detector: Detectors = None,
     param: Parameters = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="F.h5",
+            help="Rows for the verdicts of score --fpr: real images, virtual ones matched to the "
+            "published accuracy, or (repeated) both.",
+            show_default="every fifth row, where CACHE.h5 holds real images",
+        ),
+    ] = None,
+    ood: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F.h5", help="OOD rows, for detectors that learn from them.", show_default=False
+        ),
+    ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F.csv",
+            help="Columns path and ood (0 or 1): rows of CACHE.h5 that somebody marked.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the artefacts go.")
     ] = Path("detectors"),
@@ -25,39 +56,79 @@ def command(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fit detectors on the features of virtual or real images."""
+    """Fit and calibrate detectors on the features of virtual or real images."""
     from oodcli import detectors
     from oodcli.errors import DetectorError
+    from oodcli.files.artefact import read_artefact
     from oodcli.files.atomic import make_folder
     from oodcli.files.cache import open_cache
-    from oodcli.stages import fit_to_folder
+    from oodcli.files.marks import read_marks
+    from oodcli.stages import FitInputs, fit_to_folder
 
-    names = list(dict.fromkeys(detector or ()))
     given = parameters(param)
-    with open_cache(cache) as opened:
+    with ExitStack() as stack:
+        inputs = FitInputs(
+            train=None if cache is None else stack.enter_context(open_cache(cache)),
+            calibrate=[stack.enter_context(open_cache(path)) for path in calibrate or []],
+            ood=None if ood is None else stack.enter_context(open_cache(ood)),
+            labelled=None if labelled is None else read_marks(labelled),
+        )
+        names = list(dict.fromkeys(detector or ()))
         if names == ["all"]:
-            kinds = [detectors.get(name) for name in detectors.names()]
-            names = [
-                kind.name
-                for kind in kinds
-                if kind.fitted
-                and kind.fit_needs(**kind.parse(given.get(kind.name, {}))) <= opened.recorded
-            ]
+            names = _possible(inputs, given)
         if not names:
             raise DetectorError(
                 "nothing to fit: name detectors with -d ('oodcli detectors' lists them)"
             )
-        chosen = [detectors.get(name) for name in names]
-        unused = sorted(given.keys() - set(names))
+        kinds = {name: detectors.get(name) for name in names if not _is_artefact(name)}
+        chosen = [kinds[name] if name in kinds else read_artefact(Path(name)) for name in names]
+        unused = sorted(given.keys() - kinds.keys())
         if unused:
             raise DetectorError(f"-p {unused[0]}.…: {unused[0]} is not among -d")
-        hyperparameters = {kind.name: kind.parse(given.get(kind.name, {})) for kind in chosen}
+        hyperparameters = {name: kind.parse(given.get(name, {})) for name, kind in kinds.items()}
         with make_folder(output):
-            summary = fit_to_folder(opened, chosen, hyperparameters, output, force=force)
+            summary = fit_to_folder(inputs, chosen, hyperparameters, output, force=force)
     if json:
         console.emit_json(summary)
     for artefact in summary:
-        fitted_on = artefact["fitted_on"]
-        console.say(
-            f"wrote {artefact['file']}: fitted on {fitted_on['rows']} {fitted_on['kind']} images"
+        console.say(_sentence(artefact))
+
+
+def _is_artefact(word: str) -> bool:
+    return word.endswith(".safetensors")
+
+
+def _possible(inputs: FitInputs, given: dict[str, dict[str, str]]) -> list[str]:
+    """Detectors that can be fitted on the cache as it is, without more files."""
+    from oodcli import detectors
+
+    if inputs.train is None:
+        return []
+    recorded = inputs.train.recorded
+    kinds = [detectors.get(name) for name in detectors.names()]
+    return [
+        kind.name
+        for kind in kinds
+        if kind.fitted
+        and kind.reference_images is None
+        and (not kind.uses_ood or inputs.ood is not None)
+        and kind.fit_needs(**kind.parse(given.get(kind.name, {}))) <= recorded
+    ]
+
+
+def _sentence(artefact: dict[str, Any]) -> str:
+    fitted_on = artefact["fitted_on"]
+    words = [f"wrote {artefact['file']}"]
+    if fitted_on:
+        words.append(f"fitted on {fitted_on['rows']} {fitted_on['kind']} images")
+        if fitted_on["ood"]:
+            words.append(f"and on OOD images ({fitted_on['ood']})")
+    if artefact["calibrated_on"]:
+        low, high = artefact["achieved_at_0.05"]
+        words.append(
+            f"calibrated on {artefact['calibrated_on']} (p-values from "
+            f"{artefact['resolution']:.2g}; a nominal 5 % achieves {low:.1%} to {high:.1%})"
         )
+    if artefact["threshold"] is not None:
+        words.append(f"labelled rows part at {artefact['threshold']:.6g}")
+    return ": ".join([words[0], ", ".join(words[1:])]) if len(words) > 1 else words[0]

@@ -66,6 +66,11 @@ def command(
     model: ModelOptions,
 ) -> None:
     """What a checkpoint is, and what each detector would need."""
+    from oodcli.errors import FileError
+
+    card = checkpoint.with_suffix(".toml")
+    if write_card and card.exists() and not force:
+        raise FileError(f"{card} exists: overwrite it with --force")
     classifier = model.load(checkpoint)
     found = describe(classifier, checkpoint)
     if json:
@@ -76,7 +81,6 @@ def command(
         from oodcli.checkpoint import write_card as write
         from oodcli.files.atomic import atomic
 
-        card = checkpoint.with_suffix(".toml")
         with atomic(card, force=force) as partial:
             write(classifier, partial)
         console.say(f"wrote {card}")

@@ -59,7 +59,7 @@ def command(
 ) -> None:
     """Recall virtual images of every class from the network's BatchNorm statistics."""
     from oodcli.errors import OodcliError
-    from oodcli.files.atomic import refuse_existing
+    from oodcli.files.atomic import refuse_existing, refuse_suffix
     from oodcli.inversion.invert import (
         Plan,
         refuse_without_batchnorm,
@@ -70,6 +70,7 @@ def command(
     from oodcli.stages import invert_to_file, provenance
 
     path = output or beside(checkpoint, ".virtual.h5")
+    refuse_suffix(path, ".h5", ".hdf5")
     refuse_existing(path, force=force)
     refuse_existing(path.with_suffix(".png"), force=force)
     if objective not in OBJECTIVES:
@@ -98,8 +99,8 @@ def command(
     count = len(plan.classes) * plan.per_class
     seconds = seconds_per_image_step(classifier, plan) * count * plan.total_steps
     console.say(
-        f"{count} images of {len(plan.classes)} classes, {plan.total_steps} steps, "
-        f"{len(batches)} batches of {len(batches[0])}, {plan.precision} on {classifier.device}: "
+        f"{count} images of {len(plan.classes)} classes; steps: {plan.total_steps}, batches: "
+        f"{len(batches)} of {len(batches[0])}; {plan.precision} on {classifier.device}: "
         f"about {console.duration(seconds)}"
     )
     if dry_run:

@@ -80,7 +80,7 @@ Parameters = Annotated[
     ),
 ]
 
-_MODEL = "The model (what is not given comes from the model card, then from recognition)"
+_MODEL = "The model, where the model card and recognition do not say"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ class ModelOptions:
             rich_help_panel=_MODEL,
         ),
     ] = None
-    num_classes: Annotated[int | None, typer.Option(rich_help_panel=_MODEL)] = None
+    num_classes: Annotated[
+        int | None, typer.Option(min=2, help="Checked against the head.", rich_help_panel=_MODEL)
+    ] = None
     input_size: Annotated[
         str | None,
         typer.Option(metavar="H,W", help="Or one number.", rich_help_panel=_MODEL),
@@ -104,7 +106,10 @@ class ModelOptions:
         str | None,
         typer.Option(metavar="R,G,B", help="Of pixels in [0, 1].", rich_help_panel=_MODEL),
     ] = None
-    std: Annotated[str | None, typer.Option(metavar="R,G,B", rich_help_panel=_MODEL)] = None
+    std: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Of the same pixels.", rich_help_panel=_MODEL),
+    ] = None
     class_names: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +147,9 @@ class ModelOptions:
     precision: Annotated[
         str, typer.Option(help="auto, float32 or bfloat16.", rich_help_panel="How it runs")
     ] = "auto"
-    seed: Annotated[int, typer.Option(min=0, rich_help_panel="How it runs")] = 0
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of everything random.", rich_help_panel="How it runs")
+    ] = 0
 
     def load(self, checkpoint: Path) -> Classifier:
         """The classifier; what was assumed about it is said on standard error. Raises
@@ -176,7 +183,7 @@ class ModelOptions:
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.zeros(1, device=self.device)
+            torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise OodcliError(f"--device {self.device} cannot be used ({reason})") from error
@@ -270,7 +277,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.replace("x", ",").split(",")
-    if not 1 <= len(parts) <= 2 or not all(part.strip().isdigit() for part in parts):
+    if not 1 <= len(parts) <= 2 or not all(part.strip().isdecimal() for part in parts):
         raise OodcliError(f"--input-size {text}: expected H,W or one number")
     return int(parts[0]), int(parts[-1])
 
@@ -283,4 +290,7 @@ def _names(text: str | None) -> tuple[str, ...] | None:
             return tuple(Path(text).read_text(encoding="utf-8").splitlines())
         except (OSError, UnicodeDecodeError) as error:
             raise OodcliError(f"--class-names {text} cannot be read ({error})") from error
-    return tuple(name.strip() for name in text.split(","))
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise OodcliError(f"--class-names {text}: one of the names is empty")
+    return names

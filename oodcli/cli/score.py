@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,21 +25,11 @@ from oodcli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
     from oodcli.detectors.base import Detector
     from oodcli.features import Rows
+    from oodcli.stages import Chosen, FitReference, Rule, StreamRule
 
-    Opened = tuple[
-        frozenset[str],
-        str,
-        tuple[str, ...],
-        Callable[[Sequence[Detector]], Iterable[Rows]],
-    ]
-    """What can be recorded, the checkpoint's hash, class names, and the rows for some detectors."""
-
-DEFAULT = "energy"
-"""The strongest detector that needs nothing but the checkpoint, by mean AUROC on ResNet-20."""
+_VERDICT = "Verdicts"
 
 
 @takes_model
@@ -52,7 +45,7 @@ def command(
     images: Annotated[
         str | None,
         typer.Argument(
-            metavar="[IMAGES]",
+            metavar="IMAGES",
             help="A folder, a text list, .npz, .tar, .zip, a virtual .h5, torchvision:DATASET?…, "
             "noise:KIND?…, or - for a list on standard input.",
             show_default=False,
@@ -69,12 +62,35 @@ def command(
             show_default=False,
         ),
     ] = None,
+    fpr: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Verdicts with this false-alarm rate, by the artefacts' calibration: adds NAME.p "
+            "and NAME.ood.",
+            show_default=False,
+            rich_help_panel=_VERDICT,
+        ),
+    ] = None,
     threshold: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=NUMBER",
-            help="Scores above it are OOD: adds the column NAME.ood. Repeatable.",
+            help="Scores above it are OOD: adds NAME.ood. Repeatable. Or 'split': two groups with "
+            "the least variance within; or 'labelled': as learnt by fit --labelled.",
             show_default=False,
+            rich_help_panel=_VERDICT,
+        ),
+    ] = None,
+    contamination: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="The expected share of OOD images: the highest scores of the stream are OOD.",
+            show_default=False,
+            rich_help_panel=_VERDICT,
         ),
     ] = None,
     max_ood_fraction: Annotated[
@@ -82,10 +98,21 @@ def command(
         typer.Option(
             min=0,
             max=1,
-            help="Exit with 4 when a larger share is OOD by any --threshold.",
+            help="Exit with 4 when a larger share is OOD by any detector's verdict.",
             show_default=False,
+            rich_help_panel=_VERDICT,
         ),
     ] = None,
+    mirror: Annotated[
+        bool,
+        typer.Option(
+            "--mirror",
+            help="Add the score of the mirror image; not for classes that change under mirroring.",
+        ),
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Add NAME.why: what made the score, where known.")
+    ] = False,
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -103,38 +130,52 @@ def command(
         format_of(output)
     if json and output is None:
         raise OodcliError("--json prints the summary on standard output: name a file with -o")
-    wanted = detector or [DEFAULT]
-    if not detector:
-        console.say(f"note: no -d, so {DEFAULT}: the strongest that needs only the checkpoint")
+    stream_rule = _stream_rule(threshold, contamination)
+    decides = fpr is not None or bool(threshold) or contamination is not None
+    if sum((fpr is not None, bool(threshold), contamination is not None)) > 1:
+        raise OodcliError("--fpr, --threshold and --contamination exclude each other: choose one")
+    if max_ood_fraction is not None and not decides:
+        raise OodcliError(
+            "--max-ood-fraction counts verdicts: add --fpr, --threshold or --contamination"
+        )
     given = parameters(param)
     with ExitStack() as stack:
-        if images is None:
-            available, sha256, class_names, record = _from_cache(checkpoint, stack)
-        else:
-            available, sha256, class_names, record = _from_images(checkpoint, images, model, stack)
-        chosen = choose_detectors(wanted, given, available, sha256)
+        opened = (
+            _from_cache(checkpoint, mirror, stack)
+            if images is None
+            else _from_images(checkpoint, images, mirror, model, stack)
+        )
+        wanted = detector or [_default(opened.available, images is not None)]
+        chosen = choose_detectors(
+            wanted, given, opened.available, opened.sha256, opened.fit_reference
+        )
         if not chosen:
             raise OodcliError("no detector is possible with what was recorded")
-        limits = _thresholds(threshold, chosen)
-        if max_ood_fraction is not None and not limits:
-            raise OodcliError("--max-ood-fraction needs a --threshold NAME=NUMBER to count by")
+        rules = _rules(chosen, fpr, threshold if stream_rule is None else None, mirror)
         summary = score_to_file(
-            record(chosen),
+            opened.record(chosen),
             chosen,
-            class_names,
+            opened.class_names,
             sys.stdout if output is None else output,
-            thresholds=limits,
+            rules=rules,
+            stream_rule=stream_rule,
+            mirror=mirror,
+            explain=explain,
             force=force,
         )
     fractions = summary.ood_fraction
     if json:
         console.emit_json({**vars(summary), "ood_fraction": fractions})
+    names = ", ".join(
+        each.name + (f" ({each.trained_on})" if each.trained_on else "") for each in chosen
+    )
     console.say(
-        f"{summary.rows} images scored by {', '.join(each.name for each in chosen)}; "
+        f"{summary.rows} images scored by {names}; "
         f"{summary.unreadable} unreadable, {summary.infinite} with an infinite score (OOD)"
-        + "".join(f"; {name}: {part:.1%} OOD" for name, part in fractions.items())
         + (f"; wrote {output}" if output else "")
     )
+    for name, part in fractions.items():
+        console.say(f"{name}: {part:.1%} OOD{_basis(name, rules, summary.thresholds)}")
     if max_ood_fraction is not None and any(part > max_ood_fraction for part in fractions.values()):
         console.say(f"gate failed: more than {max_ood_fraction:.1%} are OOD")
         raise typer.Exit(4)
@@ -142,7 +183,19 @@ def command(
         raise typer.Exit(3)
 
 
-def _from_cache(path: Path, stack: ExitStack) -> Opened:
+@dataclass(frozen=True)
+class Opened:
+    """Where rows come from. available: what can be recorded. record: rows for some detectors.
+    fit_reference: fits a detector on noise; None without the network."""
+
+    available: frozenset[str]
+    sha256: str
+    class_names: tuple[str, ...]
+    record: Callable[[Sequence[Chosen]], Iterable[Rows]]
+    fit_reference: FitReference | None = None
+
+
+def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
     from oodcli.errors import OodcliError
     from oodcli.files.cache import FORMAT, open_cache
     from oodcli.files.hdf5 import format_of
@@ -152,52 +205,117 @@ def _from_cache(path: Path, stack: ExitStack) -> Opened:
         raise OodcliError(f"{path} is no cache: give IMAGES after a checkpoint")
     cache = stack.enter_context(open_cache(path))
 
-    def record(chosen: Sequence[Detector]) -> Iterable[Rows]:
+    def record(chosen: Sequence[Chosen]) -> Iterable[Rows]:
+        views = {"mirror"} if mirror else set()
         for each in chosen:
-            cache.require(each.needs, each.name)
-        return cache.blocks(needs(chosen))
+            cache.require(each.detector.needs | views, each.name)
+        return cache.blocks(needs(chosen, mirror=mirror))
 
     provenance = cache.provenance
-    return cache.recorded, provenance.checkpoint_sha256, provenance.class_names, record
+    sha256 = provenance.checkpoint_sha256
+    return Opened(cache.recorded, sha256, provenance.class_names, record)
 
 
-def _from_images(path: Path, images: str, model: ModelOptions, stack: ExitStack) -> Opened:
+def _from_images(
+    path: Path, images: str, mirror: bool, model: ModelOptions, stack: ExitStack
+) -> Opened:
     from oodcli.images import open_images
     from oodcli.recording import Recorder, recordable
-    from oodcli.stages import needs, odin_step, record_images
+    from oodcli.stages import fit_on_noise, needs, odin_step, record_images
 
     classifier = model.load(path)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
     if source.note:
         console.say(f"note: {source.note}")
-    advance = stack.enter_context(console.progress(len(source), "score"))
+    batch_size = model.resolved_batch_size(classifier)
 
-    def record(chosen: Sequence[Detector]) -> Iterable[Rows]:
+    def record(chosen: Sequence[Chosen]) -> Iterable[Rows]:
         recorder = Recorder(
             classifier,
-            needs(chosen),
-            odin=odin_step(chosen),
+            needs(chosen, mirror=mirror),
+            odin=odin_step(each.detector for each in chosen),
             precision=model.resolved_precision(fast=False),
         )
-        batch_size = model.resolved_batch_size(classifier)
+        advance = stack.enter_context(console.progress(len(source), "score"))
         return record_images(classifier, source, recorder, batch_size, advance)
 
-    return recordable(classifier), classifier.sha256, classifier.class_names, record
+    def fit_reference(kind: type[Detector], given: Mapping[str, Any]) -> Detector:
+        console.say(f"note: {kind.name} is standardised on {kind.reference_images} first")
+        return fit_on_noise(classifier, kind, given, batch_size)
+
+    return Opened(
+        recordable(classifier), classifier.sha256, classifier.class_names, record, fit_reference
+    )
 
 
-def _thresholds(given: list[str] | None, chosen: Sequence[Detector]) -> dict[str, float]:
+def _default(available: frozenset[str], network: bool) -> str:
+    """The strongest detector that needs nothing but the checkpoint, by mean AUROC on ResNet-20."""
+    from oodcli import detectors
+
+    name = "1c-sum" if network and detectors.get("1c-sum").needs <= available else "energy"
+    console.say(f"note: no -d, so {name}: the strongest that needs nothing but the checkpoint")
+    return name
+
+
+def _stream_rule(threshold: list[str] | None, share: float | None) -> StreamRule | None:
+    from oodcli.calibration import contamination_threshold, split_threshold
+
+    if share is not None:
+        return partial(contamination_threshold, share=share)
+    return split_threshold if threshold == ["split"] else None
+
+
+def _rules(
+    chosen: Sequence[Chosen], fpr: float | None, threshold: list[str] | None, mirror: bool
+) -> dict[str, Rule]:
     from oodcli.errors import OodcliError
+    from oodcli.stages import Rule, calibrated_rules
 
-    found: dict[str, float] = {}
-    for text in given or []:
+    if fpr is not None:
+        rules = calibrated_rules(chosen, fpr, mirror=mirror)
+        for name, rule in rules.items():
+            if rule.calibration is not None and rule.calibration.resolution > fpr:
+                console.say(
+                    f"note: {name} is calibrated on {rule.calibration.words}, so no p-value is "
+                    f"below {rule.calibration.resolution:.3g}, and nothing finite is OOD at "
+                    f"--fpr {fpr:g}: calibrate on more images"
+                )
+        return rules
+    rules = {}
+    by_name = {each.name: each for each in chosen}
+    for text in threshold or []:
+        if text == "labelled":
+            for each in chosen:
+                if each.threshold is None:
+                    raise OodcliError(
+                        f"{each.name} has learnt no threshold: 'oodcli fit … --labelled FILE.csv'"
+                    )
+                rules[each.name] = Rule(each.threshold)
+            continue
         name, equals, number = text.rpartition("=")
         try:
             value = float(number)
         except ValueError:
             value = float("nan")
         if not equals or value != value:
-            raise OodcliError(f"--threshold {text}: expected NAME=NUMBER, such as energy=-5.2")
-        if name not in {each.name for each in chosen}:
+            raise OodcliError(
+                f"--threshold {text}: expected NAME=NUMBER, such as energy=-5.2, split or labelled"
+            )
+        if name not in by_name:
             raise OodcliError(f"--threshold {text}: {name} is not among the detectors")
-        found[name] = value
-    return found
+        rules[name] = Rule(value)
+    return rules
+
+
+def _basis(name: str, rules: dict[str, Rule], found: dict[str, float]) -> str:
+    """What a verdict rests on."""
+    if name in found:
+        return f" (score above {found[name]:.6g}, from this stream)"
+    rule = rules[name]
+    if rule.calibration is None:
+        return f" (score above {rule.threshold:.6g})"
+    low, high = rule.calibration.achieved(rule.rate)
+    return (
+        f" (calibrated on: {rule.calibration.words}; for a nominal {rule.rate:.1%}, the luck of "
+        f"that draw leaves {low:.1%} to {high:.1%} false alarms)"
+    )

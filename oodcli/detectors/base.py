@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -33,6 +33,9 @@ class Detector(ABC):
     """``fit`` takes out-of-distribution rows, too: its argument ``ood``."""
     reference_images: ClassVar[str | None] = None
     """IMAGES to fit on where nobody named any: the detector needs no data of the user's."""
+
+    explains: ClassVar[bool] = False
+    """``contributions`` says what made a score."""
 
     @classmethod
     def fit(cls, train: Blocks, *args: Any, **hyperparameters: Any) -> Self:
@@ -65,6 +68,24 @@ class Detector(ABC):
         good = torch.isfinite(scores) & test.finite(self.needs).to(scores.device)
         return torch.where(good, scores, torch.inf)
 
+    def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
+        """What a score is the sum of: names in a user's words, and (N, terms) float64."""
+        return (), torch.zeros(len(test), 0, dtype=torch.float64)
+
+    def explain(self, test: Features) -> list[str]:
+        """For each row the three terms that raise its score most, in words."""
+        names, terms = self.contributions(test)
+        top = terms.topk(min(3, len(names)), dim=1)
+        return [
+            "; ".join(f"{names[i]} ({value:+.2g})" for i, value in zip(which, values, strict=True))
+            for which, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
+    def learn(self, labelled: Sequence[Features], ood: Tensor) -> Self:
+        """The detector with its weights learnt from rows that somebody marked; most have none and
+        stay as they are. ood: (N,) bool, of the rows of all blocks in turn."""
+        return self
+
     def to(self, device: torch.device) -> Self:
         """The same detector with its fitted tensors on another device."""
         moved: dict[str, Any] = {}
@@ -84,7 +105,8 @@ class Detector(ABC):
         return {
             name: (hints[name], parameter.default)
             for name, parameter in inspect.signature(maker).parameters.items()
-            if name not in ("self", "train", "ood") and parameter.default is not inspect.Parameter.empty
+            if name not in ("self", "train", "ood")
+            and parameter.default is not inspect.Parameter.empty
         }
 
     @classmethod

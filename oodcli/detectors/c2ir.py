@@ -133,7 +133,7 @@ class C2IR(Detector):
     def _score(self, test: Features) -> Tensor:
         predicted = predicted_among(recorded(test.logits), self.present)
         alpha = self.alpha[predicted]  # (N, L)
-        total = torch.zeros(len(test), dtype=torch.float64)
+        total = torch.zeros(len(test), dtype=torch.float64, device=alpha.device)
         for index, name in enumerate(self.layers):
             mean = layer_mean(test, name, self.name, self.beta[name].shape[1])
             beta, centre = self.beta[name][predicted], self.centre[name][predicted]

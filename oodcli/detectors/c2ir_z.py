@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -43,6 +43,7 @@ class C2IRZ(Detector):
     about = "standardised deviation from the class's virtual images, all BatchNorm layers and head"
     needs = frozenset({"logits", "embedding", "head", "layers.mean", "batchnorm.running"})
     fitted = True
+    explains = True
 
     layers: tuple[str, ...]
     layer_weights: Tensor
@@ -100,16 +101,22 @@ class C2IRZ(Detector):
             weights=weights,
         )
 
-    def _score(self, test: Features) -> Tensor:
+    def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
+        """The z-score at the head, then each layer's weighted deviation."""
         predicted = predicted_among(recorded(test.logits), self.present)
         weights = self.layer_weights[predicted]  # (N, L)
         evidence = head_evidence(recorded(test.embedding), recorded(test.head), predicted)
-        total = (evidence - self.evidence[predicted]) / self.evidence_sd
+        parts = [(evidence - self.evidence[predicted]) / self.evidence_sd]
         for index, name in enumerate(self.layers):
             mean = layer_mean(test, name, self.name, len(self.variance[name]))
             centre = self.centre[name][predicted]
-            total += weights[:, index] * standardised_deviation(mean, centre, self.variance[name])
-        return total
+            deviation = standardised_deviation(mean, centre, self.variance[name])
+            parts.append(weights[:, index] * deviation)
+        words = [f"activations of {name} are unlike the class's" for name in self.layers]
+        return ["little evidence for the predicted class", *words], torch.stack(parts, 1)
+
+    def _score(self, test: Features) -> Tensor:
+        return self.contributions(test)[1].sum(1)
 
 
 def _ridged(variance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Class means and within-class spreads of recorded rows, in one pass over blocks."""
+"""Means and spreads of rows, by class or as a whole."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ class ClassMoments:
         two rows."""
         freedom = self.count.sum() - self.present.sum()
         if freedom < 1:
-            raise DetectorError("no class has two rows: a spread within classes needs at least two")
+            raise DetectorError(
+                "no class has two rows, so there is no spread within classes: invert with "
+                "--per-class 2 or more"
+            )
         scatter = self.square[name] - self.total[name].square() / self.count.clamp(min=1)[:, None]
         return scatter.sum(0).clamp(min=0) / freedom
 
@@ -80,3 +83,14 @@ def class_moments(
     if not count.sum() > 0:
         raise DetectorError("there is no row to fit on")
     return ClassMoments(count, total, square)
+
+
+def column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each column, with divisor N, and 1 where the column is
+    constant (up to rounding). rows: (N, I) float64, those that are not finite are left out.
+    Returns (I,), (I,). Raises DetectorError when none is left."""
+    rows = rows[torch.isfinite(rows).all(1)]
+    if not len(rows):
+        raise DetectorError("not one row to fit on has finite scores")
+    mean, sd = rows.mean(0), rows.std(0, correction=0)
+    return mean, torch.where(sd > 1e-12 * mean.abs(), sd, 1.0)

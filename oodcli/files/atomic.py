@@ -12,12 +12,18 @@ from oodcli.errors import FileError
 
 
 def refuse_existing(path: Path, *, force: bool = False) -> None:
-    """Ask this before hours of work. Raises FileError when ``path`` exists, or its folder does
-    not exist or cannot be written."""
-    if path.exists() and not force:
-        raise FileError(f"{path} exists: choose another -o, or overwrite it with --force")
+    """Ask this before hours of work. Raises FileError when ``path`` exists, is a folder or a
+    device, or its folder does not exist or cannot be written."""
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long
+        raise FileError(f"{path} cannot be written: {error.strerror}") from error
     if path.is_dir():
         raise FileError(f"{path} is a folder, expected a file: choose another -o")
+    if exists and not path.is_file():
+        raise FileError(f"{path} is not a regular file: choose another -o")
+    if exists and not force:
+        raise FileError(f"{path} exists: choose another -o, or overwrite it with --force")
     folder = path.parent
     if not folder.is_dir():
         raise FileError(f"{folder} is no folder: make it first, or choose another -o")
@@ -25,15 +31,25 @@ def refuse_existing(path: Path, *, force: bool = False) -> None:
         raise FileError(f"{folder} cannot be written: choose another -o")
 
 
+def refuse_suffix(path: Path, *known: str) -> None:
+    """Raises FileError when an output would not be recognised for what it is."""
+    if path.suffix not in known:
+        raise FileError(f"-o {path}: expected a name that ends in {known[0]}")
+
+
 @contextmanager
 def atomic(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; moves it into place when the block ends well and
-    removes it when anything is raised. Raises FileError as refuse_existing does, and when the
-    disk refuses."""
+    removes it when anything is raised. A symbolic link stays, what it points to is replaced. Raises
+    FileError as refuse_existing does, and when the disk refuses."""
     refuse_existing(path, force=force)
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.stem}.partial-", suffix=path.suffix
-    )
+    target = path.resolve()
+    try:
+        handle, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.stem[:40]}.partial-", suffix=target.suffix
+        )
+    except OSError as error:
+        raise FileError(f"{path} could not be written: {error.strerror or error}") from error
     os.close(handle)
     partial = Path(name)
     try:
@@ -41,7 +57,7 @@ def atomic(path: Path, *, force: bool = False) -> Iterator[Path]:
         if path.exists() and not force:
             raise FileError(f"{path} appeared in the meantime: choose another -o, or use --force")
         partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
+        partial.replace(target)
     except OSError as error:
         raise FileError(f"{path} could not be written: {error.strerror or error}") from error
     finally:

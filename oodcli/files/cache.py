@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oodcli.errors import FileError
 from oodcli.features import BatchNorm, Features, Layer, LinearHead, OdinStep, Rows
-from oodcli.files.hdf5 import Provenance, reading
+from oodcli.files.hdf5 import Provenance, damage, reading
 
 FORMAT = "oodcli-features"
 
@@ -82,6 +82,8 @@ class CacheWriter:
         if features.head is not None:
             self._file["head/weight"] = features.head.weight.cpu().numpy()
             self._file["head/bias"] = features.head.bias.cpu().numpy()
+        if features.mirror is not None:
+            self._file.require_group("mirror")
         if features.odin_step is not None:
             self._file["odin"].attrs["epsilon"] = features.odin_step.epsilon
             self._file["odin"].attrs["temperature"] = features.odin_step.temperature
@@ -93,11 +95,12 @@ class FeatureCache:
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
         self._file = file
-        self.provenance = Provenance.read(file)
-        self._constants = self._read_constants()
+        with damage(path):
+            self.provenance = Provenance.read(file)
+            self._constants = self._read_constants()
+            lengths = {name: len(file[name]) for name in ("path", "error", *self._constants.rows())}
         self.recorded = self._constants.recorded
-        lengths = {name: len(file[name]) for name in ("path", "error", *self._constants.rows())}
-        self.count = len(file["path"])
+        self.count = lengths["path"]
         wrong = [name for name, length in lengths.items() if length != self.count]
         if wrong:
             raise FileError(
@@ -105,11 +108,13 @@ class FeatureCache:
                 "the file is damaged, extract it again"
             )
 
-    def _read_constants(self) -> Features:
-        """A block of no rows: everything that is not per image."""
+    def _read_constants(self, view: str = "") -> Features:
+        """A block of no rows: everything that is not per image. view: ``mirror/`` for the mirror
+        images, which share all else."""
         file = self._file
 
         def empty(name: str) -> Tensor | None:
+            name = view + name
             return torch.zeros((0, *file[name].shape[1:])) if name in file else None
 
         def ordered(group: str) -> list[str]:
@@ -159,6 +164,7 @@ class FeatureCache:
             odin_logits=empty("odin/logits"),
             odin_step=step,
             head=head,
+            mirror=self._read_constants("mirror/") if not view and "mirror" in file else None,
         )
 
     def blocks(self, needs: Iterable[str] | None = None) -> Iterator[Rows]:
@@ -170,37 +176,46 @@ class FeatureCache:
             yield self._block(constants, start, min(start + size, self.count))
 
     def _block(self, constants: Features, start: int, stop: int) -> Rows:
-        paths = tuple(self._file["path"].asstr()[start:stop])
-        errors = tuple(text or None for text in self._file["error"].asstr()[start:stop])
-        good = np.array([error is None for error in errors])
+        with damage(self.path):
+            paths = tuple(self._file["path"].asstr()[start:stop])
+            errors = tuple(text or None for text in self._file["error"].asstr()[start:stop])
+            good = np.array([error is None for error in errors])
 
-        def read(name: str, _: Tensor) -> Tensor:
-            return torch.from_numpy(self._file[name][start:stop][good])
+            def read(name: str, _: Tensor) -> Tensor:
+                return torch.from_numpy(self._file[name][start:stop][good])
 
-        features = constants.map_rows(read, int(good.sum()))
-        labels = torch.from_numpy(self._file["label"][start:stop])
+            features = constants.map_rows(read, int(good.sum()))
+            labels = torch.from_numpy(self._file["label"][start:stop])
         return Rows(paths, labels, errors, features)
 
     def require(self, needs: Iterable[str], who: str) -> None:
         """Raises DetectorError naming what was not recorded and how to record it."""
         self._constants.require(needs, who)
 
-    def rows(self, needs: Iterable[str]) -> CachedRows:
-        """What ``Detector.fit`` takes: blocks that can be read again and again."""
-        return CachedRows(self, frozenset(needs))
+    def rows(
+        self, needs: Iterable[str], part: Callable[[Tensor], Tensor] | None = None
+    ) -> CachedRows:
+        """What ``Detector.fit`` takes: blocks that can be read again and again. part: numbers of
+        readable rows (N,) → which of them are wanted."""
+        return CachedRows(self, frozenset(needs), part)
 
 
 @dataclass(frozen=True)
 class CachedRows:
-    """The readable rows of a cache, block by block, as often as wanted."""
+    """The readable rows of a cache, or some of them, block by block, as often as wanted."""
 
     cache: FeatureCache
     needs: frozenset[str]
+    part: Callable[[Tensor], Tensor] | None = None
 
     def __iter__(self) -> Iterator[Features]:
+        start = 0
         for block in self.cache.blocks(self.needs):
-            if block.features is not None:
-                yield block.features
+            if block.features is None:
+                continue
+            numbers = torch.arange(start, start + len(block.features))
+            start += len(block.features)
+            yield block.features if self.part is None else block.features.select(self.part(numbers))
 
 
 @contextmanager
@@ -241,4 +256,7 @@ def only(features: Features, needs: frozenset[str]) -> Features:
         odin_logits=features.odin_logits if "odin.logits" in needs else None,
         odin_step=features.odin_step,
         head=features.head,
+        mirror=None
+        if features.mirror is None or "mirror" not in needs
+        else only(features.mirror, needs),
     )

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,8 @@ VERSION = 1
 @dataclass(frozen=True)
 class Provenance:
     """How a file was made. source: what the user named as input. command: the command line.
-    precision: float32 or bfloat16. virtual: whether the rows are virtual images."""
+    precision: float32 or bfloat16. virtual: whether the rows are virtual images;
+    matched_accuracy: to which they were degraded by noise, None where they were not."""
 
     checkpoint_sha256: str
     arch: str
@@ -39,6 +40,7 @@ class Provenance:
     device: str = "cpu"
     precision: str = "float32"
     virtual: bool = False
+    matched_accuracy: float | None = None
 
     def write(self, file: h5py.File, format_name: str) -> None:
         file.attrs["format"] = format_name
@@ -47,6 +49,8 @@ class Provenance:
             value = getattr(self, field.name)
             if isinstance(value, Preprocessing):
                 value = json.dumps(value.to_dict())
+            elif value is None:
+                continue
             elif isinstance(value, tuple):
                 # As a dataset where it is long: attributes are limited to 64 KiB.
                 value = json.dumps(value, ensure_ascii=False)
@@ -61,8 +65,9 @@ class Provenance:
         values = {
             field.name: file.attrs[field.name]
             for field in fields(cls)
-            if field.name != "class_names" or "class_names" in file.attrs
+            if field.name in file.attrs or field.name not in ("class_names", "matched_accuracy")
         }
+        matched = values.get("matched_accuracy")
         names = values.get("class_names") or file["class_names"][()].decode()
         return cls(
             checkpoint_sha256=str(values["checkpoint_sha256"]),
@@ -77,6 +82,7 @@ class Provenance:
             device=str(values["device"]),
             precision=str(values["precision"]),
             virtual=bool(values["virtual"]),
+            matched_accuracy=None if matched is None else float(matched),
         )
 
 
@@ -90,13 +96,28 @@ def format_of(path: Path) -> str | None:
 
 
 @contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """While something is read from an HDF5 file: what its damage raises becomes FileError. Nothing
+    but reading belongs in it, or faults of ours would be blamed on the file."""
+    try:
+        yield
+    except OodcliError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise FileError(
+            f"{path} is truncated, damaged or no HDF5 file ({_first_line(error)}): make it again"
+        ) from error
+
+
+@contextmanager
 def reading(path: Path, format_name: str, made_by: str) -> Iterator[h5py.File]:
-    """An open file of the right format and version. Raises FileError for anything else, and for
-    damage that only shows while it is read."""
+    """An open file of the right format and version. Raises FileError for anything else. What is
+    read from it goes into a ``damage``."""
     if not path.is_file():
         raise FileError(f"{path} does not exist: '{made_by}' makes such files")
-    try:
-        with h5py.File(path, "r") as file:
+    with ExitStack() as stack:
+        with damage(path):
+            file = stack.enter_context(h5py.File(path, "r"))
             found = file.attrs.get("format")
             if found != format_name:
                 raise FileError(
@@ -108,13 +129,7 @@ def reading(path: Path, format_name: str, made_by: str) -> Iterator[h5py.File]:
                     f"{path} has format version {file.attrs['version']}, this oodcli reads "
                     f"{VERSION}: use a newer oodcli, or make the file again"
                 )
-            yield file
-    except OodcliError:
-        raise
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise FileError(
-            f"{path} is truncated, damaged or no HDF5 file ({_first_line(error)}): make it again"
-        ) from error
+        yield file
 
 
 class _Sink:

@@ -2,7 +2,8 @@
 
 Columns: ``path,label,predicted,confidence,<detector>…,error``. ``label`` and ``predicted`` are
 class names, ``label`` empty where unknown. Higher = more out of distribution, for every detector.
-With a threshold there are ``<detector>.p`` and ``<detector>.ood`` too; they are no detectors. A row
+With a threshold there are ``<detector>.p`` and ``<detector>.ood`` too, with an explanation
+``<detector>.why``; they are no detectors. A row
 that could not be scored keeps its place: empty cells and the reason in ``error``.
 
 Decisions:
@@ -37,7 +38,7 @@ Format: TypeAlias = Literal["csv", "jsonl", "parquet"]
 
 LEADING = ("path", "label", "predicted", "confidence")
 TRAILING = ("error",)
-DERIVED = (".p", ".ood")
+DERIVED = (".p", ".ood", ".why")
 """Endings of the columns that belong to a detector without being one."""
 
 _SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -68,7 +69,7 @@ class ScoreRow:
     label: str = ""
     predicted: str = ""
     confidence: float | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
+    scores: dict[str, float | str] = field(default_factory=dict)
     error: str = ""
 
 
@@ -159,7 +160,9 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.9g}")
 
 
-def _cell(column: str, value: float) -> float | int | None:
+def _cell(column: str, value: float | str) -> str | float | int | None:
+    if isinstance(value, str):
+        return _utf8(value)
     if column.endswith(".ood"):
         return int(value)
     if column.endswith(".p"):
@@ -209,7 +212,10 @@ class _ParquetSink:
 
         text = {"path", "label", "predicted", "error"}
         self._schema = arrow.schema(
-            [(name, _parquet_type(arrow, name, name in text)) for name in header]
+            [
+                (name, _parquet_type(arrow, name, name in text or name.endswith(".why")))
+                for name in header
+            ]
         )
         self._arrow = arrow
         self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)

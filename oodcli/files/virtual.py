@@ -11,9 +11,10 @@ import h5py
 import torch
 from torch import Tensor
 
-from oodcli.files.hdf5 import Provenance, reading
+from oodcli.files.hdf5 import Provenance, damage, reading
 
 FORMAT = "oodcli-virtual"
+MADE_BY = "oodcli invert"
 
 
 class VirtualWriter:
@@ -55,22 +56,16 @@ class VirtualWriter:
 
 def read_provenance(path: Path) -> Provenance:
     """Raises FileError when path is no file of virtual images."""
-    with reading(path, FORMAT, "oodcli invert") as file:
+    with reading(path, FORMAT, MADE_BY) as file, damage(path):
         return Provenance.read(file)
 
 
 def read_sensitivity(path: Path, start: int, stop: int) -> dict[str, Tensor]:
     """Layer → (stop − start, C) float32. Raises FileError when the file is damaged."""
-    with reading(path, FORMAT, "oodcli invert") as file:
+    with reading(path, FORMAT, MADE_BY) as file, damage(path):
         layers = file.get("layers", {})
         return {
             name: torch.from_numpy(group["sensitivity"][start:stop])
             for name, group in layers.items()
             if "sensitivity" in group
         }
-
-
-def read_images(path: Path, rows: Tensor) -> Tensor:
-    """(len(rows), C, H, W) float32, normalised; rows: increasing indices."""
-    with reading(path, FORMAT, "oodcli invert") as file:
-        return torch.from_numpy(file["images"][rows.numpy()]).float()

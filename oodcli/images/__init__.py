@@ -55,6 +55,8 @@ def open_images(
         return TorchvisionImages(spec, rest, class_names)
     if spec == "-":
         return list_from_stream(sys.stdin if stdin is None else stdin, class_names)
+    if not spec:  # an unset variable of a shell; as a path it would be the working directory
+        raise ImagesError(f"the images are named by an empty word: give {KINDS}")
     path = Path(spec)
     if os.path.isdir(path):  # unlike Path.is_dir, False for what is out of reach
         return folder(path, class_names)

@@ -1,0 +1,131 @@
+"""From a score to a decision: p-values from calibration scores, and thresholds without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oodcli.errors import DetectorError
+
+POOL_WEIGHT = 30.0
+"""How many real images a pool of accuracy-matched virtual images counts for beside real ones."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of images that count as in-distribution, and how much each counts.
+
+    scores: (n,) float64, ascending. weights: (n,), 1 for a real image; beside real images those of
+    a virtual pool sum to 30. real, virtual: how many rows of each. matched_accuracy: what the pool
+    was degraded to; None without a pool.
+    """
+
+    scores: Tensor
+    weights: Tensor
+    real: int
+    virtual: int
+    matched_accuracy: float | None = None
+
+    @property
+    def words(self) -> str:
+        """What every table says of a verdict that rests on this."""
+        if not self.virtual:
+            return f"{self.real} real images"
+        real = f"{self.real} real images" if self.real else "no real data"
+        return f"virtual, matched to accuracy {self.matched_accuracy:.4g}, {real}"
+
+    @property
+    def mass(self) -> float:
+        """How many images the rows count for."""
+        return float(self.weights.sum())
+
+    @property
+    def resolution(self) -> float:
+        """The smallest p-value that a score can have."""
+        return 1 / (self.mass + 1)
+
+    def p_value(self, scores: Tensor) -> Tensor:
+        """p = (1 + Σ weights of scores ≥ s)/(1 + Σ weights): how probable a score at least as high
+        is on in-distribution images (Vovk et al. 2005, conformal). scores: (N,), returns (N,)."""
+        after = torch.zeros(len(self.weights) + 1, dtype=torch.float64)
+        after[:-1] = self.weights.flip(0).cumsum(0).flip(0)  # (n + 1,), weight from here upwards
+        first = torch.searchsorted(self.scores, scores.double(), side="left")
+        return (1 + after[first]) / (1 + self.mass)
+
+    def achieved(self, rate: float, level: float = 0.9) -> tuple[float, float]:
+        """Interval in which the false-alarm rate lies that a nominal ``rate`` achieves on new
+        images like the calibration rows, for the luck of their draw: quantiles of a Beta
+        distribution with l = ⌊rate·(n + 1)⌋ and n + 1 − l (Vovk 2012, prop. 2a)."""
+        from scipy.stats import beta
+
+        flagged = int(rate * (self.mass + 1) + 1e-9)
+        if flagged == 0:
+            return 0.0, 0.0
+        law = beta(flagged, self.mass + 1 - flagged)
+        return float(law.ppf((1 - level) / 2)), float(law.ppf((1 + level) / 2))
+
+
+def calibrate(
+    real: Sequence[Tensor], pools: Sequence[Tensor], matched_accuracy: float | None
+) -> Calibration:
+    """Real rows count 1 each; a pool counts 30 in all beside real rows, and 1 a row alone.
+
+    real, pools: scores of each file, (n,). Raises DetectorError when there is no score at all.
+    """
+    nothing = torch.zeros(0, dtype=torch.float64)
+    r, v = (torch.cat([nothing, *parts]) for parts in (real, pools))
+    if not len(r) + len(v):
+        raise DetectorError("there is no row to calibrate on")
+    share = min(1.0, POOL_WEIGHT / len(v)) if len(r) and len(v) else 1.0
+    weights = torch.cat([torch.ones_like(r), torch.full_like(v, share)])
+    scores, order = torch.cat([r, v]).sort()
+    return Calibration(scores, weights[order], len(r), len(v), matched_accuracy if len(v) else None)
+
+
+def split_threshold(scores: Tensor) -> float:
+    """The threshold that cuts scores into two groups with the smallest variance within them (Otsu
+    1979; Begon & Geurts 2021, §5). scores: (N,). Raises DetectorError with fewer than two distinct
+    finite scores."""
+    x = scores[torch.isfinite(scores)].double().sort().values
+    if len(x) < 2 or x[0] == x[-1]:
+        raise DetectorError("--threshold split needs at least two different scores")
+    below = torch.arange(1, len(x), dtype=torch.float64)  # (n - 1,), size of the lower group
+    total = (x - x.mean()).cumsum(0)[:-1]
+    # The variance within is least where that between the groups is greatest.
+    between = total.square() / below + total.square() / (len(x) - below)
+    between[x[1:] == x[:-1]] = -torch.inf
+    cut = int(between.argmax())
+    return float((x[cut] + x[cut + 1]) / 2)
+
+
+def contamination_threshold(scores: Tensor, share: float) -> float:
+    """The threshold above which the given share of the scores lies. Infinite scores count among
+    the highest. scores: (N,); 0 < share < 1."""
+    x = scores.double().sort().values
+    kept = min(max(len(x) - round(share * len(x)), 0), len(x))
+    if kept == 0:
+        return -torch.inf
+    low = x[kept - 1]
+    high = x[kept] if kept < len(x) else low
+    return float((low + high) / 2) if torch.isfinite(high) else float(low)
+
+
+def labelled_threshold(scores: Tensor, ood: Tensor) -> float:
+    """The threshold with the best mean of true positive and true negative rate on rows that
+    somebody marked. scores: (N,), ood: (N,) bool. Raises DetectorError when one kind is missing."""
+    inside, outside = scores[~ood].double(), scores[ood].double()
+    if not len(inside) or not len(outside):
+        raise DetectorError(
+            "labelled rows must be of both kinds: mark some 0 (ID) and some 1 (OOD)"
+        )
+    values = torch.unique(torch.cat([inside, outside]))  # ascending
+    inside, outside = inside.sort().values, outside.sort().values
+    accepted = torch.searchsorted(inside, values, side="right") / len(inside)
+    rejected = 1 - torch.searchsorted(outside, values, side="right") / len(outside)
+    best = int((accepted + rejected).argmax())
+    if best + 1 < len(values) and torch.isfinite(values[best + 1]):
+        return float((values[best] + values[best + 1]) / 2)
+    return float(values[best])

@@ -1,0 +1,140 @@
+"""Thinkback: how far one step of training on the predicted label would move the head's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from oodcli.detectors.base import Blocks, Detector, finite_rows, require_positive
+from oodcli.detectors.msp import max_softmax
+from oodcli.errors import DetectorError
+from oodcli.features import Features, recorded
+
+EPSILON = 1e-16
+"""Thinkback's ε: what keeps a weight that no row moves from being divided by 0."""
+
+TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 5.0)
+"""The grid of ``T=auto``."""
+
+
+def residual(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """e = ∂CE(z/T, k)/∂z = (softmax(z/T) − e_k)/T, k = argmax z. p_k − 1 is taken as minus the sum
+    of the other probabilities: the difference loses its digits.
+
+    logits: (N, K). Returns (N, K) float64, rows sum to 0.
+    """
+    p = torch.softmax(logits.double() / temperature, 1)
+    others = max_softmax(logits, temperature)[:, None]
+    return p.scatter(1, logits.argmax(1, keepdim=True), -others) / temperature
+
+
+def thinkback(logits: Tensor, embedding: Tensor, temperature: float = 1.0) -> Tensor:
+    """Σ_ij δw_ij² = ‖e‖² ‖u‖², as δW = e uᵀ (Thinkback, eq. 5 and 7); the head's weights, no bias.
+
+    logits: (N, K), embedding: (N, D). Returns (N,) float64, higher = more OOD.
+    """
+    return residual(logits, temperature).square().sum(1) * embedding.double().square().sum(1)
+
+
+def thinkback_norm(
+    logits: Tensor, embedding: Tensor, expected: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Σ_ij e_i² u_j² / (ε + E_ij) (Thinkback, eq. 6), E the mean of δw² in distribution.
+
+    logits: (N, K), embedding: (N, D), expected: (K, D). Returns (N,) float64, higher = more OOD.
+    """
+    weighted = residual(logits, temperature).square() @ (EPSILON + expected).reciprocal()  # (N, D)
+    return (weighted * embedding.double().square()).sum(1)
+
+
+def expected_square(blocks: Iterable[tuple[Tensor, Tensor]], temperature: float = 1.0) -> Tensor:
+    """E_ij, the mean of e_i² u_j² over all rows of blocks of logits (N, K) and embeddings (N, D).
+    Returns (K, D) float64."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for logits, embedding in blocks:
+        total = total + residual(logits, temperature).square().T @ embedding.double().square()
+        count += len(logits)
+    return total / count
+
+
+@dataclass(frozen=True)
+class Thinkback(Detector):
+    """Squared length of the step; large = OOD.
+
+    T = ``auto``, the paper's rule, takes the T of 1 … 5 with the smallest spread of the score over
+    rows of the distribution, which must be given to fit. As the score carries 1/T², that tends to
+    be the last of the grid: the default is T = 1, which needs no row.
+    """
+
+    name = "thinkback"
+    source = "Thinkback, eq. 5 and 7"
+    about = "squared length of the head's gradient by the predicted label"
+    needs = frozenset({"logits", "embedding"})
+
+    T: float | Literal["auto"] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.T == "auto":
+            raise DetectorError(
+                "thinkback.T=auto must be fitted first: 'oodcli fit CACHE.h5 -d thinkback "
+                "-p thinkback.T=auto' makes thinkback.safetensors, whose path -d takes"
+            )
+        require_positive(self.name, T=self.T)
+
+    @classmethod
+    def fit_needs(cls, **hyperparameters: Any) -> frozenset[str]:
+        return cls.needs if hyperparameters.get("T") == "auto" else frozenset()
+
+    @classmethod
+    def fit(cls, train: Blocks, *, T: float | Literal["auto"] = 1.0) -> Self:  # noqa: N803
+        """With T = ``auto``, one pass; five numbers a row are kept."""
+        if T != "auto":
+            return cls(T)
+        scores = torch.cat(
+            [
+                torch.stack(
+                    [
+                        thinkback(recorded(b.logits), recorded(b.embedding), temperature)
+                        for temperature in TEMPERATURES
+                    ]
+                )
+                for b in finite_rows(train, cls.needs, cls.name)
+            ],
+            1,
+        )  # (len(TEMPERATURES), N)
+        return cls(TEMPERATURES[int(scores.std(1, correction=0).argmin())])
+
+    def _score(self, test: Features) -> Tensor:
+        assert self.T != "auto"
+        return thinkback(recorded(test.logits), recorded(test.embedding), self.T)
+
+
+@dataclass(frozen=True)
+class ThinkbackNorm(Detector):
+    """The step, each weight's part divided by what it is in distribution. expected: (K, D)."""
+
+    name = "thinkback-norm"
+    source = "Thinkback, eq. 6 and 7"
+    about = "thinkback, each weight by its mean square in distribution"
+    needs = frozenset({"logits", "embedding"})
+    fitted = True
+
+    expected: Tensor
+    T: float
+
+    @classmethod
+    def fit(cls, train: Blocks, *, T: float = 1.0) -> Self:  # noqa: N803
+        """One pass; labels are the predicted ones. Raises DetectorError without a row."""
+        require_positive(cls.name, T=T)
+        rows = finite_rows(train, cls.needs, cls.name)
+        expected = expected_square(((recorded(b.logits), recorded(b.embedding)) for b in rows), T)
+        return cls(expected=expected, T=T)
+
+    def _score(self, test: Features) -> Tensor:
+        return thinkback_norm(
+            recorded(test.logits), recorded(test.embedding), self.expected, self.T
+        )

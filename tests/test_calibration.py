@@ -1,0 +1,152 @@
+"""From a score to a decision: p-values, thresholds, matched accuracy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from oodcli.calibration import (
+    calibrate,
+    contamination_threshold,
+    labelled_threshold,
+    split_threshold,
+)
+from oodcli.errors import DetectorError, FileError, OodcliError
+from oodcli.files.marks import read_marks
+from oodcli.inversion.degrade import add_noise, match_accuracy
+
+
+def scores(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_p_values_by_hand():
+    real = calibrate([scores(3.0, 1.0), scores(2.0)], [], None)
+    # (1 + how many of 1, 2, 3 are at least as high)/4; ties count.
+    p = real.p_value(scores(0.0, 1.0, 1.5, 3.0, 3.1, math.inf))
+    assert p.tolist() == [1.0, 1.0, 0.75, 0.5, 0.25, 0.25]
+    assert real.resolution == 0.25
+    assert real.words == "3 real images"
+
+
+def test_a_pool_beside_real_rows_counts_for_thirty():
+    pool = torch.arange(100, dtype=torch.float64)
+    mixed = calibrate([scores(200.0, 200.0)], [pool], 0.917)
+    assert mixed.mass == pytest.approx(32)
+    # Both real rows and the upper half of the pool.
+    assert mixed.p_value(scores(50.0)).item() == pytest.approx((1 + 2 + 15) / 33)
+    assert mixed.words == "virtual, matched to accuracy 0.917, 2 real images"
+    alone = calibrate([], [pool], 0.917)
+    assert alone.mass == 100
+    assert alone.words == "virtual, matched to accuracy 0.917, no real data"
+    few = calibrate([scores(1.0)], [pool[:10]], 0.9)  # ten images do not count for thirty
+    assert few.mass == 11
+    with pytest.raises(DetectorError, match="no row to calibrate on"):
+        calibrate([], [], None)
+
+
+@pytest.mark.parametrize("count", [10, 30, 100, 400])
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
+def test_false_alarms_are_as_promised(count, rate):
+    """Over many draws of calibration and test rows from one law: never more than the rate, and
+    no less than the resolution allows."""
+    generator = torch.Generator().manual_seed(count)
+    alarms = []
+    low, high = calibrate([torch.randn(count)], [], None).achieved(rate)
+    inside = 0
+    for _ in range(400):
+        rows = torch.randn(count + 200, generator=generator)
+        calibration = calibrate([rows[:count]], [], None)
+        alarms.append(float((calibration.p_value(rows[count:]) <= rate).double().mean()))
+        # What 200 rows show scatters around what the calibration achieves.
+        slack = 2 * math.sqrt(max(high, 0.01) / 200)
+        inside += low - slack <= alarms[-1] <= high + slack
+    mean = sum(alarms) / len(alarms)
+    expected = math.floor(rate * (count + 1) + 1e-9) / (count + 1)
+    assert mean == pytest.approx(expected, abs=4 * math.sqrt(rate / count / 400) + 0.002)
+    assert inside > 340
+
+
+def test_split_by_hand():
+    assert split_threshold(scores(0, 1, 2, 10, 11, 12)) == 6.0
+    assert split_threshold(scores(5, 0, 0, 0, math.inf)) == 2.5
+    for nothing in (scores(1, 1, 1), scores(2), scores()):
+        with pytest.raises(DetectorError, match="two different scores"):
+            split_threshold(nothing)
+
+
+def test_split_has_the_least_variance_within():
+    x = torch.randn(60, generator=torch.Generator().manual_seed(0)).double()
+    cut = split_threshold(x)
+
+    def within(t):
+        groups = [x[x <= t], x[x > t]]
+        return sum(float((g - g.mean()).square().sum()) for g in groups if len(g))
+
+    ordered = x.sort().values
+    best = min(within(float(t)) for t in (ordered[1:] + ordered[:-1]) / 2)
+    assert within(cut) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(("share", "flagged"), [(0.0, 0), (0.1, 1), (0.3, 3), (0.5, 5), (1.0, 10)])
+def test_contamination(share, flagged):
+    x = torch.arange(10, dtype=torch.float64)
+    assert int((x > contamination_threshold(x, share)).sum()) == flagged
+
+
+def test_contamination_and_infinite_scores():
+    x = scores(1, 2, 3, math.inf)
+    assert contamination_threshold(x, 0.25) == 3.0
+    assert contamination_threshold(x, 0.5) == 2.5
+
+
+def test_labelled_threshold():
+    x = scores(1, 2, 3, 4, 5)
+    assert labelled_threshold(x, torch.tensor([False, False, False, True, True])) == 3.5
+    assert labelled_threshold(x, torch.tensor([False, True, False, True, True])) in (1.5, 3.5)
+    with pytest.raises(DetectorError, match="both kinds"):
+        labelled_threshold(x, torch.zeros(5, dtype=torch.bool))
+
+
+def test_marks(tmp_path):
+    path = tmp_path / "marks.csv"
+    path.write_text('path,ood,who\n"a,b.png",1,me\nc.png,0,me\nd.png,,\n')
+    assert read_marks(path) == {"a,b.png": True, "c.png": False}
+    for text, sentence in (
+        ("path,label\na,1\n", "expected the columns path and ood"),
+        ("path,ood\na,yes\n", "line 2: ood is 'yes'"),
+        ("path,ood\n", "marks no row"),
+        ("", "expected the columns"),
+    ):
+        path.write_text(text)
+        with pytest.raises(FileError, match=sentence):
+            read_marks(path)
+    with pytest.raises(FileError, match="cannot be read"):
+        read_marks(tmp_path / "none.csv")
+
+
+def test_matching_accuracy():
+    strength, reached = match_accuracy(lambda s: 1 / (1 + s), 0.8)
+    assert strength == pytest.approx(0.25, rel=1e-4)
+    assert reached == pytest.approx(0.8, rel=1e-4)
+    # Steps: ten images, so 0.85 cannot be had.
+    strength, reached = match_accuracy(lambda s: max(0, math.ceil(10 - 3 * s)) / 10, 0.85)
+    assert reached in (0.8, 0.9)
+    with pytest.raises(OodcliError, match=r"right on 70\.0% .*less than the 90\.0%"):
+        match_accuracy(lambda s: 0.7, 0.9)
+    with pytest.raises(OodcliError, match="no noise brings the network down"):
+        match_accuracy(lambda s: 0.95, 0.9)
+    with pytest.raises(OodcliError, match="between 0 and 1"):
+        match_accuracy(lambda s: 0.95, 92)
+
+
+def test_noise_belongs_to_its_row():
+    images = torch.zeros(5, 3, 4, 4)
+    whole = add_noise(images, 0.5, 10, 3)
+    parts = torch.cat([add_noise(images[:2], 0.5, 10, 3), add_noise(images[2:], 0.5, 12, 3)])
+    assert torch.equal(whole, parts)
+    assert whole.std().item() == pytest.approx(0.5, rel=0.2)
+    assert not torch.equal(whole[0], whole[1])
+    assert add_noise(images[:0], 0.5, 0, 0).shape == (0, 3, 4, 4)
