@@ -136,7 +136,8 @@ class Recorder:
                 if self.what & {"layers.mean", "layers.std", "batchnorm.mean", "batchnorm.var"}:
                     mean, variance = spatial_moments(given.detach())
                     norms[tap.name] = self._normed(norm, mean, variance)
-                    mean, variance = after_batchnorm(norm, mean, variance)
+                    if self.what & {"layers.mean", "layers.std"}:
+                        mean, variance = after_batchnorm(norm, mean, variance)
             elif self.what & {"layers.mean", "layers.std"}:
                 mean, variance = spatial_moments(output.detach(), tap.channel_dim)
             layers[tap.name] = Layer(

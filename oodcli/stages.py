@@ -29,7 +29,7 @@ from oodcli.files.hdf5 import Provenance, writing
 from oodcli.files.scores import ScoreRow, ScoresWriter
 from oodcli.files.virtual import VirtualWriter, read_sensitivity
 from oodcli.images import ImageSource, batches, open_images
-from oodcli.inversion.degrade import add_noise, match_accuracy
+from oodcli.inversion.degrade import blurred, match_accuracy
 from oodcli.inversion.invert import Plan, invert
 from oodcli.inversion.quality import Quality
 from oodcli.recording import Recorder
@@ -37,9 +37,8 @@ from oodcli.report.contact_sheet import contact_sheet
 
 Progress = Callable[[int], None]
 
-Change = Callable[[Tensor, int], Tensor]
-"""What is done to images (N, C, H, W), normalised, the first of which is readable row number int,
-before the network sees them."""
+Change = Callable[[Tensor], Tensor]
+"""What is done to images (N, C, H, W), normalised, before the network sees them."""
 
 
 def no_progress(count: int) -> None:
@@ -63,7 +62,7 @@ def record_images(
     reason = ""
     for batch in batches(source, classifier.preprocessing, batch_size):
         good = torch.tensor([error is None for error in batch.errors])
-        images = batch.images if change is None else change(batch.images, readable)
+        images = batch.images if change is None else change(batch.images)
         features = recorder(images, batch.labels[good]) if len(images) else None
         readable += len(images)
         reason = reason or next((error for error in batch.errors if error), "")
@@ -170,22 +169,17 @@ def extract_to_file(
 
 
 def degrading(
-    classifier: Classifier,
-    source: ImageSource,
-    target: float,
-    *,
-    batch_size: int,
-    seed: int,
-    precision: str,
+    classifier: Classifier, source: ImageSource, target: float, *, batch_size: int, precision: str
 ) -> tuple[Change, float, float]:
-    """The noise that brings the network's accuracy on virtual images down to ``target``; its
-    strength and the accuracy reached. Raises OodcliError when the target is out of reach."""
+    """The blur that brings the network's accuracy on virtual images down to ``target``; its
+    standard deviation in pixels and the accuracy reached. Raises OodcliError when the target is
+    out of reach."""
     recorder = Recorder(classifier, frozenset({"logits"}), precision=precision)
 
-    def accuracy(strength: float) -> float:
+    def accuracy(sigma: float) -> float:
         right = known = 0
-        noise = partial(_noisy, strength, seed)
-        for rows in record_images(classifier, source, recorder, batch_size, change=noise):
+        change = partial(blurred, sigma=sigma)
+        for rows in record_images(classifier, source, recorder, batch_size, change=change):
             if rows.features is not None and rows.features.label is not None:
                 label = rows.features.label
                 hits = recorded(rows.features.logits).argmax(1) == label
@@ -193,12 +187,8 @@ def degrading(
                 known += int((label >= 0).sum())
         return right / max(known, 1)
 
-    strength, reached = match_accuracy(accuracy, target)
-    return partial(_noisy, strength, seed), strength, reached
-
-
-def _noisy(strength: float, seed: int, images: Tensor, first_row: int) -> Tensor:
-    return add_noise(images, strength, first_row, seed)
+    sigma, reached = match_accuracy(accuracy, target)
+    return partial(blurred, sigma=sigma), sigma, reached
 
 
 def _with_sensitivity(features: Features, path: Path, start: int, stop: int) -> Features:

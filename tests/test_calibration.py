@@ -15,7 +15,7 @@ from oodcli.calibration import (
 )
 from oodcli.errors import DetectorError, FileError, OodcliError
 from oodcli.files.marks import read_marks
-from oodcli.inversion.degrade import add_noise, match_accuracy
+from oodcli.inversion.degrade import blurred, match_accuracy
 
 
 def scores(*values):
@@ -35,14 +35,15 @@ def test_a_pool_beside_real_rows_counts_for_thirty():
     pool = torch.arange(100, dtype=torch.float64)
     mixed = calibrate([scores(200.0, 200.0)], [pool], 0.917)
     assert mixed.mass == pytest.approx(32)
-    # Both real rows and the upper half of the pool.
-    assert mixed.p_value(scores(50.0)).item() == pytest.approx((1 + 2 + 15) / 33)
+    # Both real rows, and 51 of 101: the upper half of the pool and the image itself.
+    assert mixed.p_value(scores(50.0)).item() == pytest.approx((2 + 30 * 51 / 101) / 32)
     assert mixed.words == "virtual, matched to accuracy 0.917, 2 real images"
     alone = calibrate([], [pool], 0.917)
-    assert alone.mass == 100
+    assert alone.mass == 101
+    assert alone.p_value(scores(50.0)).item() == pytest.approx(51 / 101)
     assert alone.words == "virtual, matched to accuracy 0.917, no real data"
     few = calibrate([scores(1.0)], [pool[:10]], 0.9)  # ten images do not count for thirty
-    assert few.mass == 11
+    assert few.mass == 12
     with pytest.raises(DetectorError, match="no row to calibrate on"):
         calibrate([], [], None)
 
@@ -136,17 +137,25 @@ def test_matching_accuracy():
     assert reached in (0.8, 0.9)
     with pytest.raises(OodcliError, match=r"right on 70\.0% .*less than the 90\.0%"):
         match_accuracy(lambda s: 0.7, 0.9)
-    with pytest.raises(OodcliError, match="no noise brings the network down"):
+    with pytest.raises(OodcliError, match="no blur brings the network down"):
         match_accuracy(lambda s: 0.95, 0.9)
     with pytest.raises(OodcliError, match="between 0 and 1"):
         match_accuracy(lambda s: 0.95, 92)
 
 
-def test_noise_belongs_to_its_row():
-    images = torch.zeros(5, 3, 4, 4)
-    whole = add_noise(images, 0.5, 10, 3)
-    parts = torch.cat([add_noise(images[:2], 0.5, 10, 3), add_noise(images[2:], 0.5, 12, 3)])
-    assert torch.equal(whole, parts)
-    assert whole.std().item() == pytest.approx(0.5, rel=0.2)
-    assert not torch.equal(whole[0], whole[1])
-    assert add_noise(images[:0], 0.5, 0, 0).shape == (0, 3, 4, 4)
+def test_blur_by_hand():
+    """A single bright pixel becomes the Gaussian itself; a constant stays what it is."""
+    image = torch.zeros(1, 2, 15, 11)
+    image[0, 1, 7, 5] = 1
+    sigma = 1.3
+    out = blurred(image, sigma)
+    assert out.shape == image.shape
+    assert not out[0, 0].any()
+    offsets = torch.arange(-4, 5).double()
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).float()
+    torch.testing.assert_close(out[0, 1, 3:12, 1:10], kernel[:, None] * kernel[None, :])
+    flat = torch.full((2, 3, 8, 8), 0.7)
+    torch.testing.assert_close(blurred(flat, 20.0), flat)
+    assert blurred(image, 0.0) is image
+    assert blurred(image[:0], 1.0).shape == (0, 2, 15, 11)

@@ -19,6 +19,7 @@ from networks import Plain, settled
 from PIL import Image
 
 from oodcli import __version__, detectors
+from oodcli.checkpoint import load_classifier
 from oodcli.files.scores import read_scores
 
 BASH = {"_OODCLI_COMPLETE": "complete_bash"}
@@ -243,6 +244,24 @@ def test_all_detectors(fitted):
     others = {*free, "supervised", "1c-sum"}
     made = [artefact["detector"] for artefact in json.loads(fit.out)]
     assert made == [name for name in detectors.names() if name not in others]
+
+
+def test_one_forward_pass_serves_every_detector(fitted, monkeypatch):
+    """All but odin, which moves the image and looks again."""
+    passes = []
+    network = type(load_classifier(fitted / "digits.pt").network)
+    forward = network.forward
+
+    def counted(self, images):
+        passes.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(network, "forward", counted)
+    names = [name for name in detectors.names() if not detectors.get(name).fitted]
+    words = [word for name in names if name != "odin" for word in ("-d", name)]
+    result = oodcli("score", fitted / "digits.pt", fitted / "test.npz", *words, "--batch-size", 100)
+    assert result.status == 0, result.err
+    assert passes == [1, 100, 100, 100, 100, 100, 97]  # the first is assemble's trial
 
 
 def test_hyperparameters(fitted, tmp_path):

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from oodcli.cli import console
 from oodcli.cli.options import Json
+
+if TYPE_CHECKING:
+    from oodcli.detectors.base import Detector
 
 
 def command(json: Json = False) -> None:
     """Every detector: where it comes from, what it needs, what it is fitted on."""
     from oodcli import detectors
 
-    found = [
-        {
-            "name": kind.name,
-            "source": kind.source,
-            "needs": sorted(kind.needs | kind.fit_needs()),
-            "fitted": kind.fitted,
-            "about": kind.about,
-        }
-        for kind in map(detectors.get, detectors.names())
-    ]
+    kinds = [detectors.get(name) for name in detectors.names()]
     if json:
-        console.emit_json(found)
+        console.emit_json(
+            [
+                {
+                    "name": kind.name,
+                    "source": kind.source,
+                    "needs": sorted(kind.needs | kind.fit_needs()),
+                    "fitted": kind.fitted,
+                    "about": kind.about,
+                }
+                for kind in kinds
+            ]
+        )
         return
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "fitted on", "needs", "about", "source"):
-        table.add_column(column, overflow="fold")
-    for row in found:
-        needs = row["needs"]
-        assert isinstance(needs, list)
-        table.add_row(
-            str(row["name"]),
-            "virtual or real images" if row["fitted"] else "nothing",
-            " ".join(needs),
-            str(row["about"]),
-            str(row["source"]),
-        )
+    for column, width in (("name", None), ("fitted on", 10), ("needs", 17), ("about", None)):
+        table.add_column(column, overflow="fold", width=width)
+    for kind in kinds:
+        needs = sorted(kind.needs | kind.fit_needs())
+        table.add_row(kind.name, _fitted_on(kind), " ".join(needs), f"{kind.about} ({kind.source})")
     console.emit_table(table)
+
+
+def _fitted_on(kind: type[Detector]) -> str:
+    if not kind.fitted:
+        return "nothing"
+    if kind.reference_images is not None:
+        return "noise"
+    return "ID and OOD images" if kind.uses_ood else "virtual or real images"

@@ -55,7 +55,7 @@ def command(
         typer.Option(
             min=0,
             max=1,
-            help="Degrade virtual images by noise until the network is right on this share of "
+            help="Blur virtual images until the network is right on this share of "
             "them, its published test accuracy: rows to calibrate on.",
             show_default=False,
         ),
@@ -133,16 +133,15 @@ def command(
             raise OodcliError(
                 f"--match-accuracy is for virtual images, made by invert, but {images} is not"
             )
-        change, strength, reached = degrading(
+        change, sigma, reached = degrading(
             classifier,
             source,
             match_accuracy,
             batch_size=batch_size,
-            seed=model.seed,
             precision=precision,
         )
         console.say(
-            f"noise of strength {strength:.3f} brings the network down to {reached:.2%} of these "
+            f"a blur of {sigma:.3f} pixels brings the network down to {reached:.2%} of these "
             f"{len(source)} virtual images"
         )
     recorder = Recorder(classifier, what | {"logits"}, odin=step, precision=precision)

@@ -64,6 +64,12 @@ class Detector(ABC):
         test.require(self.needs, self.name)
         if not len(test):
             return torch.zeros(0, dtype=torch.float64)
+        if not self.fitted:
+            # It is its settings, and often asked twice: alone and as an indicator of 1c-sum.
+            return test.shared(_score_of, self)
+        return self._finite_score(test)
+
+    def _finite_score(self, test: Features) -> Tensor:
         scores = self._score(test).double()
         good = torch.isfinite(scores) & test.finite(self.needs).to(scores.device)
         return torch.where(good, scores, torch.inf)
@@ -167,6 +173,10 @@ class Detector(ABC):
         if superfluous:
             raise DetectorError(f"{cls.name}: the artefact has an unknown '{superfluous[0]}'")
         return cls(**values)
+
+
+def _score_of(test: Features, detector: Detector) -> Tensor:
+    return detector._finite_score(test)
 
 
 def _convert(detector: str, key: str, value: str, kind: Any) -> Any:

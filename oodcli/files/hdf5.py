@@ -26,7 +26,7 @@ VERSION = 1
 class Provenance:
     """How a file was made. source: what the user named as input. command: the command line.
     precision: float32 or bfloat16. virtual: whether the rows are virtual images;
-    matched_accuracy: to which they were degraded by noise, None where they were not."""
+    matched_accuracy: to which they were degraded, None where they were not."""
 
     checkpoint_sha256: str
     arch: str

@@ -101,6 +101,7 @@ class ScoresWriter:
                 raise ValueError("parquet needs a path, not a text stream")
         self._target = target
         self._columns = tuple(columns)
+        self._names = frozenset(columns)
         self._header = header
 
     def __enter__(self) -> Self:
@@ -133,7 +134,7 @@ class ScoresWriter:
         if row.error:
             blank: list[float | int | None] = [None] * len(self._columns)
             return [_utf8(row.path), _utf8(row.label), "", None, *blank, _utf8(row.error)]
-        if row.scores.keys() != set(self._columns):
+        if row.scores.keys() != self._names:
             raise ValueError(
                 f"{row.path}: expected a score for {', '.join(self._columns)}, "
                 f"but got {', '.join(row.scores) or 'none'}"
@@ -157,7 +158,12 @@ def _utf8(text: str) -> str:
 
 
 def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.9g}")
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _rounded(cell: str | float | int | None) -> str | float | int | None:
+    """The 9 significant digits that CSV has, for formats that hold numbers."""
+    return float(f"{cell:.9g}") if isinstance(cell, float) else cell
 
 
 def _cell(column: str, value: float | str) -> str | float | int | None:
@@ -168,7 +174,7 @@ def _cell(column: str, value: float | str) -> str | float | int | None:
     if column.endswith(".p"):
         return _finite(value)
     # Never as ID: a score that is NaN or -inf came out of a network that overflowed.
-    return float(f"{value:.9g}") if math.isfinite(value) else math.inf
+    return value if math.isfinite(value) else math.inf
 
 
 class _CsvSink:
@@ -200,7 +206,7 @@ class _JsonSink:
 
     def write(self, rows: Iterable[_Cells]) -> None:
         for cells in rows:
-            values = ["inf" if cell == math.inf else cell for cell in cells]
+            values = ["inf" if cell == math.inf else _rounded(cell) for cell in cells]
             record = dict(zip(self._header, values, strict=True))
             self._stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -233,7 +239,7 @@ class _ParquetSink:
 
     def write(self, rows: Iterable[_Cells]) -> None:
         for cells in rows:
-            self._rows.append(cells)
+            self._rows.append([_rounded(cell) for cell in cells])
             if len(self._rows) == _ROW_GROUP:
                 self._flush()
 
