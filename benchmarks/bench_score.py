@@ -28,7 +28,8 @@ from oodcli.checkpoint import load_classifier
 from oodcli.classifier import Classifier
 from oodcli.features import Rows
 from oodcli.recording import Recorder, recordable
-from oodcli.stages import Chosen, choose_detectors, fit_on_noise, needs, score_to_file
+from oodcli.stages.chosen import Chosen, choose_detectors, fit_on_noise, needs
+from oodcli.stages.score import score_to_file
 
 
 def seconds(work: Callable[[], None]) -> float:

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import h5py
 import numpy as np
@@ -899,7 +901,7 @@ def test_our_own_faults_keep_their_traceback(fitted, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("oodcli.stages.score_to_file", broken)
+    monkeypatch.setattr("oodcli.stages.score.score_to_file", broken)
     with pytest.raises(ZeroDivisionError, match="ours"):
         oodcli("score", fitted / "digits.pt", "noise:uniform?n=3")
 
@@ -915,6 +917,24 @@ def test_interrupting_leaves_nothing_behind(fitted, tmp_path, monkeypatch):
     assert result.status == 130
     assert os.listdir(tmp_path) == []
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_leave_nothing_behind(fitted, tmp_path, number, status):
+    words = ["invert", str(fitted / "digits.pt"), "--steps", "1000000", "-q", "-o", "v.h5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "oodcli", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(600):  # until its partial file shows that it is at work
+        if os.listdir(tmp_path) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert os.listdir(tmp_path)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path) == []
 
 
 def test_nan_weights_are_refused(fitted, tmp_path):

@@ -23,7 +23,7 @@ from oodcli.files.cache import CacheWriter, open_cache
 from oodcli.files.hdf5 import Provenance, format_of, writing
 from oodcli.files.virtual import VirtualWriter, read_provenance, read_sensitivity
 from oodcli.recording import Recorder
-from oodcli.stages import provenance
+from oodcli.stages.record import provenance
 
 LABELS = torch.tensor([0, 1, -1, 2, 0])
 

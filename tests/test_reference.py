@@ -15,7 +15,7 @@ from oodcli.files.artefact import read_artefact
 from oodcli.images import open_images
 from oodcli.metrics import auroc, tnr95
 from oodcli.recording import Recorder
-from oodcli.stages import record_images
+from oodcli.stages.record import record_images
 
 SETS = ("textures", "scenes", "notmnist", "fashion-mnist", "imagenet-samples")
 CHECKPOINT = "checkpoints/resnet20-12fca82f.th"

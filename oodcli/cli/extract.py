@@ -79,7 +79,9 @@ def command(
     from oodcli.files.virtual import FORMAT, read_provenance
     from oodcli.images import open_images
     from oodcli.recording import CHEAP, Recorder, recordable
-    from oodcli.stages import degrading, extract_to_file, odin_step, provenance
+    from oodcli.stages.chosen import odin_step
+    from oodcli.stages.extract import degrading, extract_to_file
+    from oodcli.stages.record import provenance
 
     path = output or Path(_stem(images) + ".features.h5")
     refuse_suffix(path, ".h5", ".hdf5")
@@ -127,7 +129,7 @@ def command(
         what |= {"mirror"}
     precision = model.resolved_precision(fast=False)
     batch_size = model.resolved_batch_size(classifier)
-    change = reached = None
+    change = None
     if match_accuracy is not None:
         if not virtual:
             raise OodcliError(
@@ -158,7 +160,7 @@ def command(
                 seed=model.seed,
                 precision=precision,
                 virtual=virtual,
-                matched_accuracy=reached,
+                matched_accuracy=match_accuracy,
             ),
             batch_size=batch_size,
             change=change,

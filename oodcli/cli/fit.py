@@ -12,7 +12,7 @@ from oodcli.cli import console
 from oodcli.cli.options import Detectors, Force, Json, Parameters, Quiet, parameters
 
 if TYPE_CHECKING:
-    from oodcli.stages import FitInputs
+    from oodcli.stages.fit import FitInputs
 
 
 def command(
@@ -63,7 +63,7 @@ def command(
     from oodcli.files.atomic import make_folder
     from oodcli.files.cache import open_cache
     from oodcli.files.marks import read_marks
-    from oodcli.stages import FitInputs, fit_to_folder
+    from oodcli.stages.fit import FitInputs, fit_to_folder
 
     given = parameters(param)
     with ExitStack() as stack:

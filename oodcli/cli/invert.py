@@ -67,7 +67,8 @@ def command(
         wanted_classes,
     )
     from oodcli.inversion.objective import OBJECTIVES
-    from oodcli.stages import invert_to_file, provenance
+    from oodcli.stages.invert import invert_to_file
+    from oodcli.stages.record import provenance
 
     path = output or beside(checkpoint, ".virtual.h5")
     refuse_suffix(path, ".h5", ".hdf5")

@@ -27,7 +27,8 @@ from oodcli.cli.options import (
 if TYPE_CHECKING:
     from oodcli.detectors.base import Detector
     from oodcli.features import Rows
-    from oodcli.stages import Chosen, FitReference, Rule, StreamRule
+    from oodcli.stages.chosen import Chosen, FitReference
+    from oodcli.stages.verdict import Rule, StreamRule
 
 _VERDICT = "Verdicts"
 
@@ -123,7 +124,8 @@ def command(
     from oodcli.errors import OodcliError
     from oodcli.files.atomic import refuse_existing
     from oodcli.files.scores import format_of
-    from oodcli.stages import choose_detectors, score_to_file
+    from oodcli.stages.chosen import choose_detectors
+    from oodcli.stages.score import score_to_file
 
     if output is not None:
         refuse_existing(output, force=force)
@@ -199,7 +201,7 @@ def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
     from oodcli.errors import OodcliError
     from oodcli.files.cache import FORMAT, open_cache
     from oodcli.files.hdf5 import format_of
-    from oodcli.stages import needs
+    from oodcli.stages.chosen import needs
 
     if path.is_file() and format_of(path) != FORMAT and path.suffix not in (".h5", ".hdf5"):
         raise OodcliError(f"{path} is no cache: give IMAGES after a checkpoint")
@@ -221,7 +223,8 @@ def _from_images(
 ) -> Opened:
     from oodcli.images import open_images
     from oodcli.recording import Recorder, recordable
-    from oodcli.stages import fit_on_noise, needs, odin_step, record_images
+    from oodcli.stages.chosen import fit_on_noise, needs, odin_step
+    from oodcli.stages.record import record_images
 
     classifier = model.load(path)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
@@ -269,7 +272,7 @@ def _rules(
     chosen: Sequence[Chosen], fpr: float | None, threshold: list[str] | None, mirror: bool
 ) -> dict[str, Rule]:
     from oodcli.errors import OodcliError
-    from oodcli.stages import Rule, calibrated_rules
+    from oodcli.stages.verdict import Rule, calibrated_rules
 
     if fpr is not None:
         rules = calibrated_rules(chosen, fpr, mirror=mirror)

@@ -1,0 +1,147 @@
+"""Which detectors to score with: from names, from artefacts, or fitted on noise on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from oodcli import detectors
+from oodcli.calibration import Calibration
+from oodcli.classifier import Classifier
+from oodcli.detectors.base import Detector
+from oodcli.errors import DetectorError, FileError
+from oodcli.features import Features, OdinStep
+from oodcli.files.artefact import Artefact, read_artefact
+from oodcli.images import open_images
+from oodcli.recording import Recorder
+from oodcli.stages.record import record_images
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A detector to score with, and what its artefact knows beyond it."""
+
+    detector: Detector
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    threshold: float | None = None
+    trained_on: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.detector.name
+
+
+FitReference = Callable[[type[Detector], Mapping[str, Any]], Detector]
+"""Fits a detector on the reference images that it names, with the network at hand."""
+
+
+def choose_detectors(
+    wanted: Sequence[str],
+    hyperparameters: Mapping[str, Mapping[str, str]],
+    available: frozenset[str],
+    sha256: str,
+    fit_reference: FitReference | None = None,
+) -> list[Chosen]:
+    """Detectors from names and artefacts' paths; ``all`` is every one that needs no images of its
+    own and that ``available`` allows. Raises DetectorError or FileError for one that is unknown,
+    needs fitting, belongs to another checkpoint or is given twice."""
+    chosen: list[Chosen] = []
+    made: set[str] = set()
+
+    def make(kind: type[Detector]) -> None:
+        given = kind.parse(hyperparameters.get(kind.name, {}))
+        made.add(kind.name)
+        if not kind.fitted:
+            chosen.append(Chosen(kind(**given)))
+        elif fit_reference is not None:
+            chosen.append(Chosen(fit_reference(kind, given)))
+
+    listed = [word for word in wanted if word != "all"]
+    for word in listed:
+        if word in detectors.names():
+            kind = detectors.get(word)
+            if kind.fitted and (kind.reference_images is None or fit_reference is None):
+                raise DetectorError(_must_be_fitted(kind))
+            make(kind)
+        elif word.endswith(".safetensors") or Path(word).is_file():
+            chosen.append(_belonging(Path(word), sha256))
+        else:
+            detectors.get(word)  # raises the sentence that lists the names
+    names = [each.name for each in chosen]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DetectorError(f"{twice[0]} is given twice: each detector has one column")
+    if "all" in wanted:
+        for name in detectors.names():
+            kind = detectors.get(name)
+            fits = not kind.fitted or (kind.reference_images is not None and fit_reference)
+            if name not in names and fits and kind.needs <= available:
+                make(kind)
+        chosen.sort(key=lambda each: detectors.names().index(each.name))
+    unused = sorted(hyperparameters.keys() - made)
+    if unused:
+        raise DetectorError(
+            f"-p {unused[0]}.…: {unused[0]} is not among the detectors that are made here"
+        )
+    return chosen
+
+
+def _must_be_fitted(kind: type[Detector]) -> str:
+    how = f"'oodcli fit CACHE.h5 -d {kind.name}' makes {kind.name}.safetensors, whose path -d takes"
+    if kind.reference_images is not None:
+        how += f" (CACHE.h5: extract {kind.reference_images})"
+    return f"{kind.name} must be fitted first: {how}"
+
+
+def require_checkpoint(artefact: Artefact, sha256: str) -> None:
+    """Raises FileError when an artefact was made for another checkpoint."""
+    if artefact.checkpoint_sha256 != sha256:
+        raise FileError(
+            f"{artefact.path} was fitted for the checkpoint {artefact.checkpoint_sha256[:12]}…, "
+            f"but this is {sha256[:12]}…: fit it on features of this checkpoint"
+        )
+
+
+def _belonging(path: Path, sha256: str) -> Chosen:
+    artefact = read_artefact(path)
+    require_checkpoint(artefact, sha256)
+    trained_on = artefact.fitted_on.get("kind", "")
+    if trained_on and artefact.detector.reference_images is not None:
+        trained_on = "noise" if trained_on == "real" else trained_on
+    return Chosen(artefact.detector, artefact.calibrations, artefact.threshold, trained_on)
+
+
+def fit_on_noise(
+    classifier: Classifier, kind: type[Detector], given: Mapping[str, Any], batch_size: int
+) -> Detector:
+    """A detector fitted on the reference images that it names. Raises DetectorError when it wants
+    virtual images instead, which only an artefact can have."""
+    if given.get("reference") == "virtual" or kind.reference_images is None:
+        raise DetectorError(_must_be_fitted(kind))
+    source = open_images(kind.reference_images, classifier.preprocessing, classifier.class_names)
+    recorder = Recorder(classifier, kind.fit_needs(**given))
+    blocks = record_images(classifier, source, recorder, batch_size)
+    return kind.fit([rows.features for rows in blocks if rows.features is not None], **given)
+
+
+def odin_step(chosen: Iterable[Detector]) -> OdinStep | None:
+    """The perturbation that the chosen detectors need, if any."""
+    return next((d.odin_step for d in chosen if d.odin_step is not None), None)
+
+
+def needs(chosen: Iterable[Chosen], *, mirror: bool = False) -> frozenset[str]:
+    """Everything that must be recorded to score with the chosen detectors."""
+    views = {"mirror"} if mirror else set()
+    return frozenset[str]().union(*(each.detector.needs for each in chosen), {"logits"}, views)
+
+
+def score_views(detector: Detector, features: Features, *, mirror: bool) -> Tensor:
+    """(N,) the score of each image, with ``mirror`` plus that of its mirror image."""
+    scores = detector.score(features)
+    if mirror and features.mirror is not None:
+        scores = scores + detector.score(features.mirror)
+    return scores

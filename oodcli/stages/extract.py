@@ -1,0 +1,94 @@
+"""Images to a feature cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from oodcli.classifier import Classifier
+from oodcli.features import Features, recorded
+from oodcli.files.atomic import atomic
+from oodcli.files.cache import CacheWriter
+from oodcli.files.hdf5 import Provenance, writing
+from oodcli.files.virtual import read_sensitivity
+from oodcli.images import ImageSource
+from oodcli.inversion.degrade import blurred, match_accuracy
+from oodcli.recording import Recorder
+from oodcli.stages.record import Change, Progress, no_progress, record_images
+
+
+def extract_to_file(
+    classifier: Classifier,
+    source: ImageSource,
+    recorder: Recorder,
+    path: Path,
+    provenance: Provenance,
+    *,
+    batch_size: int,
+    change: Change | None = None,
+    sensitivity_from: Path | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Records a source into a cache. sensitivity_from: the virtual file that the source reads, for
+    the sensitivities that inversion measured."""
+    unreadable = 0
+    row = 0
+    agreed = known = 0
+    with atomic(path, force=force) as unfinished, writing(unfinished) as new:
+        writer = CacheWriter(new.file, provenance, len(source))
+        for rows in record_images(classifier, source, recorder, batch_size, progress, change):
+            stop = row + len(rows.paths)
+            features = rows.features
+            if features is not None and sensitivity_from is not None:
+                features = _with_sensitivity(features, sensitivity_from, row, stop)
+            writer.append(replace(rows, features=features))
+            new.check()
+            unreadable += sum(error is not None for error in rows.errors)
+            if features is not None and features.logits is not None and features.label is not None:
+                labelled = features.label >= 0
+                hits = features.logits.argmax(1) == features.label
+                known += int(labelled.sum())
+                agreed += int((hits & labelled).sum())
+            row = stop
+    return {
+        "file": str(path),
+        "images": len(source),
+        "unreadable": unreadable,
+        "recorded": sorted(recorder.what | ({"layers.sensitivity"} if sensitivity_from else set())),
+        "labelled": known,
+        "accuracy": agreed / known if known else None,
+    }
+
+
+def degrading(
+    classifier: Classifier, source: ImageSource, target: float, *, batch_size: int, precision: str
+) -> tuple[Change, float, float]:
+    """The blur that brings the network's accuracy on virtual images down to ``target``; its
+    standard deviation in pixels and the accuracy reached. Raises OodcliError when the target is
+    out of reach."""
+    recorder = Recorder(classifier, frozenset({"logits"}), precision=precision)
+
+    def accuracy(sigma: float) -> float:
+        right = known = 0
+        change = partial(blurred, sigma=sigma)
+        for rows in record_images(classifier, source, recorder, batch_size, change=change):
+            if rows.features is not None and rows.features.label is not None:
+                label = rows.features.label
+                hits = recorded(rows.features.logits).argmax(1) == label
+                right += int(hits.sum())
+                known += int((label >= 0).sum())
+        return right / max(known, 1)
+
+    sigma, reached = match_accuracy(accuracy, target)
+    return partial(blurred, sigma=sigma), sigma, reached
+
+
+def _with_sensitivity(features: Features, path: Path, start: int, stop: int) -> Features:
+    found = read_sensitivity(path, start, stop)
+    layers = {
+        name: replace(layer, sensitivity=found.get(name)) for name, layer in features.layers.items()
+    }
+    return replace(features, layers=layers)

@@ -1,0 +1,228 @@
+"""Feature caches to artefacts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oodcli.calibration import Calibration, calibrate, labelled_threshold
+from oodcli.detectors.base import Detector
+from oodcli.errors import DetectorError, FileError
+from oodcli.files.artefact import Artefact, write_artefact
+from oodcli.files.atomic import atomic, refuse_existing
+from oodcli.files.cache import FeatureCache
+from oodcli.stages.chosen import require_checkpoint, score_views
+
+
+@dataclass(frozen=True)
+class FitInputs:
+    """What detectors are fitted and calibrated on. train: rows to fit on. calibrate: caches of real
+    images or of accuracy-matched virtual ones. ood: rows known to be out of distribution.
+    labelled: path of an image → whether somebody marked it as OOD."""
+
+    train: FeatureCache | None
+    calibrate: Sequence[FeatureCache] = ()
+    ood: FeatureCache | None = None
+    labelled: Mapping[str, bool] | None = None
+
+    @property
+    def sha256(self) -> str:
+        """The checkpoint that all of them come from. Raises FileError when they differ."""
+        caches = [cache for cache in (self.train, *self.calibrate, self.ood) if cache is not None]
+        if not caches:
+            raise DetectorError("nothing to fit on: give a cache, or --calibrate FILE.h5")
+        first = caches[0]
+        for cache in caches[1:]:
+            if cache.provenance.checkpoint_sha256 != first.provenance.checkpoint_sha256:
+                raise FileError(
+                    f"{cache.path} was extracted with the checkpoint "
+                    f"{cache.provenance.checkpoint_sha256[:12]}…, but {first.path} with "
+                    f"{first.provenance.checkpoint_sha256[:12]}…: use one checkpoint"
+                )
+        return first.provenance.checkpoint_sha256
+
+
+def fit_to_folder(
+    inputs: FitInputs,
+    chosen: Sequence[type[Detector] | Artefact],
+    hyperparameters: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    *,
+    force: bool = False,
+) -> list[dict[str, Any]]:
+    """Fits and calibrates detectors, one artefact each; one that comes as an artefact is fitted
+    already. Everything is fitted before anything is written. Raises DetectorError when one cannot
+    be fitted on these rows, FileError when an artefact is of another checkpoint."""
+    for each in chosen:
+        name = each.detector.name if isinstance(each, Artefact) else each.name
+        if not folder.exists():
+            continue
+        refuse_existing(folder / f"{name}.safetensors", force=force)
+    for cache in inputs.calibrate:
+        if cache.provenance.virtual and cache.provenance.matched_accuracy is None:
+            raise DetectorError(
+                f"{cache.path} holds raw virtual images, whose scores are far lower than those of "
+                "real ones, so no verdict can rest on them: degrade them first with 'oodcli "
+                "extract CHECKPOINT V.h5 --match-accuracy 0.9' (the published accuracy)"
+            )
+    sha256 = inputs.sha256
+    fitted = []
+    for each in chosen:
+        if isinstance(each, Artefact):
+            require_checkpoint(each, sha256)
+            made: tuple[Detector, dict[str, Any], list[Tensor] | None]
+            made = each.detector, each.fitted_on, None
+        else:
+            made = _fit_one(each, dict(hyperparameters.get(each.name, {})), inputs)
+        fitted.append(_calibrate_one(*made, inputs))
+    summary = []
+    with ExitStack() as stack:
+        for detector, fitted_on, calibrations, limit in fitted:
+            path = folder / f"{detector.name}.safetensors"
+            unfinished = stack.enter_context(atomic(path, force=force))
+            artefact = Artefact(detector, sha256, fitted_on, calibrations, limit)
+            write_artefact(artefact, unfinished)
+            plain = calibrations.get("plain")
+            summary.append(
+                {
+                    "file": str(path),
+                    "detector": detector.name,
+                    "fitted_on": fitted_on,
+                    "calibrated_on": None if plain is None else plain.words,
+                    "resolution": None if plain is None else plain.resolution,
+                    "achieved_at_0.05": None if plain is None else plain.achieved(0.05),
+                    "threshold": limit,
+                    "bytes": unfinished.stat().st_size,
+                }
+            )
+    return summary
+
+
+HELD_OUT_FROM = 50
+"""With fewer real rows than this there is no calibration unless --calibrate names a file."""
+
+
+def _fit_one(
+    kind: type[Detector], given: dict[str, Any], inputs: FitInputs
+) -> tuple[Detector, dict[str, Any], list[Tensor] | None]:
+    """A detector, what it was fitted on, and scores of real rows that it has not seen."""
+    cache = inputs.train
+    fitted_on: dict[str, Any] = {}
+    held_out: list[Tensor] | None = None
+    if kind.fitted:
+        if cache is None:
+            raise DetectorError(
+                f"{kind.name} must be fitted: give a cache made by 'oodcli extract'"
+            )
+        needs = kind.fit_needs(**given)
+        cache.require(needs, kind.name)
+        _check_reference(kind, given, cache)
+        if kind.uses_ood:
+            given["ood"] = _ood_rows(kind, inputs, needs)
+        detector = kind.fit(cache.rows(needs), **given)
+        fitted_on = {
+            "file": cache.path.name,
+            "source": cache.provenance.source,
+            "rows": cache.count,
+            "kind": "virtual" if cache.provenance.virtual else "real",
+            "ood": None if not kind.uses_ood or inputs.ood is None else inputs.ood.path.name,
+        }
+        real = not cache.provenance.virtual and kind.reference_images is None
+        alone = not inputs.calibrate and inputs.labelled is None
+        if real and alone and cache.count >= HELD_OUT_FROM:
+            # A detector is kinder to the rows that it was fitted on, so another one, fitted
+            # without every fifth row, says how rows that it has not seen are scored.
+            apart = kind.fit(cache.rows(needs, lambda row: row % 5 != 0), **given)
+            kept = cache.rows(needs | apart.needs, lambda row: row % 5 == 0)
+            held_out = [apart.score(block) for block in kept]
+    else:
+        detector = kind(**given)
+        alone = not inputs.calibrate and inputs.labelled is None
+        if cache is not None and not cache.provenance.virtual and alone:
+            cache.require(detector.needs, kind.name)
+            held_out = [detector.score(block) for block in cache.rows(detector.needs)]
+    return detector, fitted_on, held_out
+
+
+def _calibrate_one(
+    detector: Detector,
+    fitted_on: dict[str, Any],
+    held_out: list[Tensor] | None,
+    inputs: FitInputs,
+) -> tuple[Detector, dict[str, Any], dict[str, Calibration], float | None]:
+    """The detector with what labelled rows teach it, its calibrations and its threshold."""
+    limit = None
+    if inputs.labelled is not None:
+        detector, limit = _learn(detector, inputs)
+    calibrations = {}
+    if held_out is not None:
+        calibrations["plain"] = calibrate(held_out, [], None)
+    elif inputs.calibrate:
+        calibrations["plain"] = _calibrated(detector, inputs.calibrate, mirror=False)
+        if all("mirror" in each.recorded for each in inputs.calibrate):
+            calibrations["mirror"] = _calibrated(detector, inputs.calibrate, mirror=True)
+    return detector, fitted_on, calibrations, limit
+
+
+def _check_reference(kind: type[Detector], given: Mapping[str, Any], cache: FeatureCache) -> None:
+    """A detector that is standardised on noise must not be fitted on something else by mistake."""
+    if kind.reference_images is None:
+        return
+    virtual = given.get("reference") == "virtual"
+    noise = cache.provenance.source.startswith(kind.reference_images.partition("?")[0])
+    if virtual != cache.provenance.virtual or not (virtual or noise):
+        raise DetectorError(
+            f"{kind.name} is standardised on {kind.reference_images.partition('?')[0]}, but "
+            f"{cache.path} holds {cache.provenance.source}: extract {kind.reference_images}, or "
+            f"fit on virtual images with -p {kind.name}.reference=virtual"
+        )
+
+
+def _ood_rows(kind: type[Detector], inputs: FitInputs, needs: frozenset[str]) -> Any:
+    if inputs.ood is None:
+        raise DetectorError(f"{kind.name} learns from OOD images, too: give a cache with --ood")
+    inputs.ood.require(needs, kind.name)
+    return inputs.ood.rows(needs)
+
+
+def _calibrated(detector: Detector, caches: Sequence[FeatureCache], *, mirror: bool) -> Calibration:
+    real: list[Tensor] = []
+    pools: list[Tensor] = []
+    accuracy = None
+    needs = detector.needs | {"logits"} | ({"mirror"} if mirror else set())
+    for cache in caches:
+        cache.require(needs, detector.name)
+        scores = [score_views(detector, block, mirror=mirror) for block in cache.rows(needs)]
+        if cache.provenance.matched_accuracy is None:
+            real += scores
+        else:
+            pools += scores
+            accuracy = cache.provenance.matched_accuracy
+    return calibrate(real, pools, accuracy)
+
+
+def _learn(detector: Detector, inputs: FitInputs) -> tuple[Detector, float]:
+    """The detector with what labelled rows teach it, and the threshold that parts them best."""
+    cache, marks = inputs.train, inputs.labelled
+    if cache is None or marks is None:
+        raise DetectorError("--labelled needs the cache of the images that were marked")
+    blocks, flags = [], []
+    for rows in cache.blocks(detector.needs | {"logits"}):
+        readable = [path for path, error in zip(rows.paths, rows.errors, strict=True) if not error]
+        known = torch.tensor([path in marks for path in readable], dtype=torch.bool)
+        if rows.features is not None and known.any():
+            blocks.append(rows.features.select(known))
+            flags += [marks[path] for path in readable if path in marks]
+    if not blocks:
+        raise DetectorError(f"no path of --labelled is among the paths of {cache.path}")
+    ood = torch.tensor(flags)
+    if not 0 < int(ood.sum()) < len(ood):
+        raise DetectorError("--labelled must mark rows of both kinds, 0 (ID) and 1 (OOD)")
+    detector = detector.learn(blocks, ood)
+    return detector, labelled_threshold(torch.cat([detector.score(b) for b in blocks]), ood)

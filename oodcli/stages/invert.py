@@ -1,0 +1,64 @@
+"""A checkpoint to virtual images."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oodcli.classifier import Classifier
+from oodcli.files.atomic import atomic
+from oodcli.files.hdf5 import Provenance, writing
+from oodcli.files.virtual import VirtualWriter
+from oodcli.inversion.invert import Plan, invert
+from oodcli.inversion.quality import Quality
+from oodcli.report.contact_sheet import contact_sheet
+from oodcli.stages.record import Progress, no_progress
+
+
+def invert_to_file(
+    classifier: Classifier,
+    plan: Plan,
+    path: Path,
+    provenance: Provenance,
+    *,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Virtual images into ``path`` and a contact sheet beside it; returns the quality report."""
+    sheet_path = path.with_suffix(".png")
+    settings = {**asdict(plan.objective), "steps": plan.total_steps, "per_class": plan.per_class}
+    count = len(plan.classes) * plan.per_class
+    quality = Quality(classifier)
+    shown: list[tuple[Tensor, Tensor]] = []
+    with ExitStack() as stack:
+        unfinished = stack.enter_context(atomic(path, force=force))
+        sheet = stack.enter_context(atomic(sheet_path, force=force))
+        with writing(unfinished) as new:
+            writer = VirtualWriter(new.file, provenance, count, settings)
+            for batch in invert(classifier, plan, progress=progress):
+                writer.append(batch.images, batch.label, batch.sensitivity)
+                new.check()
+                quality.add(batch.images, batch.label)
+                if len(shown) < 10:
+                    shown.append((batch.images, batch.label))
+            report = quality.report()
+            writer.finish(report)
+        images, labels = (torch.cat(parts) for parts in zip(*shown, strict=True))
+        pixels = classifier.preprocessing.to_pixels(images.float()).clamp(0, 1)
+        contact_sheet(pixels, labels, classifier.class_names, sheet)
+    return {
+        "file": str(path),
+        "contact_sheet": str(sheet_path),
+        "images": count,
+        "classes": len(plan.classes),
+        "objective": plan.objective.name,
+        "steps": plan.total_steps,
+        "precision": plan.precision,
+        "device": str(classifier.device),
+        **report,
+    }
