@@ -784,6 +784,11 @@ def test_faults_of_checkpoints(fitted, tmp_path, plain):
         )
     batchless, headless = plain
     fails("no BatchNorm layer", "invert", *batchless, *output, leaves=tmp_path)
+    images = "noise:uniform?n=2"
+    fails("no linear layer at its end", "extract", *headless, images, *output, leaves=tmp_path)
+    made = oodcli("extract", *headless, images, *output, "--record", "logits")
+    assert made.status == 0, made.err
+    os.remove(tmp_path / "out.h5")
     fails(
         "last layer is not linear",
         "extract",

@@ -105,9 +105,12 @@ def command(
     possible = recordable(classifier)
     what: frozenset[str]
     if record is None and not chosen:
-        what = (CHEAP | ({"layers.gradient"} if own else set())) & possible
         if classifier.head is None:
-            console.say("note: the last layer is not linear, so no embedding is recorded")
+            raise OodcliError(
+                f"{classifier.arch} has no linear layer at its end, so there is no embedding: say "
+                "what to record instead, such as --record logits,layers.mean"
+            )
+        what = (CHEAP | ({"layers.gradient"} if own else set())) & possible
     elif record == "all":
         what = possible
     else:
@@ -117,14 +120,10 @@ def command(
             known = ", ".join(sorted(KNOWN_RECORDS))
             raise OodcliError(f"--record {unknown[0]}: expected some of {known}, or all")
     for kind in chosen:
-        hyperparameters = kind.parse(given.get(kind.name, {}))
+        fit_needs = kind.fit_needs(**kind.parse(given.get(kind.name, {})))
         what |= kind.needs
-        if (
-            virtual
-            or not kind.fitted
-            or "layers.sensitivity" not in kind.fit_needs(**hyperparameters)
-        ):
-            what |= kind.fit_needs(**hyperparameters)
+        if virtual or "layers.sensitivity" not in fit_needs:  # else these are images to score
+            what |= fit_needs
     if mirror:
         what |= {"mirror"}
     precision = model.resolved_precision(fast=False)

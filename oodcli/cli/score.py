@@ -322,7 +322,7 @@ def _basis(name: str, rules: dict[str, Rule], found: dict[str, float]) -> str:
         f" (calibrated on: {rule.calibration.words}; for a nominal {rule.rate:.1%}, the luck of "
         f"that draw leaves {low:.1%} to {high:.1%} false alarms"
         + (
-            "; virtual images proved lenient by up to 4 points)"
+            "; virtual images proved lenient by up to 5 points)"
             if rule.calibration.virtual
             else ")"
         )
