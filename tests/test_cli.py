@@ -389,6 +389,17 @@ def test_verdicts_without_real_data(fitted, pool, tmp_path):
         assert 0 < float(row["energy.p"]) <= 1
     alarms = sum(row["c2ir-z.ood"] == "1" for row in found) / len(found)
     assert alarms < 0.25
+    assert {row["c2ir-z.basis"] for row in found} == {words + "; nominal 0.05"}
+    for name, images in (("id", fitted / "test.npz"), ("ood", "noise:uniform?n=50")):
+        again = oodcli(
+            *score[:2], images, *score[3:], "--fpr", "0.05", "-o", tmp_path / f"{name}.csv"
+        )
+        assert again.status == 0, again.err
+    table = oodcli(
+        "evaluate", "--id", tmp_path / "id.csv", "--ood", f"noise={tmp_path / 'ood.csv'}"
+    )
+    assert f"c2ir-z calls OOD: ID {alarms:.1%}, noise " in table.err
+    assert f"(verdicts rest on: {words}; nominal 0.05)" in table.err
     noise = rows(oodcli(*score[:2], "noise:uniform?n=50", *score[3:], "--fpr", "0.05").out)
     assert sum(row["c2ir-z.ood"] == "1" for row in noise) > 8
     assert oodcli(*score, "--fpr", "0.05", "--max-ood-fraction", "0.9").status == 0

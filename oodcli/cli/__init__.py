@@ -49,6 +49,9 @@ def root(
     """Options of oodcli itself."""
     # What Pillow warns of is in the row of that image, or does not matter.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    # torch 2.11 warns of itself when an exported program is loaded and run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 def _stopped(number: int, frame: object) -> None:

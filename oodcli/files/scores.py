@@ -2,8 +2,8 @@
 
 Columns: ``path,label,predicted,confidence,<detector>…,error``. ``label`` and ``predicted`` are
 class names, ``label`` empty where unknown. Higher = more out of distribution, for every detector.
-With a threshold there are ``<detector>.p`` and ``<detector>.ood`` too, with an explanation
-``<detector>.why``; they are no detectors. A row
+With a verdict there are ``<detector>.p``, ``<detector>.ood`` and ``<detector>.basis`` (what it
+rests on) too, with an explanation ``<detector>.why``; they are no detectors. A row
 that could not be scored keeps its place: empty cells and the reason in ``error``.
 
 Decisions:
@@ -38,7 +38,8 @@ Format: TypeAlias = Literal["csv", "jsonl", "parquet"]
 
 LEADING = ("path", "label", "predicted", "confidence")
 TRAILING = ("error",)
-DERIVED = (".p", ".ood", ".why")
+DERIVED = (".p", ".ood", ".basis", ".why")
+WORDS = (".basis", ".why")
 """Endings of the columns that belong to a detector without being one."""
 
 _SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -219,7 +220,7 @@ class _ParquetSink:
         text = {"path", "label", "predicted", "error"}
         self._schema = arrow.schema(
             [
-                (name, _parquet_type(arrow, name, name in text or name.endswith(".why")))
+                (name, _parquet_type(arrow, name, name in text or name.endswith(WORDS)))
                 for name in header
             ]
         )
@@ -279,7 +280,8 @@ class Scores:
 
     paths, labels, predicted, errors: N strings. confidence: (N,) float64, NaN where there is none.
     detectors: for each name the (R,) float64 scores of the R readable rows alone, those without an
-    error; ``readable`` says which they are.
+    error; ``readable`` says which they are. verdicts: for each name with a column ``.ood`` how many
+    of those rows it calls OOD, and what that rests on.
     """
 
     source: str
@@ -289,6 +291,7 @@ class Scores:
     confidence: NDArray[np.float64]
     detectors: Mapping[str, NDArray[np.float64]]
     errors: tuple[str, ...]
+    verdicts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     def only(self, detectors: Sequence[str]) -> Scores:
         """The same rows with these detectors, in this order. Raises FileError when one is not in
@@ -356,6 +359,8 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
     if not detectors:
         raise FileError(f"{path}, {where}: no column of a detector's scores: score with -d NAME")
 
+    flagged = {name: 0 for name in detectors if f"{name}.ood" in place}
+    basis = dict.fromkeys(flagged, "")
     texts: dict[str, list[str]] = {name: [] for name in ("path", "label", "predicted", "error")}
     confidence = array("d")
     for where, cells in rows:
@@ -373,6 +378,12 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
                         "score the row again, or give the reason in the column error"
                     )
                 scores.append(score)
+            for name in flagged:
+                flagged[name] += (
+                    _number(path, where, f"{name}.ood", cells[place[f"{name}.ood"]]) > 0
+                )
+                if f"{name}.basis" in place:
+                    basis[name] = _text(cells[place[f"{name}.basis"]])
     if not texts["path"]:
         raise FileError(f"{path} has no row below its header: was anything scored?")
     return Scores(
@@ -383,6 +394,7 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
         confidence=np.array(confidence, dtype=np.float64),
         detectors={name: np.array(scores, dtype=np.float64) for name, scores in detectors.items()},
         errors=tuple(texts["error"]),
+        verdicts={name: (count, basis[name]) for name, count in flagged.items()},
     )
 
 

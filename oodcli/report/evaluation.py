@@ -145,7 +145,12 @@ def evaluate_files(
         counts=counts,
         accuracy=accuracy,
         labelled=labelled,
-        notes=(*_left_out(files, detectors), *_warnings(counts), *notes),
+        notes=(
+            *_left_out(files, detectors),
+            *_warnings(counts),
+            *notes,
+            *_verdicts(files, detectors),
+        ),
         resamples=resamples,
         seed=seed,
     )
@@ -174,6 +179,23 @@ def _left_out(files: Mapping[str, Scores], detectors: Sequence[str]) -> list[str
         for detector in every
         if detector not in detectors
     ]
+
+
+def _verdicts(files: Mapping[str, Scores], detectors: Sequence[str]) -> list[str]:
+    """What share of each file a detector called OOD, and what that rests on."""
+    notes = []
+    for detector in detectors:
+        shares = []
+        bases: dict[str, None] = {}
+        for name, scores in files.items():
+            if detector in scores.verdicts:
+                flagged, basis = scores.verdicts[detector]
+                shares.append(f"{name} {flagged / max(len(scores.detectors[detector]), 1):.1%}")
+                bases[basis or "not said"] = None
+        if shares:
+            rest = " | ".join(bases)
+            notes.append(f"{detector} calls OOD: {', '.join(shares)} (verdicts rest on: {rest}).")
+    return notes
 
 
 def _counts(name: str, scores: Scores, detectors: Sequence[str]) -> Counts:

@@ -77,9 +77,9 @@ def score_to_file(
         for each in chosen:
             values = torch.tensor([r.scores[each.name] for r in kept if not r.error]).double()
             thresholds[each.name] = stream_rule(values)
-            found = Rule(thresholds[each.name]).columns(each.name, values)[f"{each.name}.ood"]
-            for row, flag in zip((r for r in kept if not r.error), found, strict=True):
-                row.scores[f"{each.name}.ood"] = flag
+            for column, cells in Rule(thresholds[each.name]).columns(each.name, values).items():
+                for row, cell in zip((r for r in kept if not r.error), cells, strict=True):
+                    row.scores[column] = cell
         yield kept
 
     with ExitStack() as stack:

@@ -22,14 +22,26 @@ class Rule:
     calibration: Calibration | None = None
     rate: float = 0.0
 
-    def columns(self, name: str, scores: Tensor) -> dict[str, list[float]]:
-        """``<detector>.p`` (with a calibration) and ``<detector>.ood``. scores: (N,)."""
+    @property
+    def basis(self) -> str:
+        """What a verdict rests on, in words."""
+        if self.calibration is None:
+            return f"score above {self.threshold:.6g}"
+        return f"{self.calibration.words}; nominal {self.rate:g}"
+
+    def columns(self, name: str, scores: Tensor) -> dict[str, Sequence[float | str]]:
+        """``<detector>.p`` (with a calibration), ``.ood`` and ``.basis``. scores: (N,)."""
+        basis = [self.basis] * len(scores)
         if self.calibration is None:
             flags = ~(scores <= self.threshold) | torch.isinf(scores)
-            return {f"{name}.ood": flags.int().tolist()}
+            return {f"{name}.ood": flags.int().tolist(), f"{name}.basis": basis}
         p = self.calibration.p_value(scores)
         flags = (p <= self.rate) | torch.isinf(scores)
-        return {f"{name}.p": p.tolist(), f"{name}.ood": flags.int().tolist()}
+        return {
+            f"{name}.p": p.tolist(),
+            f"{name}.ood": flags.int().tolist(),
+            f"{name}.basis": basis,
+        }
 
 
 def calibrated_rules(chosen: Sequence[Chosen], rate: float, *, mirror: bool) -> dict[str, Rule]:
