@@ -182,6 +182,26 @@ class Features:
             ),
         )
 
+    def to(self, device: torch.device) -> Features:
+        """The same block with everything on another device."""
+        norms = {
+            name: replace(
+                norm,
+                **{
+                    part: getattr(norm, part).to(device)
+                    for part in ("running_mean", "running_var", "weight", "bias")
+                },
+            )
+            for name, norm in self.batchnorm.items()
+        }
+        moved = replace(
+            self,
+            batchnorm=norms,
+            head=None if self.head is None else self.head.to(device),
+            mirror=None if self.mirror is None else self.mirror.to(device),
+        )
+        return moved.map_rows(lambda _, rows: rows.to(device), self.count)
+
     def select(self, rows: slice | Tensor) -> Features:
         """Some of the rows: a slice, a boolean mask or a tensor of indices."""
         count = len(torch.arange(self.count)[rows.cpu() if isinstance(rows, Tensor) else rows])

@@ -222,3 +222,13 @@ def test_wrong_input_size_and_class_names():
         networks.classifier(networks.Residual(classes=4), class_names=["a", "b", "c"])
     with pytest.raises(CheckpointError, match="at least two classes"):
         networks.classifier(networks.Residual(classes=1))
+
+
+def test_a_block_moves_as_a_whole(residual):
+    """To a device without data, which is the only other one at hand everywhere."""
+    what = EVERYTHING | {"mirror"}
+    seen = Recorder(residual, what)(networks.images(3)).to(torch.device("meta"))
+    tensors = [*seen.rows().values(), seen.head.weight, seen.head.bias]
+    for norm in (*seen.batchnorm.values(), *seen.mirror.batchnorm.values()):
+        tensors += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    assert all(tensor.is_meta for tensor in tensors)

@@ -33,14 +33,17 @@ def record_images(
     progress: Progress = no_progress,
     change: Change | None = None,
 ) -> Iterator[Rows]:
-    """The rows of a source in order, recorded a batch at a time, ``change`` made before. Raises
-    ImagesError at the end when not one image could be read."""
+    """The rows of a source in order, recorded a batch at a time, ``change`` made before; in the
+    processor's memory, where detectors work. Raises ImagesError at the end when not one image could
+    be read."""
     readable = 0
     reason = ""
     for batch in batches(source, classifier.preprocessing, batch_size):
         good = torch.tensor([error is None for error in batch.errors])
         images = batch.images if change is None else change(batch.images)
         features = recorder(images, batch.labels[good]) if len(images) else None
+        if features is not None and classifier.device.type != "cpu":
+            features = features.to(torch.device("cpu"))
         readable += len(images)
         reason = reason or next((error for error in batch.errors if error), "")
         yield Rows(batch.paths, batch.labels, batch.errors, features)
