@@ -535,6 +535,29 @@ def test_thresholds_from_the_stream(fitted):
     assert "from this stream" in split.err
 
 
+def test_summaries_are_json_whatever_is_in_them(fitted, tmp_path):
+    result = oodcli(
+        "score",
+        fitted / "digits.pt",
+        "noise:uniform?n=4",
+        "-d",
+        "energy",
+        "--contamination",
+        "1",
+        "--json",
+        "-o",
+        tmp_path / "s.csv",
+    )
+    assert result.status == 0, result.err
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    summary = json.loads(result.out, parse_constant=refuse)
+    assert summary["thresholds"] == {"energy": "-inf"}
+    assert summary["ood_fraction"] == {"energy": 1.0}
+
+
 def test_learning_from_marks(fitted, tmp_path):
     checkpoint = fitted / "digits.pt"
     listing = tmp_path / "mixed"
