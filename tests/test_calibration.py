@@ -13,9 +13,13 @@ from oodcli.calibration import (
     labelled_threshold,
     split_threshold,
 )
+from oodcli.detectors.output_space import MLS
 from oodcli.errors import DetectorError, FileError, OodcliError
+from oodcli.features import Features
 from oodcli.files.marks import read_marks
 from oodcli.inversion.degrade import blurred, match_accuracy
+from oodcli.stages.chosen import score_views
+from oodcli.stages.verdict import Rule
 
 
 def scores(*values):
@@ -159,3 +163,26 @@ def test_blur_by_hand():
     torch.testing.assert_close(blurred(flat, 20.0), flat)
     assert blurred(image, 0.0) is image
     assert blurred(image[:0], 1.0).shape == (0, 2, 15, 11)
+
+
+def test_a_verdict_at_its_very_limit():
+    """p ≤ rate is OOD, a score equal to the threshold is not, an infinite one always is."""
+    calibration = calibrate([scores(1.0, 2.0, 3.0)], [], None)
+    found = Rule(calibration=calibration, rate=0.25).columns("x", scores(3.0, 3.1, math.inf))
+    assert found["x.p"] == [0.5, 0.25, 0.25]
+    assert found["x.ood"] == [0, 1, 1]
+    assert Rule(calibration=calibration, rate=0.1).columns("x", scores(9.0, math.inf))["x.ood"] == [
+        0,
+        1,
+    ]
+    limit = Rule(threshold=2.0).columns("x", scores(2.0, 2.1, math.inf))
+    assert limit["x.ood"] == [0, 1, 1]
+    assert limit["x.basis"] == ["score above 2"] * 3
+    assert Rule().columns("x", scores(9.0, math.inf))["x.ood"] == [0, 1]
+
+
+def test_two_views_add_up():
+    ahead, turned = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 5.0]])
+    seen = Features(count=1, logits=ahead, mirror=Features(count=1, logits=turned))
+    assert score_views(MLS(), seen, mirror=False).tolist() == [-2.0]
+    assert score_views(MLS(), seen, mirror=True).tolist() == [-7.0]

@@ -22,6 +22,7 @@ from PIL import Image
 
 from oodcli import __version__, detectors
 from oodcli.checkpoint import load_classifier
+from oodcli.files.artefact import read_artefact
 from oodcli.files.scores import read_scores
 
 BASH = {"_OODCLI_COMPLETE": "complete_bash"}
@@ -613,6 +614,51 @@ def test_learning_from_marks(fitted, tmp_path):
         tmp_path / "x",
         leaves=tmp_path,
     )
+
+
+def test_a_temperature_that_must_be_fitted(fitted, tmp_path):
+    score = ("score", fitted / "digits.pt", "noise:uniform?n=3")
+    fails(
+        "thinkback.T=auto must be fitted first", *score, "-d", "thinkback", "-p", "thinkback.T=auto"
+    )
+    fit = oodcli(
+        "fit", fitted / "v.features.h5", "-d", "thinkback", "-p", "thinkback.T=auto", "-o", tmp_path
+    )
+    assert fit.status == 0, fit.err
+    assert "fitted on 100 virtual images" in fit.err
+    chosen_t = read_artefact(tmp_path / "thinkback.safetensors").detector.T
+    assert chosen_t in (1.0, 2.0, 3.0, 4.0, 5.0)
+    assert oodcli(*score, "-d", tmp_path / "thinkback.safetensors").status == 0
+
+
+def test_an_artefact_keeps_what_it_knew(fitted, pool, tmp_path):
+    """Marks on top of a calibration, and a calibration on top of marks."""
+    paths = [f"{fitted / 'v3.h5'}[{row}],{row % 2}" for row in range(40)]
+    (tmp_path / "marks.csv").write_text("path,ood\n" + "\n".join(paths) + "\n")
+    marks = ("--labelled", tmp_path / "marks.csv")
+    steps = (
+        ("fit", "-d", "energy", "--calibrate", pool, "-o", tmp_path / "a"),
+        ("fit", pool, "-d", tmp_path / "a" / "energy.safetensors", *marks, "-o", tmp_path / "b"),
+        (
+            "fit",
+            "-d",
+            tmp_path / "b" / "energy.safetensors",
+            "--calibrate",
+            pool,
+            "-o",
+            tmp_path / "c",
+        ),
+    )
+    for words in steps:
+        result = oodcli(*words)
+        assert result.status == 0, result.err
+    a, b, c = (read_artefact(tmp_path / name / "energy.safetensors") for name in "abc")
+    assert a.threshold is None
+    assert b.threshold is not None
+    assert c.threshold == b.threshold
+    for artefact in (b, c):
+        assert set(artefact.calibrations) == {"plain", "mirror"}
+        assert torch.equal(artefact.calibrations["plain"].scores, a.calibrations["plain"].scores)
 
 
 def test_explanations(fitted, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -234,28 +234,21 @@ def only(features: Features, needs: frozenset[str]) -> Features:
             for part in ("mean", "std", "gradient", "sensitivity")
         }
         layers[name] = Layer(layer.kind, **parts)
-    norms = {}
-    for name, norm in features.batchnorm.items():
-        norms[name] = BatchNorm(
-            norm.running_mean,
-            norm.running_var,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            norm.spatial_size,
-            norm.mean if "batchnorm.mean" in needs else None,
-            norm.var if "batchnorm.var" in needs else None,
+    norms = {
+        name: replace(
+            norm,
+            mean=norm.mean if "batchnorm.mean" in needs else None,
+            var=norm.var if "batchnorm.var" in needs else None,
         )
-    return Features(
-        count=features.count,
-        label=features.label,
+        for name, norm in features.batchnorm.items()
+    }
+    return replace(
+        features,
         logits=features.logits if "logits" in needs else None,
         embedding=features.embedding if "embedding" in needs else None,
         layers=layers,
         batchnorm=norms,
         odin_logits=features.odin_logits if "odin.logits" in needs else None,
-        odin_step=features.odin_step,
-        head=features.head,
         mirror=None
         if features.mirror is None or "mirror" not in needs
         else only(features.mirror, needs),

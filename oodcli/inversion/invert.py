@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -214,8 +214,3 @@ def wanted_classes(text: str | None, num_classes: int) -> tuple[int, ...]:
     if not chosen or max(chosen) >= num_classes:
         raise OodcliError(f"--classes {text}: the network has classes 0 to {num_classes - 1}")
     return tuple(sorted(chosen))
-
-
-def image_steps(plan: Plan, batches: Sequence[Tensor]) -> int:
-    """The length of the work in images times steps."""
-    return plan.total_steps * sum(len(labels) for labels in batches)

@@ -47,11 +47,8 @@ def extract_to_file(
             writer.append(replace(rows, features=features))
             new.check()
             unreadable += sum(error is not None for error in rows.errors)
-            if features is not None and features.logits is not None and features.label is not None:
-                labelled = features.label >= 0
-                hits = features.logits.argmax(1) == features.label
-                known += int(labelled.sum())
-                agreed += int((hits & labelled).sum())
+            right, labelled = _hits(features)
+            agreed, known = agreed + right, known + labelled
             row = stop
     return {
         "file": str(path),
@@ -72,18 +69,24 @@ def degrading(
     recorder = Recorder(classifier, frozenset({"logits"}), precision=precision)
 
     def accuracy(sigma: float) -> float:
-        right = known = 0
         change = partial(blurred, sigma=sigma)
-        for rows in record_images(classifier, source, recorder, batch_size, change=change):
-            if rows.features is not None and rows.features.label is not None:
-                label = rows.features.label
-                hits = recorded(rows.features.logits).argmax(1) == label
-                right += int(hits.sum())
-                known += int((label >= 0).sum())
-        return right / max(known, 1)
+        counts = [
+            _hits(rows.features)
+            for rows in record_images(classifier, source, recorder, batch_size, change=change)
+        ]
+        return sum(right for right, _ in counts) / max(sum(known for _, known in counts), 1)
 
     sigma, reached = match_accuracy(accuracy, target)
     return partial(blurred, sigma=sigma), sigma, reached
+
+
+def _hits(features: Features | None) -> tuple[int, int]:
+    """How many rows the network gets right, of how many whose label is known."""
+    if features is None or features.label is None:
+        return 0, 0
+    # A label of -1 is never a predicted class.
+    hits = recorded(features.logits).argmax(1) == features.label
+    return int(hits.sum()), int((features.label >= 0).sum())
 
 
 def _with_sensitivity(features: Features, path: Path, start: int, stop: int) -> Features:

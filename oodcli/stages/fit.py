@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,6 @@ def fit_to_folder(
     be fitted on these rows, FileError when an artefact is of another checkpoint."""
     for each in chosen:
         name = each.detector.name if isinstance(each, Artefact) else each.name
-        if not folder.exists():
-            continue
         refuse_existing(folder / f"{name}.safetensors", force=force)
     for cache in inputs.calibrate:
         if cache.provenance.virtual and cache.provenance.matched_accuracy is None:
@@ -72,32 +70,29 @@ def fit_to_folder(
                 "extract CHECKPOINT V.h5 --match-accuracy 0.9' (the published accuracy)"
             )
     sha256 = inputs.sha256
-    fitted = []
+    made = []
     for each in chosen:
         if isinstance(each, Artefact):
             require_checkpoint(each, sha256)
-            made: tuple[Detector, dict[str, Any], list[Tensor] | None]
-            made = each.detector, each.fitted_on, None
+            made.append(_calibrate_one(each, inputs))
         else:
-            made = _fit_one(each, dict(hyperparameters.get(each.name, {})), inputs)
-        fitted.append(_calibrate_one(*made, inputs))
+            made.append(_fit_one(each, dict(hyperparameters.get(each.name, {})), inputs))
     summary = []
     with ExitStack() as stack:
-        for detector, fitted_on, calibrations, limit in fitted:
-            path = folder / f"{detector.name}.safetensors"
+        for artefact in made:
+            path = folder / f"{artefact.detector.name}.safetensors"
             unfinished = stack.enter_context(atomic(path, force=force))
-            artefact = Artefact(detector, sha256, fitted_on, calibrations, limit)
             write_artefact(artefact, unfinished)
-            plain = calibrations.get("plain")
+            plain = artefact.calibrations.get("plain")
             summary.append(
                 {
                     "file": str(path),
-                    "detector": detector.name,
-                    "fitted_on": fitted_on,
+                    "detector": artefact.detector.name,
+                    "fitted_on": artefact.fitted_on,
                     "calibrated_on": None if plain is None else plain.words,
                     "resolution": None if plain is None else plain.resolution,
                     "achieved_at_0.05": None if plain is None else plain.achieved(0.05),
-                    "threshold": limit,
+                    "threshold": artefact.threshold,
                     "bytes": unfinished.stat().st_size,
                 }
             )
@@ -108,19 +103,17 @@ HELD_OUT_FROM = 50
 """With fewer real rows than this there is no calibration unless --calibrate names a file."""
 
 
-def _fit_one(
-    kind: type[Detector], given: dict[str, Any], inputs: FitInputs
-) -> tuple[Detector, dict[str, Any], list[Tensor] | None]:
-    """A detector, what it was fitted on, and scores of real rows that it has not seen."""
+def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> Artefact:
+    """A detector fitted on the rows to fit on, where it or its hyper-parameters need any, and
+    calibrated."""
     cache = inputs.train
+    needs = kind.fit_needs(**given)
     fitted_on: dict[str, Any] = {}
-    held_out: list[Tensor] | None = None
-    if kind.fitted:
-        if cache is None:
-            raise DetectorError(
-                f"{kind.name} must be fitted: give a cache made by 'oodcli extract'"
-            )
-        needs = kind.fit_needs(**given)
+    if not needs:
+        detector = kind(**given)
+    elif cache is None:
+        raise DetectorError(f"{kind.name} must be fitted: give a cache made by 'oodcli extract'")
+    else:
         cache.require(needs, kind.name)
         _check_reference(kind, given, cache)
         if kind.uses_ood:
@@ -133,41 +126,40 @@ def _fit_one(
             "kind": "virtual" if cache.provenance.virtual else "real",
             "ood": None if not kind.uses_ood or inputs.ood is None else inputs.ood.path.name,
         }
-        real = not cache.provenance.virtual and kind.reference_images is None
-        alone = not inputs.calibrate and inputs.labelled is None
-        if real and alone and cache.count >= HELD_OUT_FROM:
-            # A detector is kinder to the rows that it was fitted on, so another one, fitted
-            # without every fifth row, says how rows that it has not seen are scored.
-            apart = kind.fit(cache.rows(needs, lambda row: row % 5 != 0), **given)
-            kept = cache.rows(needs | apart.needs, lambda row: row % 5 == 0)
-            held_out = [apart.score(block) for block in kept]
-    else:
-        detector = kind(**given)
-        alone = not inputs.calibrate and inputs.labelled is None
-        if cache is not None and not cache.provenance.virtual and alone:
-            cache.require(detector.needs, kind.name)
-            held_out = [detector.score(block) for block in cache.rows(detector.needs)]
-    return detector, fitted_on, held_out
+    artefact = Artefact(detector, inputs.sha256, fitted_on)
+    if inputs.calibrate or inputs.labelled is not None:
+        return _calibrate_one(artefact, inputs)
+    if cache is None or cache.provenance.virtual or kind.reference_images is not None:
+        return artefact
+    everything, held_out = needs | detector.needs, None
+    cache.require(everything, kind.name)
+    if not needs:
+        held_out = [detector.score(block) for block in cache.rows(everything)]
+    elif cache.count >= HELD_OUT_FROM:
+        # A detector is kinder to the rows that it was fitted on, so another one, fitted
+        # without every fifth row, says how rows that it has not seen are scored.
+        apart = kind.fit(cache.rows(needs, lambda row: row % 5 != 0), **given)
+        kept = cache.rows(everything, lambda row: row % 5 == 0)
+        held_out = [apart.score(block) for block in kept]
+    if held_out is None:
+        return artefact
+    return replace(artefact, calibrations={"plain": calibrate(held_out, [], None)})
 
 
-def _calibrate_one(
-    detector: Detector,
-    fitted_on: dict[str, Any],
-    held_out: list[Tensor] | None,
-    inputs: FitInputs,
-) -> tuple[Detector, dict[str, Any], dict[str, Calibration], float | None]:
-    """The detector with what labelled rows teach it, its calibrations and its threshold."""
-    limit = None
+def _calibrate_one(artefact: Artefact, inputs: FitInputs) -> Artefact:
+    """The artefact with what labelled rows teach its detector and with new calibrations; what it
+    knew before stays as long as its scores do."""
+    detector, limit = artefact.detector, artefact.threshold
+    calibrations = dict(artefact.calibrations)
     if inputs.labelled is not None:
         detector, limit = _learn(detector, inputs)
-    calibrations = {}
-    if held_out is not None:
-        calibrations["plain"] = calibrate(held_out, [], None)
-    elif inputs.calibrate:
-        calibrations["plain"] = _calibrated(detector, inputs.calibrate, mirror=False)
+        if detector is not artefact.detector:
+            calibrations = {}
+    if inputs.calibrate:
+        calibrations = {"plain": _calibrated(detector, inputs.calibrate, mirror=False)}
         if all("mirror" in each.recorded for each in inputs.calibrate):
             calibrations["mirror"] = _calibrated(detector, inputs.calibrate, mirror=True)
-    return detector, fitted_on, calibrations, limit
+    return replace(artefact, detector=detector, calibrations=calibrations, threshold=limit)
 
 
 def _check_reference(kind: type[Detector], given: Mapping[str, Any], cache: FeatureCache) -> None:
