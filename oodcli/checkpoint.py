@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli import architectures
-from oodcli.architectures import Inputs
+from oodcli.architectures import Inputs, heads
 from oodcli.classifier import INTERPOLATIONS, Classifier, Preprocessing, assemble
 from oodcli.errors import CheckpointError
 
@@ -61,6 +61,12 @@ AVERAGED = (
 PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "backbone.", "online_model.")
 AVERAGED_PREFIXES = ("ema_model.", "model_ema.", "ema.", "averaged_model.")
 SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".safetensors", ".pt2")
+SLICES = "group_slices"
+"""Where MOS's training script says which outputs belong to which group."""
+
+HEAD_NAMES = ("fc", "linear", "classifier", "head", "heads.head")
+"""What the last linear layer is called where nothing but the backbone was saved under its names."""
+
 NOT_WEIGHTS = re.compile(r"n_averaged$|(criterion|loss|loss_fn|loss_function)\.")
 
 
@@ -123,7 +129,8 @@ def load_classifier(
     )
     _agree(given.num_classes, classifier.num_classes, path)
     categories = architectures.categories(found.arch, classifier.num_classes)
-    if given.class_names is None and categories is not None:
+    grouped = heads.split(found.arch)[1].startswith("mos")  # so in another order than ImageNet's
+    if given.class_names is None and categories is not None and not grouped:
         note = "class names: ImageNet's, from torchvision's weights (override: --class-names)"
         notes = (*classifier.assumptions, note)
         classifier = replace(classifier, class_names=categories, assumptions=notes)
@@ -322,7 +329,7 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
         return _Network(module_found, type(module_found).__name__, _guess_inputs(module_found))
     state, notes = _find_state(content, path, prefer_ema)
     _check_values(state, path)
-    found = _network(state, given, path)
+    found = _network(state, given, path, content.get(SLICES))
     return replace(found, assumptions=(*notes, *found.assumptions))
 
 
@@ -523,12 +530,118 @@ def _layouts(state: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], tuple[st
     return found
 
 
-def _network(state: dict[str, Tensor], given: Overrides, path: Path) -> _Network:
-    """The network that the user named, or that the state dict is recognised as, with its
-    weights."""
+_Layouts = Sequence[tuple[dict[str, Tensor], tuple[str, ...]]]
+
+
+def _network(
+    state: dict[str, Tensor], given: Overrides, path: Path, slices: Any = None
+) -> _Network:
+    """The network that the user named, or that the state dict is recognised as, with its weights;
+    with a retrained head where there is one. slices: MOS's, if kept beside the state dict."""
+    arch, head = heads.split(given.arch)
+    given = replace(given, arch=arch)
+    if not head and ".py:" in (arch or ""):  # the user's code makes the head that it wants
+        return _plain(state, given, path)
+    backbone, deconf = heads.take_deconf(state)
+    if head.startswith("deconf") or (deconf and not head):
+        return _deconf(backbone, deconf, head, given, path)
+    key = next((key for key in state if key.rpartition(".")[2] == SLICES), None)
+    if key is not None:
+        slices = state.pop(key)
+    if head or isinstance(slices, Tensor):
+        return _mos(state, slices, head, given, path)
+    return _plain(state, given, path)
+
+
+def _plain(state: dict[str, Tensor], given: Overrides, path: Path) -> _Network:
     layouts = _layouts(state)
     if given.arch is not None:
         return _named(given.arch, layouts, given, path)
+    found = _recognised(layouts, given, path)
+    if found is None:
+        raise _unrecognised(layouts, path)
+    return found
+
+
+def _deconf(
+    backbone: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    head: str,
+    given: Overrides,
+    path: Path,
+) -> _Network:
+    """The network with a DeConf head: recognised with a linear layer of the same shape in its
+    place. head: as the user wrote it, or empty."""
+    form = heads.form_of(head) if head else "inner" if "h.h.bias" in tensors else "cosine"
+    if not tensors:
+        raise CheckpointError(
+            f"{path} has no DeConf head (h.h.weight, g.0.weight …): leave +{head} out of --arch"
+        )
+    weight = tensors["h.h.weight"]
+    layouts = _layouts(backbone)
+    if given.arch is not None:
+        found = _named(given.arch, layouts, given, path, stand_in=weight)
+    else:
+        made = (_standing_in(layouts, name, weight) for name in HEAD_NAMES)
+        known = next(filter(None, (_recognised(each, given, path) for each in made)), None)
+        if known is None:
+            raise _unrecognised(_standing_in(layouts, HEAD_NAMES[0], weight), path)
+        found = known
+    retrained = heads.DeconfHead(form, weight.shape[1], weight.shape[0])
+    differing = architectures.compare(retrained.state_dict(), tensors)
+    if differing:
+        raise CheckpointError(
+            f"{path}: its DeConf head does not fit +deconf-{form}: {'; '.join(differing[:3])}"
+        )
+    _fill(retrained, tensors)
+    found.module.set_submodule(heads.last_linear(found.module, found.arch), retrained)
+    note = (
+        f"a DeConf head with a bias: +deconf-{form}"
+        if form == "inner"
+        else f"a DeConf head without a bias was taken for +deconf-{form} (override: "
+        f"--arch {found.arch}+deconf-euclid)"
+    )
+    return _with_head(found, retrained, "" if head else note)
+
+
+def _mos(
+    state: dict[str, Tensor], slices: Any, head: str, given: Overrides, path: Path
+) -> _Network:
+    """The network whose last layer has one output more for each of MOS's groups. slices: where the
+    groups begin and end; head: as the user wrote it, or empty."""
+    sizes = heads.sizes_of(head) if head else heads.sizes_from(slices)
+    _agree(given.num_classes, sum(sizes), path)
+    found = _plain(state, replace(given, num_classes=None), path)
+    name = heads.last_linear(found.module, found.arch)
+    linear = found.module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    if linear.out_features != sum(sizes) + len(sizes):
+        raise CheckpointError(
+            f"{path}: its last layer has {linear.out_features} outputs, but {len(sizes)} groups of "
+            f"{', '.join(map(str, sizes))} classes, each with one for others, have "
+            f"{sum(sizes) + len(sizes)}: correct the groups with --arch {found.arch}+mos:SIZES"
+        )
+    retrained = heads.GroupHead(linear, sizes)
+    found.module.set_submodule(name, retrained)
+    note = (
+        f"a MOS head +{retrained.suffix}, as {SLICES} says, so classes are numbered group by group "
+        f"(override: --arch {found.arch}+mos:SIZES)"
+    )
+    return _with_head(found, retrained, "" if head else note)
+
+
+def _with_head(found: _Network, head: heads.RetrainedHead, note: str) -> _Network:
+    notes = (*found.assumptions, note) if note else found.assumptions
+    return replace(found, arch=f"{found.arch}+{head.suffix}", assumptions=notes)
+
+
+def _standing_in(layouts: _Layouts, name: str, weight: Tensor) -> _Layouts:
+    """Layouts with a plain linear layer where a retrained head was taken out."""
+    linear = {f"{name}.weight": weight, f"{name}.bias": weight.new_zeros(len(weight))}
+    return [(state | linear, dropped) for state, dropped in layouts]
+
+
+def _recognised(layouts: _Layouts, given: Overrides, path: Path) -> _Network | None:
     for layout, dropped in reversed(layouts):
         known = architectures.recognise(layout)
         if known is None:
@@ -545,15 +658,19 @@ def _network(state: dict[str, Tensor], given: Overrides, path: Path) -> _Network
         return _Network(
             network, known.name, architectures.inputs(known.name, network), tuple(notes)
         )
-    layout = layouts[-1][0]
+    return None
+
+
+def _unrecognised(layouts: _Layouts, path: Path) -> CheckpointError:
+    first, layout = layouts[0][0], layouts[-1][0]
     name, differing = architectures.nearest(layout)
     if not name:
-        like = f"no known architecture resembles it (its first keys: {', '.join([*state][:3])})"
+        like = f"no known architecture resembles it (its first keys: {', '.join([*first][:3])})"
     else:
         like = f"the nearest known one is {name}, but {'; '.join(differing[:3])}" + (
             f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         )
-    raise CheckpointError(
+    return CheckpointError(
         f"{path}: the architecture is not recognised: {like}; name it with --arch, or give the "
         "code that builds it with --arch FILE.py:FACTORY"
     )
@@ -569,7 +686,8 @@ def _agree(given: int | None, found: int, path: Path) -> None:
 
 def _is_arch(name: str) -> bool:
     """Whether ``--arch`` takes the name (a pickled module's class or a program's is none)."""
-    return name.startswith("timm:") or ".py:" in name or architectures.known(name)
+    base = heads.split(name)[0] or ""
+    return base.startswith("timm:") or ".py:" in base or architectures.known(base)
 
 
 def _stem_notes(name: str, num_classes: int) -> list[str]:
@@ -600,14 +718,19 @@ def _transform_notes(name: str, num_classes: int) -> list[str]:
 
 def _named(
     arch: str,
-    layouts: Sequence[tuple[dict[str, Tensor], tuple[str, ...]]],
+    layouts: _Layouts,
     given: Overrides,
     path: Path,
+    *,
+    stand_in: Tensor | None = None,
 ) -> _Network:
-    """The network that ``--arch`` names, with the weights of the layout that fits it best."""
+    """The network that ``--arch`` names, with the weights of the layout that fits it best.
+    stand_in: weight of a linear layer in a retrained head's place."""
     maker = _maker(arch)
-    options = [(architectures.rename(arch, state), dropped) for state, dropped in layouts]
     probe = maker.skeleton(1000 if given.num_classes is None else given.num_classes)
+    if stand_in is not None:
+        layouts = _standing_in(layouts, heads.last_linear(probe, arch), stand_in)
+    options = [(architectures.rename(arch, state), dropped) for state, dropped in layouts]
     state, dropped = min(
         options, key=lambda option: len(architectures.compare(probe.state_dict(), option[0]))
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from oodcli.architectures.heads import RetrainedHead
 from oodcli.errors import CheckpointError
 from oodcli.features import LinearHead
 
@@ -111,6 +112,7 @@ class Classifier:
 
     class_names: one a class, "0", "1", … where nobody said. sha256: of the checkpoint file.
     assumptions: sentences about what was not given. head: None when the last layer is not linear.
+    head_name: also that of a retrained head, whose input is the embedding, too.
     taps: in the order of the forward pass.
     """
 
@@ -136,6 +138,12 @@ class Classifier:
         modules = dict(self.network.named_modules())
         found = {tap.name: modules[tap.module] for tap in self.taps if tap.kind == "batchnorm"}
         return {name: norm for name, norm in found.items() if isinstance(norm, _BatchNorm)}
+
+    @property
+    def retrained(self) -> RetrainedHead | None:
+        """The head, where it was trained to tell what is out of distribution."""
+        found = None if self.head_name is None else self.network.get_submodule(self.head_name)
+        return found if isinstance(found, RetrainedHead) else None
 
     @property
     def parameter_count(self) -> int:
@@ -239,6 +247,8 @@ Calls = list[tuple[str, nn.Module, Tensor, Tensor | None]]
 
 def _find_head(calls: Calls, logits: Tensor) -> tuple[str | None, LinearHead | None]:
     for name, module, output, _ in reversed(calls):
+        if isinstance(module, RetrainedHead):
+            return name, None
         if isinstance(module, nn.Linear) and torch.equal(output.reshape(-1), logits.reshape(-1)):
             weight = module.weight.detach().float()
             bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach().float()
@@ -251,6 +261,10 @@ def _find_taps(
 ) -> tuple[Tap, ...]:
     height, width = input_size
     modules = dict(network.named_modules())
+    for head in [name for name, module in modules.items() if isinstance(module, RetrainedHead)]:
+        # Its layers are no features: neither its two linear ones a block, nor its BatchNorm.
+        modules = {n: m for n, m in modules.items() if not f"{n}.".startswith(f"{head}.")}
+        calls = [call for call in calls if call[0] in modules]
     blocks = _blocks(modules) or _plain_layers(calls)
     stages = _stages(modules, blocks, calls)
     seen: dict[str, int] = {}

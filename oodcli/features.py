@@ -17,13 +17,19 @@ ROW_RECORDS = (
     "embedding",
     "layers.mean",
     "layers.std",
+    "layers.gram",
     "layers.gradient",
     "layers.sensitivity",
     "batchnorm.mean",
     "batchnorm.var",
     "odin.logits",
+    "deconf.h",
+    "mos.others",
 )
 """What can be recorded per image; the words of ``extract --record`` and of ``Detector.needs``."""
+
+LAYER_PARTS = ("mean", "std", "gradient", "sensitivity", "gram")
+"""The fields of ``Layer`` with a row an image."""
 
 KNOWN_RECORDS = frozenset(ROW_RECORDS) | {"label", "head", "batchnorm.running"}
 """What a detector can need: also labels, the head, and layers with running statistics."""
@@ -59,7 +65,8 @@ Value = TypeVar("Value")
 class Layer:
     """One tapped layer. mean, std: (N, C), over the spatial positions of its output (std with
     divisor HW). gradient: (N, C), spatial mean of ∂y_c/∂A. sensitivity: (N, C), virtual images
-    only: gradient/Δy averaged over the trajectory (C2IR, eq. 8-9). kind: batchnorm, block, stage
+    only: gradient/Δy averaged over the trajectory (C2IR, eq. 8-9). gram: (N, 10·C), stages only:
+    row sums of the Gram matrices of orders 1 to 10, order by order. kind: batchnorm, block, stage
     or other."""
 
     kind: str
@@ -67,6 +74,7 @@ class Layer:
     std: Tensor | None = None
     gradient: Tensor | None = None
     sensitivity: Tensor | None = None
+    gram: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,8 @@ class Features:
     batchnorm: Mapping[str, BatchNorm] = field(default_factory=dict)
     odin_logits: Tensor | None = None  # (N, K)
     odin_step: OdinStep | None = None
+    deconf_h: Tensor | None = None  # (N, K), the numerators of a DeConf head
+    mos_others: Tensor | None = None  # (N, G), log p(others) in each of MOS's groups
     head: LinearHead | None = None
     mirror: Features | None = None
     _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -131,9 +141,11 @@ class Features:
             "logits": self.logits,
             "embedding": self.embedding,
             "odin/logits": self.odin_logits,
+            "deconf/h": self.deconf_h,
+            "mos/others": self.mos_others,
         }
         for name, layer in self.layers.items():
-            for part in ("mean", "std", "gradient", "sensitivity"):
+            for part in LAYER_PARTS:
                 named[f"layers/{name}/{part}"] = getattr(layer, part)
         for name, norm in self.batchnorm.items():
             named[f"batchnorm/{name}/mean"] = norm.mean
@@ -156,13 +168,12 @@ class Features:
             logits=new("logits", self.logits),
             embedding=new("embedding", self.embedding),
             odin_logits=new("odin/logits", self.odin_logits),
+            deconf_h=new("deconf/h", self.deconf_h),
+            mos_others=new("mos/others", self.mos_others),
             layers={
                 name: Layer(
                     layer.kind,
-                    *(
-                        new(f"layers/{name}/{part}", getattr(layer, part))
-                        for part in ("mean", "std", "gradient", "sensitivity")
-                    ),
+                    *(new(f"layers/{name}/{part}", getattr(layer, part)) for part in LAYER_PARTS),
                 )
                 for name, layer in self.layers.items()
             },
@@ -216,12 +227,14 @@ class Features:
             "embedding": self.embedding is not None,
             "head": self.head is not None,
             "odin.logits": self.odin_logits is not None,
+            "deconf.h": self.deconf_h is not None,
+            "mos.others": self.mos_others is not None,
             "mirror": self.mirror is not None,
             "batchnorm.running": any(name != INPUT for name in self.batchnorm),
             "batchnorm.mean": any(norm.mean is not None for norm in self.batchnorm.values()),
             "batchnorm.var": any(norm.var is not None for norm in self.batchnorm.values()),
         }
-        for part in ("mean", "std", "gradient", "sensitivity"):
+        for part in LAYER_PARTS:
             found = any(getattr(layer, part) is not None for layer in self.layers.values())
             names[f"layers.{part}"] = found
         return frozenset(name for name, found in names.items() if found)
@@ -281,7 +294,11 @@ def lacking(missing: Sequence[str], who: str) -> str:
     if "layers.sensitivity" in missing:
         hints.append("sensitivities exist for virtual images only: extract a file made by invert")
     if "head" in missing or "embedding" in missing:
-        hints.append("a network whose last layer is not linear has no head and no embedding")
+        hints.append("a network whose last layer is not linear has no head, and often no embedding")
+    if "deconf.h" in missing:
+        hints.append("only a checkpoint trained with a DeConf head, for Generalized ODIN, has it")
+    if "mos.others" in missing:
+        hints.append("only a checkpoint trained with MOS's groups of classes has it")
     if "batchnorm.running" in missing:
         hints.append("the network has no BatchNorm layer with running statistics")
     if "mirror" in missing:

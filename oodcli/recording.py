@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.classifier import Classifier, Tap, as_logits
+from oodcli.detectors.gram import gram_sums
 from oodcli.errors import DetectorError
 from oodcli.features import INPUT, ROW_RECORDS, BatchNorm, Features, Layer, OdinStep
 
-CHEAP = frozenset(ROW_RECORDS) - {"layers.gradient", "layers.sensitivity", "odin.logits"}
-"""What one forward pass gives."""
+CHEAP = frozenset(ROW_RECORDS) - {
+    "layers.gram",
+    "layers.gradient",
+    "layers.sensitivity",
+    "odin.logits",
+}
+"""What one forward pass gives, in passing."""
 
 KINDS = frozenset({"batchnorm", "block", "stage", "other"})
 
@@ -92,7 +98,7 @@ class Recorder:
         self.odin = odin or OdinStep()
         self.precision = precision
         self.kinds = kinds
-        impossible = sorted(self.what - recordable(classifier))
+        impossible = sorted((self.what | (what & {"head"})) - recordable(classifier))
         if impossible:
             raise DetectorError(why_not(classifier, impossible))
 
@@ -128,6 +134,8 @@ class Recorder:
         norms: dict[str, BatchNorm] = {}
         outputs: dict[str, Tensor] = {}
         embedding: list[Tensor] = []
+        readings: dict[str, Tensor] = {}
+        retrained = self.classifier.retrained
 
         def receive(tap: Tap, given: Tensor, output: Tensor) -> Tensor | None:
             mean = variance = None
@@ -144,6 +152,9 @@ class Recorder:
                 tap.kind,
                 mean if "layers.mean" in self.what else None,
                 variance.sqrt() if variance is not None and "layers.std" in self.what else None,
+                gram=gram_sums(output.detach().movedim(tap.channel_dim, 1))
+                if tap.kind == "stage" and "layers.gram" in self.what
+                else None,
             )
             if "layers.gradient" in self.what:
                 # A following in-place ReLU must change the copy, not what we differentiate by.
@@ -154,6 +165,10 @@ class Recorder:
         def keep_embedding(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             embedding.append(args[0].detach().reshape(len(images), -1).float())
 
+        def keep_reading(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if retrained is not None:
+                readings[retrained.word] = retrained.reading(output.detach()).float()
+
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad() if with_graph else torch.inference_mode())
             stack.enter_context(self._autocast())
@@ -162,6 +177,9 @@ class Recorder:
             if "embedding" in self.what and self.classifier.head_name is not None:
                 head = self.classifier.network.get_submodule(self.classifier.head_name)
                 stack.callback(head.register_forward_hook(keep_embedding).remove)
+            if retrained is not None and retrained.word in self.what:
+                watched = retrained.get_submodule(retrained.watched)
+                stack.callback(watched.register_forward_hook(keep_reading).remove)
             given = images.detach().requires_grad_() if with_graph else images
             logits = as_logits(self.classifier.network(given)).float()
             if outputs:
@@ -169,7 +187,7 @@ class Recorder:
                 score = logits.gather(1, target[:, None]).sum()
                 layers = self._with_gradients(layers, outputs, score)
         odin = self._odin_logits(given, logits) if "odin.logits" in self.what else None
-        if not self.what & {"layers.mean", "layers.std", "layers.gradient"}:
+        if not self.what & {"layers.mean", "layers.std", "layers.gradient", "layers.gram"}:
             layers = {}
         return Features(
             count=len(images),
@@ -180,6 +198,8 @@ class Recorder:
             batchnorm=self._input_norm(images) | norms,
             odin_logits=odin,
             odin_step=None if odin is None else self.odin,
+            deconf_h=readings.get("deconf.h"),
+            mos_others=readings.get("mos.others"),
             head=None if self.classifier.head is None else self.classifier.head.to(device),
         )
 
@@ -258,10 +278,16 @@ def after_batchnorm(norm: BatchNorm, mean: Tensor, variance: Tensor) -> tuple[Te
 def recordable(classifier: Classifier) -> frozenset[str]:
     """Which words of ``ROW_RECORDS`` this network can give."""
     words = {"logits", "odin.logits"}
+    if classifier.head_name is not None:
+        words |= {"embedding"}
     if classifier.head is not None:
-        words |= {"embedding", "head"}
+        words |= {"head"}
+    if classifier.retrained is not None:
+        words |= {classifier.retrained.word}
     if classifier.taps:
         words |= {"layers.mean", "layers.std", "layers.gradient"}
+    if any(tap.kind == "stage" for tap in classifier.taps):
+        words |= {"layers.gram"}
     if classifier.batchnorms:
         words |= {"batchnorm.mean", "batchnorm.var", "batchnorm.running", "layers.sensitivity"}
     return frozenset(words)
@@ -270,13 +296,21 @@ def recordable(classifier: Classifier) -> frozenset[str]:
 def why_not(classifier: Classifier, words: list[str]) -> str:
     """One sentence for what a network cannot give."""
     reasons = []
-    if "embedding" in words or "head" in words:
+    if "deconf.h" in words:
+        reasons.append("Generalized ODIN needs a checkpoint trained with a DeConf head")
+    if "mos.others" in words:
+        reasons.append("MOS needs a checkpoint trained with groups of classes (--arch …+mos:SIZES)")
+    if "embedding" in words:
         reasons.append("its last layer is not linear, so there is no embedding")
+    elif "head" in words:
+        reasons.append("its last layer is not linear")
     if any(word.startswith("batchnorm") or word == "layers.sensitivity" for word in words):
         reasons.append("it has no BatchNorm layer with running statistics")
     if any(word.startswith("layers") for word in words) and not classifier.taps:
         reasons.append("no layer to tap was found in it (choose some with --layers)")
-    return (
-        f"{classifier.arch} cannot give {', '.join(words)}: {'; '.join(reasons)}; "
-        "choose what is recorded with --record or --for"
+    elif "layers.gram" in words:
+        reasons.append("no stages were found in it")
+    others = set(words) - {"deconf.h", "mos.others"}  # which no other choice could give
+    return f"{classifier.arch} cannot give {', '.join(words)}: {'; '.join(reasons)}" + (
+        "; choose what is recorded with --record or --for" if others else ""
     )

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from oodcli import detectors
+from oodcli.detectors.bank import Bank
 from oodcli.detectors.c2ir import channel_importance, deviation, layer_importance
 from oodcli.detectors.c2ir_z import RIDGE, standardised_deviation
 from oodcli.detectors.class_statistics import class_moments
 from oodcli.detectors.energy import energy
 from oodcli.detectors.msp import max_softmax
 from oodcli.errors import DetectorError
-from oodcli.features import KNOWN_RECORDS, ROW_RECORDS, Features, Layer, OdinStep, concatenate
-from oodcli.recording import Recorder
+from oodcli.features import KNOWN_RECORDS, Features, Layer, OdinStep, concatenate
+from oodcli.recording import Recorder, recordable
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["K=2", "K=3"])
@@ -27,7 +28,7 @@ def network(request):
 
 
 def record(network, count, seed=1, labelled=True):
-    recorder = Recorder(network, frozenset(ROW_RECORDS))
+    recorder = Recorder(network, recordable(network))
     labels = torch.arange(count) % network.num_classes if labelled else None
     seen = recorder(networks.images(count, seed), labels)
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +36,8 @@ def record(network, count, seed=1, labelled=True):
         name: replace(layer, sensitivity=torch.randn(layer.mean.shape, generator=generator))
         for name, layer in seen.layers.items()
     }
-    return replace(seen, layers=layers)
+    others = torch.randn(count, 2, generator=generator).sigmoid().log()
+    return replace(seen, layers=layers, deconf_h=seen.logits / 2, mos_others=others)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,11 @@ def test_nothing_to_fit_on(name):
 def test_on_a_device(name, train, test):
     detector = fitted(name, train)
     moved = detector.to(torch.device("meta"))
-    assert all(tensor.is_meta for tensor in moved.state().values())
+    for tensor in moved.state().values():
+        parts = tensor.blocks() if isinstance(tensor, Bank) else [tensor]
+        assert all(part.is_meta for part in parts)
+    if detector.heavy:  # no number of it is read, and nothing of another device gets in
+        assert moved.score(test.to(torch.device("meta"))).is_meta
     assert moved.settings() == detector.settings()
 
 

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from oodcli import detectors
 from oodcli.detectors.energy import Energy
 from oodcli.errors import DetectorError, FileError
-from oodcli.features import ROW_RECORDS, Rows, concatenate
+from oodcli.features import Rows, concatenate
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
 from oodcli.files.atomic import atomic, make_folder, refuse_existing
 from oodcli.files.cache import CacheWriter, open_cache
 from oodcli.files.hdf5 import Provenance, format_of, writing
 from oodcli.files.virtual import VirtualWriter, read_provenance, read_sensitivity
-from oodcli.recording import Recorder
+from oodcli.recording import Recorder, recordable
 from oodcli.stages.record import provenance
 
 LABELS = torch.tensor([0, 1, -1, 2, 0])
@@ -35,8 +35,9 @@ def network():
 
 @pytest.fixture(scope="module")
 def features(network):
-    recorder = Recorder(network, frozenset(ROW_RECORDS))
-    return recorder(networks.images(5), LABELS)
+    recorder = Recorder(network, recordable(network))
+    seen = recorder(networks.images(5), LABELS)
+    return replace(seen, deconf_h=seen.logits / 2, mos_others=-seen.logits[:, :2].exp())
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,16 @@ def test_only_what_is_needed_is_read(cache):
         }
         twice = [len(list(opened.rows({"logits"}))) for _ in range(2)]
         assert twice == [1, 1]
+
+
+def test_some_rows_of_several_blocks_are_put_together(cache, features, monkeypatch):
+    monkeypatch.setattr("oodcli.files.cache.BLOCK_ROWS", 2)
+    with open_cache(cache) as opened:
+        wanted = opened.rows({"logits"}, lambda row: row % 2 == 0)
+        # Of readable rows: 0 and 1; 2; none; 3 and 4, in blocks of two paths.
+        assert [len(block) for block in wanted] == [2, 1]
+        assert torch.equal(concatenate(list(wanted)).logits, features.logits[::2])
+        assert [len(block) for block in opened.rows({"logits"}, lambda row: row < 0)] == [0]
 
 
 def test_reading_in_small_blocks(cache, monkeypatch):

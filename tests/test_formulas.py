@@ -337,7 +337,8 @@ def test_expgrad_against_autograd(exact):
 def test_last_layer_gradients_by_hand():
     # p = (1/4, 3/4), ‖u‖₁ = 3, ‖u‖² = 5, logsumexp = log 4.
     logits, embedding = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[1.0, -2.0]])
-    block = Features(1, logits=logits, embedding=embedding)
+    head = LinearHead(torch.zeros(2, 2), logits[0])
+    block = Features(1, logits=logits, embedding=embedding, head=head)
     expected = {
         "thinkback": 5 * 2 / 16,
         "gradnorm": -3 * 0.5,
@@ -361,7 +362,9 @@ def test_small_differences_keep_their_digits():
 
 
 def test_expgrad_neither_overflows_nor_diverges():
-    block = Features(2, logits=torch.full((2, 2), 1e4), embedding=torch.tensor([[0.0], [1.0]]))
+    head = LinearHead(torch.zeros(2, 1), torch.full((2,), 1e4))
+    embedding = torch.tensor([[0.0], [1.0]])
+    block = Features(2, logits=torch.full((2, 2), 1e4), embedding=embedding, head=head)
     zero, one = score("expgrad", block).tolist()
     assert one == pytest.approx(-1e4 - math.log(2))
     assert one < zero < math.inf
@@ -430,7 +433,7 @@ def test_automatic_temperature_has_the_smallest_spread():
     assert kind.fit([], T=3.0).T == 3
     assert kind.parse({"T": "auto"}) == {"T": "auto"}
     assert kind.parse({"T": "2"}) == {"T": 2.0}
-    assert kind.fit_needs(T="auto") == {"logits", "embedding"}
+    assert kind.fit_needs(T="auto") == {"logits", "embedding", "head"}
     assert kind.fit_needs() == frozenset()
     with pytest.raises(DetectorError, match="T=auto must be fitted first"):
         kind(T="auto")

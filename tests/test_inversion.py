@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partialmethod
 
 import networks
 import pytest
@@ -11,25 +12,21 @@ from torch.distributions import Normal, kl_divergence
 
 from oodcli.errors import CheckpointError, OodcliError
 from oodcli.features import Features, Layer
-from oodcli.inversion.invert import (
-    Plan,
-    StepLoss,
-    batch_moments,
-    invert,
-    seconds_per_image_step,
-    wanted_classes,
-)
+from oodcli.inversion import invert as inverting
+from oodcli.inversion.invert import Plan, invert, prepare, wanted_classes
 from oodcli.inversion.mgi import Sensitivity
 from oodcli.inversion.objective import (
     OBJECTIVES,
     batchnorm_distance,
     gaussian_kl,
-    loss,
+    image_loss,
     multiscale_start,
     neighbour_difference,
     total_variation,
 )
 from oodcli.inversion.quality import Quality
+from oodcli.inversion.step import Step, batch_moments
+from oodcli.recording import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +59,146 @@ def test_smoothness_by_hand():
     assert total_variation(images).item() == pytest.approx(expected)
 
 
-def test_loss_is_the_sum_of_its_parts():
+def test_image_loss_is_the_sum_of_its_parts():
     images = torch.tensor([[[[0.0, 1.0]]]])
     logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
-    found = [(torch.tensor([1.0]), torch.tensor([2.0]))]
-    memory = [(torch.tensor([0.0]), torch.tensor([1.0]))]
-    kl = gaussian_kl(*found[0], *memory[0]).item()
     cross = 3 * torch.log1p(torch.exp(torch.tensor(-2 / 3))).item()
-    total = loss(OBJECTIVES["kl"], images, logits, labels, found, memory, [0.0]).item()
-    assert total == pytest.approx(cross + 10 * kl + 0.01 * 1.0, rel=1e-5)
+    total = image_loss(OBJECTIVES["kl"], images, logits, labels).item()
+    assert total == pytest.approx(cross + 0.01 * 1.0, rel=1e-5)
     cross = torch.log1p(torch.exp(torch.tensor(-2.0))).item()
-    total = loss(OBJECTIVES["paper"], images, logits, labels, found, memory, [0.0]).item()
-    assert total == pytest.approx(cross + 1 + 1, rel=1e-6)
-    total = loss(OBJECTIVES["deepinversion"], images, logits, labels, found, memory, [0.0]).item()
-    assert total == pytest.approx(cross + 10 * 2 + 2.5e-5 * 1.0, rel=1e-6)
+    total = image_loss(OBJECTIVES["paper"], images, logits, labels).item()
+    assert total == pytest.approx(cross, rel=1e-6)
+    total = image_loss(OBJECTIVES["deepinversion"], images, logits, labels).item()
+    assert total == pytest.approx(cross + 2.5e-5 * 1.0, rel=1e-6)
+
+
+def whole_objective(classifier, objective, images, labels):
+    """The scalar to minimise, as it is written down: one pass with a hook at each BatchNorm."""
+    distances = []
+
+    def before(norm, args):
+        dims = [0, *range(2, args[0].ndim)]
+        found = args[0].mean(dims), args[0].var(dims, correction=0)
+        memory = norm.running_mean, norm.running_var
+        distances.append(batchnorm_distance(found, memory, objective.distance, norm.eps))
+
+    norms = {id(norm): norm for norm in classifier.batchnorms.values()}.values()
+    hooks = [norm.register_forward_pre_hook(before) for norm in norms]
+    logits = classifier.network(images)
+    for hook in hooks:
+        hook.remove()
+    total = objective.distance_weight * torch.stack(distances).sum()
+    return total + image_loss(objective, images, logits, labels)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("kind", [networks.Residual, networks.Shared])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_gradient_of_a_step(objective, kind, inplace):
+    """Against autograd; with a BatchNorm that is called twice, and one at a single position."""
+    network = networks.classifier(kind() if kind is networks.Shared else kind(inplace=inplace))
+    recipe, labels = OBJECTIVES[objective], torch.tensor([0, 1, 2, 1])
+    images = networks.images(4).requires_grad_()
+    view = torch.roll(images, (1, -1), (2, 3)).flip(3)
+    expected = torch.autograd.grad(whole_objective(network, recipe, view, labels), images)[0]
+    step = Step(network, recipe, "float32")
+    view = torch.roll(images, (1, -1), (2, 3)).flip(3)
+    found = step.gradient(images, view, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    # Traced and differentiated as the compiler would, without waiting for it.
+    view = torch.roll(images, (1, -1), (2, 3)).flip(3)
+    traced = step.compiled("aot_eager")
+    assert (step.path, traced.path) == ("eager", "compiled")
+    torch.testing.assert_close(traced.gradient(images, view, labels), found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [networks.Residual, networks.Shared])
+def test_the_sensitivity_of_a_step(kind):
+    """Against the recorder, which differentiates by every activation."""
+    network = networks.classifier(kind())
+    labels, images = torch.tensor([0, 1, 2, 1]), networks.images(4)
+    recorder = Recorder(network, frozenset({"logits", "layers.gradient"}))
+    expected = recorder(images, labels)
+    step = Step(network, OBJECTIVES["kl"], "float32")
+    for _ in range(2):  # nothing of the first call is left
+        found = step.sensitivity(images, labels)
+        torch.testing.assert_close(found.logits, expected.logits)
+        assert found.layers.keys() == network.batchnorms.keys()
+        for name, layer in found.layers.items():
+            torch.testing.assert_close(
+                layer.gradient, expected.layers[name].gradient, rtol=1e-4, atol=1e-6
+            )
+    # The pull is back afterwards.
+    images = images.requires_grad_()
+    exact = torch.autograd.grad(whole_objective(network, step.objective, images, labels), images)
+    torch.testing.assert_close(
+        step.gradient(images, images, labels), exact[0], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_the_network_itself_is_left_alone(network):
+    before = {name: type(module) for name, module in network.network.named_modules()}
+    step = Step(network, OBJECTIVES["kl"], "bfloat16")
+    images = networks.images(3).requires_grad_()
+    step.gradient(images, images, torch.tensor([0, 1, 2]))
+    assert {name: type(module) for name, module in network.network.named_modules()} == before
+
+
+PLAN = Plan((0, 1, 2), 4, steps=5, batch_size=6)
+
+
+def test_long_jobs_are_compiled_where_that_is_faster(network, monkeypatch, caplog):
+    plan, step, seconds = prepare(network, PLAN)
+    assert (plan, step.path) == (PLAN, "eager")
+    assert seconds > 0
+    monkeypatch.setattr(inverting, "COMPILE_FROM", 0.0)
+    monkeypatch.setattr(Step, "compiled", partialmethod(Step.compiled, "aot_eager"))
+    times = iter((2.0, 1.0, 1.0, 2.0, 1.0))
+    monkeypatch.setattr(inverting, "_seconds_per_image_step", lambda *_: next(times))
+    whole = 12 * (5 + inverting.SENSITIVITY_POINTS + 1)
+    _, step, seconds = prepare(network, PLAN)
+    assert (step.path, seconds) == ("compiled", whole)
+    _, step, seconds = prepare(network, PLAN)
+    assert (step.path, seconds) == ("eager", whole)
+    monkeypatch.setattr(inverting, "_seconds_per_image_step", lambda *_: 1.0)
+    assert prepare(network, PLAN, compiled=True)[1].path == "compiled"
+
+    def without(self):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(Step, "compiled", without)
+    with caplog.at_level("INFO", "oodcli"):
+        _, step, seconds = prepare(network, PLAN)
+    assert step.path == "eager"
+    assert caplog.messages == ["not compiled: no compiler"]
+    with pytest.raises(OodcliError, match=r"does not compile here \(no compiler\)"):
+        prepare(network, PLAN, compiled=True)
+    assert prepare(network, PLAN, compiled=False)[1].path == "eager"
+
+
+def test_batches_are_halved_until_they_fit(network, monkeypatch, caplog):
+    largest = 3
+
+    def trial(step, plan):
+        if len(plan.batches()[0]) > largest:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to …")
+        return 1.0
+
+    monkeypatch.setattr(inverting, "_seconds_per_image_step", trial)
+    with caplog.at_level("INFO", "oodcli"):
+        plan, _, _ = prepare(network, PLAN)
+    assert [len(labels) for labels in plan.batches()] == [3] * 4
+    assert "short of batches of 6: taking 3" in caplog.text
+    largest = 0
+    with pytest.raises(OodcliError, match="too short for one image"):
+        prepare(network, PLAN)
+
+    def wrong(step, plan):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(inverting, "_seconds_per_image_step", wrong)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        prepare(network, PLAN)
 
 
 def test_published_settings():
@@ -141,10 +264,12 @@ def test_inversion_lowers_its_objective(network, objective):
     recipe = OBJECTIVES[objective]
     plan = Plan((0, 1, 2), 8, recipe, steps=60, batch_size=24)
     (batch,) = invert(network, plan)
-    judge = StepLoss(network, recipe, "float32")
     start = multiscale_start((24, 3, 8, 8), torch.Generator().manual_seed(5))
     with torch.no_grad():
-        before, after = judge(start, batch.label), judge(batch.images.float(), batch.label)
+        before, after = (
+            whole_objective(network, recipe, images, batch.label)
+            for images in (start, batch.images.float())
+        )
     assert after < 0.7 * before
     assert batch.images.dtype == torch.float16
     assert set(batch.sensitivity) == set(network.batchnorms)
@@ -169,7 +294,6 @@ def test_progress_counts_image_steps(network):
     plan = Plan((0, 1, 2), 4, steps=5, batch_size=6)
     list(invert(network, plan, progress=steps.append))
     assert sum(steps) == 12 * 5
-    assert seconds_per_image_step(network, plan) > 0
 
 
 def test_bfloat16_is_close(network):

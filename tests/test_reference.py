@@ -21,8 +21,9 @@ SETS = ("textures", "scenes", "notmnist", "fashion-mnist", "imagenet-samples")
 CHECKPOINT = "checkpoints/resnet20-12fca82f.th"
 BATCH = 128
 
-UNLISTED = {"odin", "c2ir", "c2ir-z", "supervised"}
-"""They have free choices: a step, virtual images, OOD rows to learn from."""
+UNLISTED = {"odin", "godin", "mos", "c2ir", "c2ir-z", "supervised", "gram", "1d", "lsgm"}
+"""They have free choices: a step, virtual images, OOD rows to learn from; or a
+head of their own."""
 
 pytestmark = pytest.mark.slow
 listed = pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def record(shared_data):
     classifier = load_classifier(shared_data / CHECKPOINT)
 
     def recorded(images, *what, limit=None):
-        recorder = Recorder(classifier, frozenset(what), kinds=frozenset({"batchnorm"}))
+        recorder = Recorder(classifier, frozenset(what), kinds=frozenset({"batchnorm", "stage"}))
         name = images if images.startswith("noise:") else str(shared_data / f"{images}.npz")
         source = open_images(name, classifier.preprocessing, classifier.class_names)
         rows = record_images(classifier, source, recorder, BATCH)
@@ -56,7 +57,7 @@ def real(record):
 
 @pytest.fixture(scope="module")
 def train(record):
-    return record("cifar10-train-10k", *CHEAP)
+    return record("cifar10-train-10k", *CHEAP, "layers.mean")
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +122,17 @@ def test_one_class_sum_is_the_best_that_needs_no_data(score):
 def test_virtual_images_alone_beat_the_output(shared_data, record, real, score, tmp_path):
     """c2ir-z on ten virtual images a class, above msp, energy and odin on the mean AUROC."""
     checkpoint = shared_data / CHECKPOINT
+    virtual = "-d", "c2ir", "-d", "c2ir-z", "-d", "knn"
     steps = (
         ("invert", checkpoint, "--per-class", 10, "-o", tmp_path / "v.h5"),
         ("extract", checkpoint, tmp_path / "v.h5", "-o", tmp_path / "v.features.h5"),
-        ("fit", tmp_path / "v.features.h5", "-d", "c2ir", "-d", "c2ir-z", "-o", tmp_path),
+        ("fit", tmp_path / "v.features.h5", *virtual, "-o", tmp_path),
     )
     for words in steps:
         result = oodcli(*words)
         assert result.status == 0, result.err
     scores = {name: score(name) for name in ("msp", "energy")}
-    for name in ("c2ir", "c2ir-z"):
+    for name in ("c2ir", "c2ir-z", "knn"):
         detector = read_artefact(tmp_path / f"{name}.safetensors").detector
         scores[name] = {set_: detector.score(block) for set_, block in real.items()}
     # ODIN's two extra passes are made for some batches of each set, for time.
@@ -147,5 +149,6 @@ def test_virtual_images_alone_beat_the_output(shared_data, record, real, score, 
     # The step is small: without it, ODIN is t1000.
     assert mean(scores["odin"]) == pytest.approx(mean(score("t1000"), 4 * BATCH), abs=0.01)
     assert mean(scores["c2ir"]) > 0.7
+    assert mean(score("knn")) > mean(scores["knn"]) > mean(scores["msp"])
     inside = real["cifar10-test"]
     assert (inside.logits.argmax(1) == inside.label).double().mean() == pytest.approx(0.9173)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from oodcli import metrics
 from oodcli.errors import FileError
@@ -240,6 +242,72 @@ def test_names_cannot_break_the_tables() -> None:
     assert r"50\%\_\&{*} & \textbf{100.00} \\" in text
 
 
+SEEN = {
+    "ID": replace(ID_SCORES, saw={"b": "OOD images (x_1.h5)"}),
+    "far": replace(OOD_SCORES["far"], saw={"b": "OOD images (x_1.h5)"}),
+    "near": replace(OOD_SCORES["near"], saw={"b": "OOD images (x_1.h5)"}),
+}
+NOTE = "* has learnt from OOD data, which the others have not: b from OOD images (x_1.h5)."
+
+
+def seen(**files: Scores) -> Evaluation:
+    """The detectors of ``by_hand``, of which b has learnt from OOD images."""
+    files = SEEN | files
+    return evaluate_files(files.pop("ID"), files, resamples=0)
+
+
+def test_a_detector_that_saw_ood_data_is_marked_in_every_table(tmp_path: Path) -> None:
+    evaluation = seen()
+    assert evaluation.footnote == NOTE
+    markdown = tables.markdown(evaluation)
+    assert markdown.count("\n| b\\* |") == markdown.count("\n| a |") == len(CONVENTIONS)
+    assert markdown.count("\n" + NOTE.replace("*", "\\*").replace("_", "\\_")) == len(CONVENTIONS)
+    latex = tables.latex(evaluation)
+    assert latex.count("\nb{*} & ") == latex.count("\na & ") == len(CONVENTIONS)
+    assert latex.count(NOTE.replace("*", "{*}").replace("_", r"\_") + "}\n") == len(CONVENTIONS)
+    tables.write_csv(evaluation, tmp_path / "m.csv")
+    with (tmp_path / "m.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["detector", "set", "metric", "value", "low", "high", "saw"]
+    assert {(row["detector"], row["saw"]) for row in rows} == {
+        ("a", ""),
+        ("b", "OOD images (x_1.h5)"),
+    }
+    assert tables.as_json(evaluation)["saw_ood"] == {"b": "OOD images (x_1.h5)"}
+    assert [line.split()[0] for line in rendered(evaluation, 80)[-2:]] == ["a", "b*"]
+    for figure in drawings(evaluation, SEEN["ID"], {"far": SEEN["far"], "near": SEEN["near"]}):
+        texts = [text.get_text().replace("\n", " ") for text in figure.findobj(Text)]
+        assert NOTE in texts
+        assert any(re.fullmatch(r"b\*( .*)?", text) for text in texts)
+        assert not any(re.match(r"a\*|b( |$)", text) for text in texts)
+
+
+def test_nothing_is_marked_where_no_detector_saw_ood_data(tmp_path: Path) -> None:
+    evaluation = by_hand()
+    assert (evaluation.footnote, evaluation.saw) == ("", {})
+    assert tables.as_json(evaluation)["saw_ood"] == {}
+    for text in (tables.markdown(evaluation), tables.latex(evaluation)):
+        assert "learnt" not in text
+        assert not re.search(r"[ab]\\?\{?\*", text.partition("AUROC")[2])
+    for figure in drawings(evaluation, ID_SCORES, OOD_SCORES):
+        assert not any("*" in text.get_text() for text in figure.findobj(Text))
+
+
+def test_what_was_seen_is_listed_where_the_files_differ() -> None:
+    other = replace(OOD_SCORES["near"], saw={"b": "OOD images (y.h5)"})
+    assert "b from OOD images (x_1.h5) | OOD images (y.h5)." in seen(near=other).footnote
+    without = seen(near=OOD_SCORES["near"])
+    assert without.footnote.endswith("b from OOD images (x_1.h5) | none.")
+    assert without.marked("b") == "b*"
+    everyone = {
+        name: replace(scores, saw={"a": "OOD images (z.h5)", "b": "OOD images (z.h5)"})
+        for name, scores in SEEN.items()
+    }
+    assert seen(**everyone).footnote == (
+        "* has learnt from OOD data: a from OOD images (z.h5), b from OOD images (z.h5)."
+    )
+
+
 def test_latex_is_balanced() -> None:
     text = tables.latex(evaluated(3, 2))
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == len(CONVENTIONS)
@@ -295,16 +363,26 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     refuse_existing_report(tmp_path / "folder")
 
 
-@pytest.mark.parametrize(("sets", "detectors"), [(1, 1), (5, 6), (2, 14)])
-def test_figures_cut_nothing_off(sets: int, detectors: int) -> None:
-    """All that is drawn lies on the page, and no panel with its labels on another."""
-    id_scores, ood = sample(sets, detectors)
-    evaluation = evaluate_files(id_scores, ood, resamples=0)
-    for figure in (
+def drawings(
+    evaluation: Evaluation, id_scores: Scores, ood: Mapping[str, Scores]
+) -> tuple[Figure, ...]:
+    return (
         figures.roc_figure(evaluation, id_scores, ood),
         figures.histogram_figure(evaluation, id_scores, ood),
         figures.heatmap_figure(evaluation),
-    ):
+    )
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize(("sets", "detectors"), [(1, 1), (5, 6), (2, 14)])
+def test_figures_cut_nothing_off(sets: int, detectors: int, marked: bool) -> None:
+    """All that is drawn lies on the page, and no panel with its labels on another."""
+    id_scores, ood = sample(sets, detectors)
+    if marked:
+        saw = dict.fromkeys(id_scores.detectors, "OOD images (of a $long$ name_.h5)")
+        id_scores = replace(id_scores, saw=saw)
+    evaluation = evaluate_files(id_scores, ood, resamples=0)
+    for figure in drawings(evaluation, id_scores, ood):
         figure.canvas.draw()
         drawn = figure.get_tightbbox()  # inches
         assert drawn.x0 >= 0
@@ -371,6 +449,16 @@ def test_the_terminal_table_fits(sets: int, detectors: int, width: int, columns:
     assert all(len(row) == 1 + columns for row in rows)
     assert all(re.fullmatch(r"\d+\.\d\d", cell) for row in rows for cell in row[1:])
     assert "…" not in "".join(lines)
+
+
+def test_the_terminal_table_has_room_for_the_mark() -> None:
+    id_scores, ood = sample(3, 2)
+    saw = {"detector-1": "OOD images (x.h5)"}
+    evaluation = evaluate_files(replace(id_scores, saw=saw), ood, resamples=0)
+    for width in range(30, 100):
+        lines = rendered(evaluation, width)
+        assert max(map(len, lines)) <= width
+        assert [line.split()[0] for line in lines[-2:]] == ["detector-0", "detector-1*"]
 
 
 def test_the_terminal_table_takes_names_literally() -> None:

@@ -126,7 +126,25 @@ def test_columns_of_a_threshold_are_no_detectors(tmp_path: Path, suffix: str) ->
 
 def test_which_columns_are_detectors() -> None:
     assert is_detector("norm+")
+    assert is_detector("knn[real]")
     assert not any(map(is_detector, ["path", "error", "confidence", "msp.p", "msp.ood"]))
+    assert not any(map(is_detector, ["knn[real].ood", "knn[real].saw", "msp.why", "msp.basis"]))
+
+
+def test_what_a_detector_saw_is_read_back(tmp_path: Path, suffix: str) -> None:
+    cells = {"a[real]": 1.0, "a[real].saw": "OOD images (x.h5)", "a[virtual]": 2.0, "b": 3.0}
+    path = tmp_path / f"s.{suffix}"
+    write(path, [ScoreRow("p", scores=cells), ScoreRow("q", error="gone")], tuple(cells))
+    scores = read_scores(path)
+    assert list(scores.detectors) == ["a[real]", "a[virtual]", "b"]
+    assert scores.saw == {"a[real]": "OOD images (x.h5)"}
+    other = cells | {"a[real].saw": "OOD images (y.h5)"}
+    blank = cells | {"a[real].saw": ""}
+    rows = [ScoreRow("p", scores=each) for each in (cells, other, blank, cells)]
+    assert read_scores(write(path, rows, tuple(cells))).saw == {
+        "a[real]": "OOD images (x.h5) | OOD images (y.h5)"
+    }
+    assert read_scores(write(path, [ScoreRow("p", scores=blank)], tuple(cells))).saw == {}
 
 
 def test_detectors_are_told_by_name_not_by_place(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 One grammar: ``NAME[+OPTION…]``. NAME is built in (``resnet20-cifar``, ``wrn-28-10``,
 ``densenet-bc-100-12``, ``resnet18-kuangliu`` …) or ``torchvision:NAME``; ``+grey`` means one input
-channel, the other options belong to torchvision's models (see :mod:`.imagenet`).
+channel, the other options belong to torchvision's models (see :mod:`.imagenet`). What ``--arch``
+takes after that, a retrained head, is no part of NAME here (see :mod:`.heads`).
 
 Nothing heavy is imported here: completion needs the names only.
 """

@@ -6,15 +6,26 @@ Nothing numeric is imported here at module level, so help and completion stay fa
 from __future__ import annotations
 
 import errno
+import logging
 import os
-import signal
 import sys
 import warnings
 from typing import Annotated
 
 import typer
 
-from oodcli.cli import console, demo, detectors, evaluate, extract, fit, inspect, invert, score
+from oodcli.cli import (
+    console,
+    demo,
+    detectors,
+    evaluate,
+    extract,
+    fit,
+    inspect,
+    interrupts,
+    invert,
+    score,
+)
 from oodcli.errors import OodcliError
 
 app = typer.Typer(
@@ -47,6 +58,11 @@ def root(
     ] = False,
 ) -> None:
     """Options of oodcli itself."""
+    log = logging.getLogger("oodcli")
+    log.handlers[:] = [console.Notes()]
+    log.setLevel(logging.INFO)
+    # A compiler without a GPU need not be told of.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # What Pillow warns of is in the row of that image, or does not matter.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     # torch 2.11 warns of itself when an exported program is loaded and run.
@@ -54,17 +70,10 @@ def root(
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
-def _stopped(number: int, frame: object) -> None:
-    sys.exit(128 + number)
-
-
 def main() -> None:
     """Runs the command line. A fault of the user's is one sentence and status 1; a fault of ours
     keeps its traceback."""
-    for name in ("SIGTERM", "SIGHUP"):  # partial files are removed on the way out
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _stopped)
+    interrupts.listen()
     try:
         app()
     except KeyboardInterrupt:

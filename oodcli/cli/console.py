@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shlex
 import shutil
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from oodcli.cli import interrupts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,6 +41,13 @@ def say(message: str, *, always: bool = False) -> None:
             for line in message.split("\n")
         )
     print(message, file=sys.stderr, flush=True)
+
+
+class Notes(logging.Handler):
+    """What the core has to say while it works, as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"note: {record.getMessage()}")
 
 
 def _folded(line: str, columns: int) -> str:
@@ -93,7 +103,13 @@ def progress(total: int, what: str, per_image: int = 1) -> Iterator[Callable[[in
     """A bar with images/s and the time left on a terminal; elsewhere a line a minute.
 
     The yielded function is told how much more is done; total is in the same unit, of which an
-    image has per_image."""
+    image has per_image. It raises what a signal has asked for."""
+    with _shown(total, what, per_image) as advance, interrupts.loop(advance) as step:
+        yield step
+
+
+@contextmanager
+def _shown(total: int, what: str, per_image: int) -> Iterator[Callable[[int], None]]:
     if quiet:
         yield lambda count: None
         return

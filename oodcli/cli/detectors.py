@@ -46,4 +46,6 @@ def _fitted_on(kind: type[Detector]) -> str:
         return "nothing"
     if kind.reference_images is not None:
         return "noise"
-    return "ID and OOD images" if kind.uses_ood else "virtual or real images"
+    if kind.needs_ood:
+        return "ID and OOD images"
+    return "virtual or real images" + (", OOD if given" if kind.uses_ood else "")

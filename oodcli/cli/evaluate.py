@@ -106,8 +106,9 @@ def _print(evaluation: Evaluation) -> None:
     from oodcli.report.tables import accuracy_line
 
     console.emit_table(evaluation_table(evaluation, console.width()))
-    if line := accuracy_line(evaluation):
-        console.emit(line)
+    for line in (evaluation.footnote, accuracy_line(evaluation)):
+        if line:
+            console.emit(line)
 
 
 def _gate(evaluation: Evaluation, least: float) -> None:

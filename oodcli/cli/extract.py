@@ -105,7 +105,7 @@ def command(
     possible = recordable(classifier)
     what: frozenset[str]
     if record is None and not chosen:
-        if classifier.head is None:
+        if classifier.head_name is None:
             raise OodcliError(
                 f"{classifier.arch} has no linear layer at its end, so there is no embedding: say "
                 "what to record instead, such as --record logits,layers.mean"

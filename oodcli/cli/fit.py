@@ -32,7 +32,7 @@ def command(
             metavar="F.h5",
             help="Rows for the verdicts of score --fpr: real images, virtual ones matched to the "
             "published accuracy, or (repeated) both.",
-            show_default="every fifth row, where CACHE.h5 holds real images",
+            show_default="every fifth row (at most 5,000), where CACHE.h5 holds real images",
         ),
     ] = None,
     ood: Annotated[
@@ -74,7 +74,8 @@ def command(
             labelled=None if labelled is None else read_marks(labelled),
         )
         names = list(dict.fromkeys(detector or ()))
-        if names == ["all"]:
+        everything = names == ["all"]
+        if everything:
             names = _possible(inputs, given)
         if not names:
             raise DetectorError(
@@ -87,7 +88,9 @@ def command(
             raise DetectorError(f"-p {unused[0]}.…: {unused[0]} is not among -d")
         hyperparameters = {name: kind.parse(given.get(name, {})) for name, kind in kinds.items()}
         with make_folder(output):
-            summary = fit_to_folder(inputs, chosen, hyperparameters, output, force=force)
+            summary = fit_to_folder(
+                inputs, chosen, hyperparameters, output, leave_out=everything, force=force
+            )
     if json:
         console.emit_json(summary)
     for artefact in summary:
@@ -111,7 +114,7 @@ def _possible(inputs: FitInputs, given: dict[str, dict[str, str]]) -> list[str]:
         for kind in kinds
         if kind.fitted
         and kind.reference_images is None
-        and (not kind.uses_ood or inputs.ood is not None)
+        and (not kind.needs_ood or inputs.ood is not None)
         and kind.fit_needs(**kind.parse(given.get(kind.name, {}))) <= recorded
     ]
 
@@ -119,10 +122,10 @@ def _possible(inputs: FitInputs, given: dict[str, dict[str, str]]) -> list[str]:
 def _sentence(artefact: dict[str, Any]) -> str:
     fitted_on = artefact["fitted_on"]
     words = [f"wrote {artefact['file']}"]
-    if fitted_on:
+    if "rows" in fitted_on:
         words.append(f"fitted on {fitted_on['rows']} {fitted_on['kind']} images")
-        if fitted_on["ood"]:
-            words.append(f"and on OOD images ({fitted_on['ood']})")
+    if fitted_on.get("ood"):
+        words.append(f"and on OOD images ({fitted_on['ood']})")
     if artefact["calibrated_on"]:
         low, high = artefact["achieved_at_0.05"]
         words.append(

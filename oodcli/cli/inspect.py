@@ -48,6 +48,7 @@ def describe(classifier: Classifier, path: Path) -> dict[str, Any]:
         "head": None
         if head is None
         else {"name": classifier.head_name, "width": head.weight.shape[1]},
+        "retrained_head": None if classifier.retrained is None else classifier.retrained.suffix,
         "detectors": verdicts,
     }
 
@@ -112,7 +113,7 @@ def _print(found: dict[str, Any]) -> None:
         "other taps": others or "none",
         "head": f"{head['name']}, {head['width']} features"
         if head
-        else "none: last layer not linear",
+        else found["retrained_head"] or "none: last layer not linear",
         "sha256": found["sha256"],
     }
     table = Table(show_header=False, box=None, pad_edge=False)

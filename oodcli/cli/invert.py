@@ -48,6 +48,14 @@ def command(
             show_default="as the objective: kl mirrors",
         ),
     ] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the step, or not; the images differ in their last digits.",
+            show_default="if the job is long and that is faster",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how long it would take, and stop.")
     ] = False,
@@ -60,12 +68,7 @@ def command(
     """Recall virtual images of every class from the network's BatchNorm statistics."""
     from oodcli.errors import OodcliError
     from oodcli.files.atomic import refuse_existing, refuse_suffix
-    from oodcli.inversion.invert import (
-        Plan,
-        refuse_without_batchnorm,
-        seconds_per_image_step,
-        wanted_classes,
-    )
+    from oodcli.inversion.invert import Plan, prepare, refuse_without_batchnorm, wanted_classes
     from oodcli.inversion.objective import OBJECTIVES
     from oodcli.stages.invert import invert_to_file
     from oodcli.stages.record import provenance
@@ -96,13 +99,13 @@ def command(
             f"note: batches hold {len(plan.classes)} of {classifier.num_classes} classes, so their "
             "statistics match the network's less well"
         )
+    plan, step, seconds = prepare(classifier, plan, compiled=compiled)
     batches = plan.batches()
     count = len(plan.classes) * plan.per_class
-    seconds = seconds_per_image_step(classifier, plan) * count * plan.total_steps
     console.say(
         f"{count} images of {len(plan.classes)} classes; steps: {plan.total_steps}, batches: "
-        f"{len(batches)} of {len(batches[0])}; {plan.precision} on {classifier.device}: "
-        f"about {console.duration(seconds)}"
+        f"{len(batches)} of {len(batches[0])}; {plan.precision} on {classifier.device}, "
+        f"{step.path}: about {console.duration(seconds)}"
     )
     if dry_run:
         return
@@ -119,6 +122,7 @@ def command(
                 precision=plan.precision,
                 virtual=True,
             ),
+            step=step,
             force=force,
             progress=advance,
         )

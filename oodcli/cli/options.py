@@ -90,7 +90,8 @@ class ModelOptions:
     arch: Annotated[
         str | None,
         typer.Option(
-            help="A built-in name, torchvision:NAME, timm:NAME or FILE.py:FACTORY.",
+            help="A built-in name, torchvision:NAME, timm:NAME or FILE.py:FACTORY; a retrained "
+            "head after it: +deconf-cosine, +deconf-euclid, +deconf-inner or +mos:4,3,3.",
             autocompletion=complete_architectures,
             rich_help_panel=_MODEL,
         ),

@@ -124,7 +124,7 @@ def command(
     from oodcli.errors import OodcliError
     from oodcli.files.atomic import refuse_existing
     from oodcli.files.scores import format_of
-    from oodcli.stages.chosen import choose_detectors
+    from oodcli.stages.chosen import choose_detectors, placed
     from oodcli.stages.score import score_to_file
 
     if output is not None:
@@ -153,6 +153,7 @@ def command(
         )
         if not chosen:
             raise OodcliError("no detector is possible with what was recorded")
+        chosen = placed(chosen, model.resolved_device())
         rules = _rules(chosen, fpr, threshold if stream_rule is None else None, mirror)
         summary = score_to_file(
             opened.record(chosen),
@@ -167,15 +168,26 @@ def command(
         )
     fractions = summary.ood_fraction
     if json:
-        console.emit_json({**vars(summary), "ood_fraction": fractions})
+        console.emit_json(
+            {
+                **vars(summary),
+                "ood_fraction": fractions,
+                "fitted_on": {each.name: each.trained_on or None for each in chosen},
+                "saw_ood": {each.name: each.saw for each in chosen if each.saw},
+            }
+        )
     names = ", ".join(
-        each.name + (f" ({each.trained_on})" if each.trained_on else "") for each in chosen
+        each.name + (f" ({each.trained_on})" if each.trained_on and not each.column else "")
+        for each in chosen
     )
     console.say(
         f"{summary.rows} images scored by {names}; "
         f"{summary.unreadable} unreadable, {summary.infinite} with an infinite score (OOD)"
         + (f"; wrote {output}" if output else "")
     )
+    for each in chosen:
+        if each.saw:
+            console.say(f"{each.name} has learnt from {each.saw}")
     for name, part in fractions.items():
         console.say(f"{name}: {part:.1%} OOD{_basis(name, rules, summary.thresholds)}")
     if max_ood_fraction is not None and any(part > max_ood_fraction for part in fractions.values()):
@@ -210,7 +222,7 @@ def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
     def record(chosen: Sequence[Chosen]) -> Iterable[Rows]:
         views = {"mirror"} if mirror else set()
         for each in chosen:
-            cache.require(each.detector.needs | views, each.name)
+            cache.require(each.detector.score_needs | views, each.detector.name)
         return cache.blocks(needs(chosen, mirror=mirror))
 
     provenance = cache.provenance
@@ -305,7 +317,9 @@ def _rules(
                 f"--threshold {text}: expected NAME=NUMBER, such as energy=-5.2, split or labelled"
             )
         if name not in by_name:
-            raise OodcliError(f"--threshold {text}: {name} is not among the detectors")
+            raise OodcliError(
+                f"--threshold {text}: {name} is not among the detectors, {', '.join(by_name)}"
+            )
         rules[name] = Rule(value)
     return rules
 

@@ -54,7 +54,7 @@ def evaluation_table(
             )
             for (set_, metric), top in zip(columns, best, strict=True)
         ]
-        table.add_row(Text(detector), *cells)
+        table.add_row(Text(evaluation.marked(detector)), *cells)
     return table
 
 
@@ -66,7 +66,8 @@ def _layout(
     everything = [(set_, metric) for set_ in evaluation.columns for metric in metrics]
     means = [(last, metric) for metric in metrics]
     brief = [(set_, metrics[0]) for set_ in evaluation.columns] + means[1:]
-    detector = min(_NAME, max(map(len, ("detector", *evaluation.detectors))))
+    names = map(evaluation.marked, evaluation.detectors)
+    detector = min(_NAME, max(map(len, ("detector", *names))))
     for columns, whole_words in ((everything, True), (brief, True), (brief, False)):
         widths = [max(_CELL, _longest(set_) if whole_words else 0) for set_, _ in columns]
         if detector + sum(widths) + _GAP * len(widths) <= width:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 import torch
 from torch import Tensor
 
+from oodcli.detectors.bank import Bank
 from oodcli.errors import DetectorError
 from oodcli.features import Features, OdinStep
 
@@ -20,9 +21,9 @@ Blocks = Features | Iterable[Features]
 
 
 class Detector(ABC):
-    """Subclasses are frozen dataclasses. Fields that are tensors, or mappings of tensors, are the
-    fitted state; the others are settings. Saving, loading, listing and the command line work from
-    the class alone."""
+    """Subclasses are frozen dataclasses. Fields that are tensors, mappings of tensors or banks are
+    the fitted state; the others are settings. Saving, loading, listing and the command line work
+    from the class alone."""
 
     name: ClassVar[str]
     source: ClassVar[str]
@@ -31,8 +32,15 @@ class Detector(ABC):
     fitted: ClassVar[bool] = False
     uses_ood: ClassVar[bool] = False
     """``fit`` takes out-of-distribution rows, too: its argument ``ood``."""
+
+    needs_ood: ClassVar[bool] = False
+    """``fit`` cannot do without them."""
+
     reference_images: ClassVar[str | None] = None
     """IMAGES to fit on where nobody named any: the detector needs no data of the user's."""
+
+    heavy: ClassVar[bool] = False
+    """So much work a row that it is scored on the GPU, where there is one."""
 
     explains: ClassVar[bool] = False
     """``contributions`` says what made a score."""
@@ -49,6 +57,11 @@ class Detector(ABC):
         return cls.needs if cls.fitted else frozenset()
 
     @property
+    def score_needs(self) -> frozenset[str]:
+        """What the rows to score must have recorded, given how the detector was made."""
+        return self.needs
+
+    @property
     def odin_step(self) -> OdinStep | None:
         """The perturbation with which ``odin.logits`` must have been recorded."""
         return None
@@ -61,7 +74,7 @@ class Detector(ABC):
     def score(self, test: Features) -> Tensor:
         """(N,) float64, higher = more out of distribution, +inf where the row or its score is not
         finite. Raises DetectorError when something that it needs was not recorded."""
-        test.require(self.needs, self.name)
+        test.require(self.score_needs, self.name)
         if not len(test):
             return torch.zeros(0, dtype=torch.float64)
         if not self.fitted:
@@ -71,12 +84,17 @@ class Detector(ABC):
 
     def _finite_score(self, test: Features) -> Tensor:
         scores = self._score(test).double()
-        good = torch.isfinite(scores) & test.finite(self.needs).to(scores.device)
+        good = torch.isfinite(scores) & test.finite(self.score_needs).to(scores.device)
         return torch.where(good, scores, torch.inf)
 
     def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
         """What a score is the sum of: names in a user's words, and (N, terms) float64."""
         return (), torch.zeros(len(test), 0, dtype=torch.float64)
+
+    @property
+    def always_explains(self) -> bool:
+        """``score`` adds ``<detector>.why`` without being asked."""
+        return False
 
     def explain(self, test: Features) -> list[str]:
         """For each row the three terms that raise its score most, in words."""
@@ -97,7 +115,7 @@ class Detector(ABC):
         moved: dict[str, Any] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | Bank):
                 moved[field.name] = value.to(device)
             elif isinstance(value, Mapping):
                 moved[field.name] = {key: tensor.to(device) for key, tensor in value.items()}
@@ -128,12 +146,17 @@ class Detector(ABC):
             )
         return {key: _convert(cls.name, key, value, known[key][0]) for key, value in given.items()}
 
-    def state(self) -> dict[str, Tensor]:
+    @classmethod
+    def banks(cls) -> frozenset[str]:
+        """The fitted state that may be too large for the memory."""
+        return frozenset(name for name, hint in get_type_hints(cls).items() if hint is Bank)
+
+    def state(self) -> dict[str, Tensor | Bank]:
         """The fitted tensors; those of a mapping are named ``field/key``."""
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor | Bank] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | Bank):
                 tensors[field.name] = value
             elif isinstance(value, Mapping):
                 tensors |= {f"{field.name}/{key}": tensor for key, tensor in value.items()}
@@ -144,20 +167,23 @@ class Detector(ABC):
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)  # type: ignore[arg-type]
-            if not isinstance(getattr(self, field.name), Tensor | Mapping)
+            if not isinstance(getattr(self, field.name), Tensor | Bank | Mapping)
         }
 
     @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
-        """The inverse of state and settings. Raises DetectorError when something is missing or
-        superfluous."""
+    def restore(cls, tensors: Mapping[str, Tensor | Bank], settings: Mapping[str, Any]) -> Self:
+        """The inverse of state and settings; a bank may come as a tensor. Raises DetectorError when
+        something is missing or superfluous."""
         hints = get_type_hints(cls)
         values: dict[str, Any] = {}
         left = set(tensors)
         for field in fields(cls):  # type: ignore[arg-type]
             hint = hints[field.name]
-            if hint is Tensor and field.name in tensors:
-                values[field.name] = tensors[field.name]
+            if hint in (Tensor, Bank) and field.name in tensors:
+                tensor = tensors[field.name]
+                values[field.name] = (
+                    Bank.of(tensor) if hint is Bank and isinstance(tensor, Tensor) else tensor
+                )
                 left.discard(field.name)
             elif get_origin(hint) is Mapping:
                 prefix = f"{field.name}/"
@@ -182,7 +208,7 @@ def _score_of(test: Features, detector: Detector) -> Tensor:
 def _convert(detector: str, key: str, value: str, kind: Any) -> Any:
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     words = [word for each in options if get_origin(each) is Literal for word in get_args(each)]
-    if value in words:
+    if value in words or str in options:
         return value
     number = next((each for each in options if each in (bool, int, float)), None)
     if number is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from oodcli.detectors.base import Blocks, Detector, in_blocks
 from oodcli.detectors.class_statistics import class_moments, class_of, predicted_among
+from oodcli.detectors.layer_choice import layer_mean
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
 
@@ -148,23 +149,6 @@ def batchnorm_layers(block: Features) -> tuple[str, ...]:
     if not layers:
         raise DetectorError("no output of a BatchNorm layer was recorded: the network has none")
     return layers
-
-
-def layer_mean(test: Features, name: str, detector: str, width: int) -> Tensor:
-    """(N, C) float64 spatial means of one layer. Raises DetectorError when that layer was not
-    recorded, or has another width than the detector was fitted with."""
-    layer = test.layers.get(name)
-    if layer is None or layer.mean is None:
-        raise DetectorError(
-            f"{detector} was fitted on layer '{name}', which was not recorded: extract with the "
-            "same checkpoint and the same --layers"
-        )
-    if layer.mean.shape[1] != width:
-        raise DetectorError(
-            f"/layers/{name}/mean has {layer.mean.shape[1]} channels, but {detector} was fitted on "
-            f"{width}: extract with the same checkpoint"
-        )
-    return layer.mean.double()
 
 
 def _used(kind: str) -> bool:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from oodcli.detectors.base import Blocks, Detector, in_blocks
-from oodcli.detectors.c2ir import batchnorm_layers, layer_mean
+from oodcli.detectors.c2ir import batchnorm_layers
 from oodcli.detectors.class_statistics import class_moments, class_of, predicted_among
+from oodcli.detectors.layer_choice import layer_mean
 from oodcli.features import Features, LinearHead, recorded
 
 RIDGE = 1e-3

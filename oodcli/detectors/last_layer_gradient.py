@@ -61,9 +61,9 @@ def energy_norm(logits: Tensor, embedding: Tensor) -> Tensor:
 
 
 class LastLayerGradient(Detector):
-    """A formula of logits and embedding."""
+    """A formula of logits and embedding, for a last layer that is linear."""
 
-    needs = frozenset({"logits", "embedding"})
+    needs = frozenset({"logits", "embedding", "head"})
 
 
 @dataclass(frozen=True)

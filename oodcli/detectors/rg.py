@@ -42,7 +42,7 @@ class RG(Detector):
     name = "rg"
     source = "RG, eq. 8"
     about = "free energy times the clipped length of the embedding"
-    needs = frozenset({"logits", "embedding"})
+    needs = frozenset({"logits", "embedding", "head"})
 
     T: float = 1.0
     k: float = 1.0
@@ -66,7 +66,7 @@ class RGAdd(Detector):
     name = "rg-add"
     source = "RG, eq. 12"
     about = "free energy plus the clipped length of the embedding, balanced by their spreads"
-    needs = frozenset({"logits", "embedding"})
+    needs = frozenset({"logits", "embedding", "head"})
     fitted = True
 
     alpha: float

@@ -34,6 +34,7 @@ class Supervised(Detector):
     needs = OneClassSum.needs
     fitted = True
     uses_ood = True
+    needs_ood = True
 
     mean: Tensor
     sd: Tensor

@@ -73,7 +73,7 @@ class Thinkback(Detector):
     name = "thinkback"
     source = "Thinkback, eq. 5 and 7"
     about = "squared length of the head's gradient by the predicted label"
-    needs = frozenset({"logits", "embedding"})
+    needs = frozenset({"logits", "embedding", "head"})
 
     T: float | Literal["auto"] = 1.0
 
@@ -120,7 +120,7 @@ class ThinkbackNorm(Detector):
     name = "thinkback-norm"
     source = "Thinkback, eq. 6 and 7"
     about = "thinkback, each weight by its mean square in distribution"
-    needs = frozenset({"logits", "embedding"})
+    needs = frozenset({"logits", "embedding", "head"})
     fitted = True
 
     expected: Tensor

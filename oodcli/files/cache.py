@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from oodcli.errors import FileError
-from oodcli.features import BatchNorm, Features, Layer, LinearHead, OdinStep, Rows
+from oodcli.features import (
+    LAYER_PARTS,
+    BatchNorm,
+    Features,
+    Layer,
+    LinearHead,
+    OdinStep,
+    Rows,
+    concatenate,
+)
 from oodcli.files.hdf5 import Provenance, damage, reading
 
 FORMAT = "oodcli-features"
@@ -124,10 +133,7 @@ class FeatureCache:
         layers = {
             name: Layer(
                 str(file[f"layers/{name}"].attrs["kind"]),
-                *(
-                    empty(f"layers/{name}/{part}")
-                    for part in ("mean", "std", "gradient", "sensitivity")
-                ),
+                *(empty(f"layers/{name}/{part}") for part in LAYER_PARTS),
             )
             for name in ordered("layers")
         }
@@ -162,6 +168,8 @@ class FeatureCache:
             layers=layers,
             batchnorm=norms,
             odin_logits=empty("odin/logits"),
+            deconf_h=empty("deconf/h"),
+            mos_others=empty("mos/others"),
             odin_step=step,
             head=head,
             mirror=self._read_constants("mirror/") if not view and "mirror" in file else None,
@@ -202,20 +210,31 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class CachedRows:
-    """The readable rows of a cache, or some of them, block by block, as often as wanted."""
+    """The readable rows of a cache, or some of them, block by block, as often as wanted. Where
+    only some are wanted, those of several blocks are put together."""
 
     cache: FeatureCache
     needs: frozenset[str]
     part: Callable[[Tensor], Tensor] | None = None
 
     def __iter__(self) -> Iterator[Features]:
-        start = 0
+        start = full = 0
+        waiting: list[Features] = []
         for block in self.cache.blocks(self.needs):
             if block.features is None:
                 continue
+            if self.part is None:
+                yield block.features
+                continue
             numbers = torch.arange(start, start + len(block.features))
             start += len(block.features)
-            yield block.features if self.part is None else block.features.select(self.part(numbers))
+            full = max(full, len(block.features))
+            waiting.append(block.features.select(self.part(numbers)))
+            if sum(map(len, waiting)) >= full:
+                yield concatenate(waiting)
+                waiting = []
+        if waiting:
+            yield concatenate(waiting)
 
 
 @contextmanager
@@ -231,7 +250,7 @@ def only(features: Features, needs: frozenset[str]) -> Features:
     for name, layer in features.layers.items():
         parts = {
             part: getattr(layer, part) if f"layers.{part}" in needs else None
-            for part in ("mean", "std", "gradient", "sensitivity")
+            for part in LAYER_PARTS
         }
         layers[name] = Layer(layer.kind, **parts)
     norms = {
@@ -249,6 +268,8 @@ def only(features: Features, needs: frozenset[str]) -> Features:
         layers=layers,
         batchnorm=norms,
         odin_logits=features.odin_logits if "odin.logits" in needs else None,
+        deconf_h=features.deconf_h if "deconf.h" in needs else None,
+        mos_others=features.mos_others if "mos.others" in needs else None,
         mirror=None
         if features.mirror is None or "mirror" not in needs
         else only(features.mirror, needs),

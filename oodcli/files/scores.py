@@ -3,8 +3,10 @@
 Columns: ``path,label,predicted,confidence,<detector>…,error``. ``label`` and ``predicted`` are
 class names, ``label`` empty where unknown. Higher = more out of distribution, for every detector.
 With a verdict there are ``<detector>.p``, ``<detector>.ood`` and ``<detector>.basis`` (what it
-rests on) too, with an explanation ``<detector>.why``; they are no detectors. A row
-that could not be scored keeps its place: empty cells and the reason in ``error``.
+rests on) too, with an explanation ``<detector>.why``, and for a detector that has learnt from OOD
+data ``<detector>.saw``, which says from which; they are no detectors. One that was fitted twice has
+the columns ``<detector>[virtual]`` and ``<detector>[real]``. A row that could not be scored keeps
+its place: empty cells and the reason in ``error``.
 
 Decisions:
 
@@ -38,8 +40,8 @@ Format: TypeAlias = Literal["csv", "jsonl", "parquet"]
 
 LEADING = ("path", "label", "predicted", "confidence")
 TRAILING = ("error",)
-DERIVED = (".p", ".ood", ".basis", ".why")
-WORDS = (".basis", ".why")
+DERIVED = (".p", ".ood", ".basis", ".why", ".saw")
+WORDS = (".basis", ".why", ".saw")
 """Endings of the columns that belong to a detector without being one."""
 
 _SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -281,7 +283,8 @@ class Scores:
     paths, labels, predicted, errors: N strings. confidence: (N,) float64, NaN where there is none.
     detectors: for each name the (R,) float64 scores of the R readable rows alone, those without an
     error; ``readable`` says which they are. verdicts: for each name with a column ``.ood`` how many
-    of those rows it calls OOD, and what that rests on.
+    of those rows it calls OOD, and what that rests on. saw: for each name that has learnt from OOD
+    data, from which.
     """
 
     source: str
@@ -292,6 +295,7 @@ class Scores:
     detectors: Mapping[str, NDArray[np.float64]]
     errors: tuple[str, ...]
     verdicts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    saw: Mapping[str, str] = field(default_factory=dict)
 
     def only(self, detectors: Sequence[str]) -> Scores:
         """The same rows with these detectors, in this order. Raises FileError when one is not in
@@ -361,6 +365,7 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
 
     flagged = {name: 0 for name in detectors if f"{name}.ood" in place}
     basis = dict.fromkeys(flagged, "")
+    saw: dict[str, dict[str, None]] = {n: {} for n in detectors if f"{n}.saw" in place}
     texts: dict[str, list[str]] = {name: [] for name in ("path", "label", "predicted", "error")}
     confidence = array("d")
     for where, cells in rows:
@@ -384,6 +389,9 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
                 )
                 if f"{name}.basis" in place:
                     basis[name] = _text(cells[place[f"{name}.basis"]])
+            for name, found in saw.items():
+                if text := _text(cells[place[f"{name}.saw"]]):
+                    found[text] = None
     if not texts["path"]:
         raise FileError(f"{path} has no row below its header: was anything scored?")
     return Scores(
@@ -395,6 +403,7 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
         detectors={name: np.array(scores, dtype=np.float64) for name, scores in detectors.items()},
         errors=tuple(texts["error"]),
         verdicts={name: (count, basis[name]) for name, count in flagged.items()},
+        saw={name: " | ".join(found) for name, found in saw.items() if found},
     )
 
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from oodcli.classifier import Classifier, Tap, as_logits
+from oodcli.classifier import Classifier
 from oodcli.errors import CheckpointError, OodcliError
 from oodcli.inversion.mgi import Sensitivity
-from oodcli.inversion.objective import OBJECTIVES, Moments, Objective, loss, multiscale_start
-from oodcli.recording import Recorder, batchnorm_constants, watch
+from oodcli.inversion.objective import OBJECTIVES, Objective, multiscale_start
+from oodcli.inversion.step import Step
 
-SENSITIVITY_POINTS = 10
+log = logging.getLogger(__name__)
+
+SENSITIVITY_POINTS = 6
 """At how many points of the trajectory, evenly spaced after the start, eq. 8 is evaluated. A point
-costs a forward and a backward pass, so all 50 would double the work."""
-
-BATCHNORM = frozenset({"batchnorm"})
+costs a forward and a backward pass, so all steps would double the work."""
 
 
 @dataclass(frozen=True)
@@ -72,48 +73,104 @@ def invert(
     plan: Plan,
     *,
     first: int = 0,
+    step: Step | None = None,
     progress: Callable[[int], None] = lambda image_steps: None,
 ) -> Iterator[VirtualBatch]:
     """Yields the batches of the plan in turn, from number ``first`` on; each depends on the seed
-    and its own number alone. progress is told how many images have made one more step.
+    and its own number alone. step: of this classifier and plan, as ``prepare`` makes it. progress
+    is told how many images have made one more step.
 
     Raises CheckpointError for a network without BatchNorm, OodcliError when an image diverges.
     """
     refuse_without_batchnorm(classifier)
+    step = step or Step(classifier, plan.objective, plan.precision)
     for number, labels in enumerate(plan.batches()):
         if number < first:
             continue
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + number)
-        yield _invert_batch(classifier, plan, labels, generator, progress)
+        yield _invert_batch(step, plan, labels, generator, progress)
 
 
-def seconds_per_image_step(classifier: Classifier, plan: Plan) -> float:
-    """A short trial: the time that one image takes for one step."""
+COMPILE_FROM = 90.0
+"""Seconds: a shorter job is over before the compiler has paid."""
+
+
+def prepare(
+    classifier: Classifier, plan: Plan, *, compiled: bool | None = None
+) -> tuple[Plan, Step, float]:
+    """By a short trial: the plan, with smaller batches where the memory is short, the way to make a
+    step of it, and the seconds that all of it will take. compiled: or not, by default whatever is
+    faster on this machine. Raises CheckpointError for a network without BatchNorm, OodcliError when
+    not even one image fits, or nothing compiles that was to be."""
     refuse_without_batchnorm(classifier)
+    eager = Step(classifier, plan.objective, plan.precision)
+    plan, seconds = _that_fits(eager, plan)
+    if compiled is False or (compiled is None and seconds < COMPILE_FROM):
+        return plan, eager, seconds
+    try:
+        step = eager.compiled()
+        faster = _seconds(step, plan)
+    except Exception as error:  # whatever a compiler, or its absence, may raise
+        reason = str(error).strip().split("\n")[0]
+        if compiled:
+            raise OodcliError(f"the step does not compile here ({reason})") from error
+        log.info("not compiled: %s", reason)
+        return plan, eager, seconds
+    return (plan, step, faster) if compiled or faster < seconds else (plan, eager, seconds)
+
+
+def _that_fits(step: Step, plan: Plan) -> tuple[Plan, float]:
+    while True:
+        try:
+            return plan, _seconds(step, plan)
+        except (RuntimeError, MemoryError) as error:
+            words = str(error).lower()
+            if not isinstance(error, MemoryError) and not any(w in words for w in NO_MEMORY):
+                raise
+            size = len(plan.batches()[0])
+            if size == 1:
+                raise OodcliError(
+                    f"the memory of {step.classifier.device} is too short for one image"
+                ) from error
+        # Outside of the handler, whose error holds on to what was allocated.
+        plan = replace(plan, batch_size=size // 2)
+        log.info("the memory is short of batches of %d: taking %d", size, plan.batch_size)
+
+
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
+
+
+def _seconds(step: Step, plan: Plan) -> float:
+    work = len(plan.classes) * plan.per_class * plan.total_steps
+    # A sensitivity takes about as long as a step.
+    work += len(plan.classes) * plan.per_class * (SENSITIVITY_POINTS + 1)
+    return work * _seconds_per_image_step(step, plan)
+
+
+def _seconds_per_image_step(step: Step, plan: Plan) -> float:
+    """The time that one image takes for one step."""
     labels = plan.batches()[0]
     marks: list[float] = []
-    trial = Plan(
-        plan.classes, plan.per_class, plan.objective, 4, plan.batch_size, plan.precision, plan.seed
-    )
 
     def mark(_: int) -> None:
-        if classifier.device.type == "cuda":
+        if step.classifier.device.type == "cuda":
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
-    _invert_batch(classifier, trial, labels, torch.Generator().manual_seed(0), mark, points=0)
+    trial = replace(plan, steps=4)
+    _invert_batch(step, trial, labels, torch.Generator().manual_seed(0), mark, points=0)
     return (marks[-1] - marks[0]) / (len(marks) - 1) / len(labels)
 
 
 def _invert_batch(
-    classifier: Classifier,
+    step: Step,
     plan: Plan,
     labels: Tensor,
     generator: torch.Generator,
     progress: Callable[[int], None],
     points: int = SENSITIVITY_POINTS,
 ) -> VirtualBatch:
-    objective, steps = plan.objective, plan.total_steps
+    objective, steps, classifier = plan.objective, plan.total_steps, step.classifier
     device = classifier.device
     target = labels.to(device)
     height, width = classifier.preprocessing.input_size
@@ -126,33 +183,26 @@ def _invert_batch(
     images = start.to(device).requires_grad_()
     adam = torch.optim.Adam([images], lr=objective.learning_rate, betas=objective.betas)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1))
-    step_loss = StepLoss(classifier, objective, plan.precision)
-    recorder = Recorder(
-        classifier,
-        frozenset({"logits", "layers.gradient"}),
-        precision=plan.precision,
-        kinds=BATCHNORM,
-    )
     sensitivity = Sensitivity(target)
     measured = {round(steps * point / points) for point in range(points + 1)} if points else set()
     reach = round(objective.roll * min(height, width) / 32)
-    for step in range(steps):
-        if step in measured:
-            sensitivity.add(recorder(images.detach(), labels))
+    for number in range(steps):
+        if number in measured:
+            sensitivity.add(step.sensitivity(images.detach(), target))
         view = images
         if reach:
             down, right = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
             view = torch.roll(view, (down, right), (2, 3))
         if objective.mirror and torch.rand((), generator=generator) < 0.5:
             view = view.flip(3)
-        (images.grad,) = torch.autograd.grad(step_loss(view, target), images)
+        images.grad = step.gradient(images, view, target)
         adam.step()
         if objective.cosine:
             schedule.step()
         progress(len(labels))
     final = images.detach()
     if steps in measured:
-        sensitivity.add(recorder(final, labels))
+        sensitivity.add(step.sensitivity(final, target))
     stored = final.to("cpu", torch.float16)
     if not torch.isfinite(stored).all():
         raise OodcliError(
@@ -160,45 +210,6 @@ def _invert_batch(
             "try --precision float32, or another --seed"
         )
     return VirtualBatch(stored, labels, sensitivity.average())
-
-
-class StepLoss:
-    """One forward pass with the statistics of every BatchNorm input in it."""
-
-    def __init__(self, classifier: Classifier, objective: Objective, precision: str) -> None:
-        self.classifier = classifier
-        self.objective = objective
-        self.precision = precision
-        constants = [batchnorm_constants(norm, 1) for norm in classifier.batchnorms.values()]
-        self.remembered = [(norm.running_mean, norm.running_var) for norm in constants]
-        self.eps = [norm.eps for norm in constants]
-
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        found: list[Moments] = []
-
-        def receive(tap: Tap, given: Tensor, output: Tensor) -> None:
-            found.append(batch_moments(given))
-
-        device = self.classifier.device.type
-        with (
-            watch(self.classifier, receive, BATCHNORM),
-            torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"),
-        ):
-            logits = as_logits(self.classifier.network(images))
-        return loss(
-            self.objective, images, logits.float(), labels, found, self.remembered, self.eps
-        )
-
-
-def batch_moments(activation: Tensor) -> Moments:
-    """Mean and population variance over the batch and its positions of (N, C, …): (C,) each,
-    float32, differentiable. By sums, as spatial_moments."""
-    x = activation.float()
-    dims = (0, *range(2, x.ndim))
-    count = x.numel() // x.shape[1]
-    mean = x.sum(dims) / count
-    square = torch.linalg.vector_norm(x, dim=dims).square() / count
-    return mean, (square - mean.square()).clamp(min=0)
 
 
 def wanted_classes(text: str | None, num_classes: int) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,24 +132,11 @@ def total_variation(images: Tensor) -> Tensor:
     return torch.stack(norms).sum()
 
 
-def loss(
-    objective: Objective,
-    images: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    found: Sequence[Moments],
-    remembered: Sequence[Moments],
-    eps: Sequence[float],
-) -> Tensor:
-    """The scalar to minimise. images: (N, C, H, W); logits: (N, K); labels: (N,); one pair of
-    moments and one eps a BatchNorm call."""
+def image_loss(objective: Objective, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """What is to be minimised besides the distances of the BatchNorm layers: τ·CE(z/τ) and the
+    smoothness; a scalar. images: (N, C, H, W); logits: (N, K); labels: (N,)."""
     tau = objective.temperature
     total = tau * F.cross_entropy(logits / tau, labels)
-    distances = [
-        batchnorm_distance(one, other, objective.distance, epsilon)
-        for one, other, epsilon in zip(found, remembered, eps, strict=True)
-    ]
-    total = total + objective.distance_weight * torch.stack(distances).sum()
     if objective.smoothness == "squared":
         total = total + objective.smoothness_weight * neighbour_difference(images)
     elif objective.smoothness == "norm":

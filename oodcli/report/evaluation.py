@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -47,7 +47,8 @@ class Counts:
 class Evaluation:
     """All that is reported. rows: by detector, set (``mean`` last), metric. counts: ID first, then
     the OOD sets. accuracy: share of the ``labelled`` readable ID rows whose class was predicted;
-    None where no label is known. notes: sentences that belong beside the figures."""
+    None where no label is known. notes: sentences that belong beside the figures. saw: detector →
+    the OOD data that it has learnt from; left out where there are none."""
 
     rows: tuple[Row, ...]
     counts: tuple[Counts, ...]
@@ -56,6 +57,7 @@ class Evaluation:
     notes: tuple[str, ...]
     resamples: int
     seed: int
+    saw: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def detectors(self) -> tuple[str, ...]:
@@ -85,6 +87,19 @@ class Evaluation:
         }
         top = max(shown.values())
         return frozenset(detector for detector, value in shown.items() if value == top)
+
+    def marked(self, detector: str) -> str:
+        """The name, with an asterisk where the detector has learnt from OOD data."""
+        return f"{detector}*" if detector in self.saw else detector
+
+    @property
+    def footnote(self) -> str:
+        """What the asterisk means; empty where there is none."""
+        if not self.saw:
+            return ""
+        others = ", which the others have not" if len(self.saw) < len(self.detectors) else ""
+        listed = ", ".join(f"{detector} from {words}" for detector, words in self.saw.items())
+        return f"* has learnt from OOD data{others}: {listed}."
 
     @cached_property
     def _index(self) -> Mapping[tuple[str, str, str], Estimate]:
@@ -153,6 +168,7 @@ def evaluate_files(
         ),
         resamples=resamples,
         seed=seed,
+        saw=_saw(files, detectors),
     )
 
 
@@ -179,6 +195,16 @@ def _left_out(files: Mapping[str, Scores], detectors: Sequence[str]) -> list[str
         for detector in every
         if detector not in detectors
     ]
+
+
+def _saw(files: Mapping[str, Scores], detectors: Sequence[str]) -> dict[str, str]:
+    """What each detector has learnt from, all of it where the files differ."""
+    found = {}
+    for detector in detectors:
+        words = dict.fromkeys(scores.saw.get(detector, "") for scores in files.values())
+        if any(words):
+            found[detector] = " | ".join(word or "none" for word in words)
+    return found
 
 
 def _verdicts(files: Mapping[str, Scores], detectors: Sequence[str]) -> list[str]:

@@ -30,6 +30,8 @@ _GREY = "#BBBBBB"
 _SHOWN = 10
 """So many ROC curves are coloured; more cannot be told apart."""
 _BINS = 40
+_LETTERS = 14
+"""Of 7 points, so many are an inch wide."""
 _DPI = 150
 
 
@@ -59,16 +61,11 @@ def roc_figure(
     from matplotlib.lines import Line2D
 
     last = evaluation.columns[-1]
-    handles = [
-        Line2D(
-            [],
-            [],
-            linewidth=1.5,
-            label=f"{_label(name, 20)}  {100 * evaluation.get(name, last, 'auroc').value:.2f}",
-            **_line(k),
-        )
-        for k, name in enumerate(shown)
-    ]
+    handles = []
+    for k, name in enumerate(shown):
+        area = 100 * evaluation.get(name, last, "auroc").value
+        label = f"{_marked(evaluation, name, 20)}  {area:.2f}"
+        handles.append(Line2D([], [], linewidth=1.5, label=label, **_line(k)))
     if len(ranked) > len(shown):
         others = f"{len(ranked) - len(shown)} others"
         handles.append(Line2D([], [], color=_GREY, linewidth=0.8, label=others))
@@ -78,6 +75,7 @@ def roc_figure(
     which = "AUROC, %" if len(evaluation.sets) == 1 else "mean AUROC, %"
     rest.legend(handles=handles, loc="upper left", fontsize=8, title=which, title_fontsize=8)
     figure.suptitle("ROC curves, OOD is the positive class", fontsize=11)
+    _footnote(evaluation, figure)
     return figure
 
 
@@ -108,7 +106,7 @@ def histogram_figure(
         for k, share in enumerate(shares[1:]):
             panel.stairs(share, edges, linewidth=1.2, **_line(k))
         infinite = sum(int(np.isinf(column).sum()) for column in columns)
-        title = _label(detector, 24) + (f" ({infinite} infinite)" if infinite else "")
+        title = _marked(evaluation, detector, 24) + (f" ({infinite} infinite)" if infinite else "")
         panel.set_title(title, fontsize=9)
         panel.set_xlim(edges[0], edges[-1])
         panel.set_ylim(bottom=0)
@@ -126,6 +124,7 @@ def histogram_figure(
     ]
     rest.legend(handles=handles, loc="upper left", fontsize=8)
     figure.suptitle("Scores; the outermost bins hold what lies beyond, and infinity", fontsize=11)
+    _footnote(evaluation, figure)
     return figure
 
 
@@ -151,7 +150,8 @@ def heatmap_figure(evaluation: Evaluation) -> Figure:
         )
     folded = ["\n".join(textwrap.wrap(_label(name, 36), 12)) for name in columns]
     axes.set_xticks(range(len(columns)), folded, fontsize=8)
-    axes.set_yticks(range(len(ranked)), [_label(name, 24) for name in ranked], fontsize=8)
+    names = [_marked(evaluation, name, 24) for name in ranked]
+    axes.set_yticks(range(len(ranked)), names, fontsize=8)
     axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False, bottom=False)
     if len(columns) > 1:  # the mean is no set
         axes.axvline(len(columns) - 1.5, color="white", linewidth=3)
@@ -159,6 +159,7 @@ def heatmap_figure(evaluation: Evaluation) -> Figure:
     bar.set_label("AUROC, %", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.suptitle("AUROC, %" if len(columns) == 1 else "AUROC, %, best mean first", fontsize=11)
+    _footnote(evaluation, figure)
     return figure
 
 
@@ -187,6 +188,19 @@ def _label(name: str, length: int) -> str:
     legend, for a wish to be left out."""
     shown = name if len(name) <= length else name[: length - 1] + "…"
     return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")
+
+
+def _marked(evaluation: Evaluation, detector: str, length: int) -> str:
+    """Its label, cut so that the asterisk of one that has learnt from OOD data stays."""
+    mark = evaluation.marked(detector)[len(detector) :]
+    return _label(detector, length - len(mark)) + mark
+
+
+def _footnote(evaluation: Evaluation, figure: Figure) -> None:
+    """Below all panels, where an asterisk must be explained."""
+    if evaluation.footnote:
+        lines = textwrap.wrap(evaluation.footnote, int(_LETTERS * figure.get_figwidth()))
+        figure.supxlabel("\n".join(lines).replace("$", r"\$"), fontsize=7)
 
 
 def _figure(size: tuple[float, float]) -> Figure:

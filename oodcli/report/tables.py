@@ -44,13 +44,15 @@ def percent(estimate: Estimate) -> str:
 
 def write_csv(evaluation: Evaluation, path: Path) -> None:
     """``detector,set,metric,value,low,high``: fractions, 6 significant digits; low and high empty
-    without resamples."""
+    without resamples. Where a detector has learnt from OOD data, a last column ``saw``: which."""
+    last = ["saw"] if evaluation.saw else []
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["detector", "set", "metric", "value", "low", "high"])
+        writer.writerow(["detector", "set", "metric", "value", "low", "high", *last])
         for row in evaluation.rows:
             numbers = ["" if math.isnan(x) else f"{x:.6g}" for x in (row.value, row.low, row.high)]
-            writer.writerow([row.detector, row.set, row.metric, *numbers])
+            saw = [evaluation.saw.get(row.detector, "") for _ in last]
+            writer.writerow([row.detector, row.set, row.metric, *numbers, *saw])
 
 
 def as_json(evaluation: Evaluation) -> dict[str, object]:
@@ -70,6 +72,7 @@ def as_json(evaluation: Evaluation) -> dict[str, object]:
         "id_labelled": evaluation.labelled,
         "counts": [asdict(count) for count in evaluation.counts],
         "notes": list(evaluation.notes),
+        "saw_ood": dict(evaluation.saw),
         "metrics": [
             {key: _json_value(value) for key, value in asdict(row).items()}
             for row in evaluation.rows
@@ -109,6 +112,8 @@ def markdown(evaluation: Evaluation) -> str:
     for metric, meaning in CONVENTIONS.items():
         lines += ["", f"## {title(metric)}", "", *_markdown_table(evaluation, metric)]
         lines += ["", f"{TITLES[metric]}: {_md(meaning)}."]
+        if evaluation.footnote:
+            lines += ["", _md(evaluation.footnote)]
     return "\n".join(lines) + "\n"
 
 
@@ -143,7 +148,7 @@ def _markdown_table(evaluation: Evaluation, metric: str) -> list[str]:
         if evaluation.resamples:
             _, low, high = evaluation.get(detector, last, metric)
             cells[-1] += f" [{100 * low:.2f}, {100 * high:.2f}]"
-        lines.append("| " + " | ".join([_md(detector), *cells]) + " |")
+        lines.append("| " + " | ".join([_md(evaluation.marked(detector)), *cells]) + " |")
     return lines
 
 
@@ -171,6 +176,8 @@ def _latex_table(evaluation: Evaluation, metric: str) -> str:
         f"{_tex(TITLES[metric])} {arrow} in percent: {_tex(CONVENTIONS[metric])}. "
         r"The best of a column is bold."
     )
+    if evaluation.footnote:
+        caption += f" {_tex(evaluation.footnote)}"
     lines = [
         r"\begin{table}",
         r"\centering",
@@ -186,7 +193,7 @@ def _latex_table(evaluation: Evaluation, metric: str) -> str:
             rf"\textbf{{{cell}}}" if detector in top else cell
             for cell, top in zip(cells, best, strict=True)
         ]
-        lines.append(" & ".join([_tex(detector), *cells]) + r" \\")
+        lines.append(" & ".join([_tex(evaluation.marked(detector)), *cells]) + r" \\")
     lines += [r"\hline", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines)
 

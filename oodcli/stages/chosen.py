@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from oodcli import detectors
@@ -23,16 +25,23 @@ from oodcli.stages.record import record_images
 
 @dataclass(frozen=True)
 class Chosen:
-    """A detector to score with, and what its artefact knows beyond it."""
+    """A detector to score with, and what its artefact knows beyond it. trained_on: virtual, real
+    or noise; empty when it needs no fitting. saw: OOD data that it has learnt from, in words.
+    column: its name among the scores, where that is not the detector's. device: where it is, if
+    not in the processor's memory."""
 
     detector: Detector
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     threshold: float | None = None
     trained_on: str = ""
+    saw: str = ""
+    column: str = ""
+    device: torch.device | None = None
 
     @property
     def name(self) -> str:
-        return self.detector.name
+        """The column of its scores."""
+        return self.column or self.detector.name
 
 
 FitReference = Callable[[type[Detector], Mapping[str, Any]], Detector]
@@ -47,8 +56,10 @@ def choose_detectors(
     fit_reference: FitReference | None = None,
 ) -> list[Chosen]:
     """Detectors from names and artefacts' paths; ``all`` is every one that needs no images of its
-    own and that ``available`` allows. Raises DetectorError or FileError for one that is unknown,
-    needs fitting, belongs to another checkpoint or is given twice."""
+    own and that ``available`` allows. One that is given twice, fitted on virtual and on real
+    images, has the columns ``knn[virtual]`` and ``knn[real]``. Raises DetectorError or FileError
+    for one that is unknown, needs fitting, belongs to another checkpoint or is there twice
+    otherwise."""
     chosen: list[Chosen] = []
     made: set[str] = set()
 
@@ -58,7 +69,7 @@ def choose_detectors(
         if not kind.fitted:
             chosen.append(Chosen(kind(**given)))
         elif fit_reference is not None:
-            chosen.append(Chosen(fit_reference(kind, given)))
+            chosen.append(Chosen(fit_reference(kind, given), trained_on="noise"))
 
     listed = [word for word in wanted if word != "all"]
     for word in listed:
@@ -71,23 +82,42 @@ def choose_detectors(
             chosen.append(_belonging(Path(word), sha256))
         else:
             detectors.get(word)  # raises the sentence that lists the names
-    names = [each.name for each in chosen]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DetectorError(f"{twice[0]} is given twice: each detector has one column")
+    chosen = _told_apart(chosen)
     if "all" in wanted:
+        names = {each.detector.name for each in chosen}
         for name in detectors.names():
             kind = detectors.get(name)
             fits = not kind.fitted or (kind.reference_images is not None and fit_reference)
             if name not in names and fits and kind.needs <= available:
                 make(kind)
-        chosen.sort(key=lambda each: detectors.names().index(each.name))
+        chosen.sort(key=lambda each: detectors.names().index(each.detector.name))
     unused = sorted(hyperparameters.keys() - made)
     if unused:
         raise DetectorError(
             f"-p {unused[0]}.…: {unused[0]} is not among the detectors that are made here"
         )
     return chosen
+
+
+def _told_apart(chosen: Sequence[Chosen]) -> list[Chosen]:
+    """The same, a detector that is there more than once with what it was fitted on in the name of
+    each column. Raises DetectorError where that does not tell them apart."""
+    count = Counter(each.detector.name for each in chosen)
+    alike = Counter((each.detector.name, each.trained_on) for each in chosen)
+    told = []
+    for each in chosen:
+        name = each.detector.name
+        if count[name] == 1:
+            told.append(each)
+        elif each.trained_on and alike[name, each.trained_on] == 1:
+            told.append(replace(each, column=f"{name}[{each.trained_on}]"))
+        else:
+            times = "twice" if count[name] == 2 else f"{count[name]} times"
+            raise DetectorError(
+                f"{name} is given {times}: a detector has one column, or two where one artefact "
+                "was fitted on virtual images and the other on real ones"
+            )
+    return told
 
 
 def _must_be_fitted(kind: type[Detector]) -> str:
@@ -112,7 +142,9 @@ def _belonging(path: Path, sha256: str) -> Chosen:
     trained_on = artefact.fitted_on.get("kind", "")
     if trained_on and artefact.detector.reference_images is not None:
         trained_on = "noise" if trained_on == "real" else trained_on
-    return Chosen(artefact.detector, artefact.calibrations, artefact.threshold, trained_on)
+    return Chosen(
+        artefact.detector, artefact.calibrations, artefact.threshold, trained_on, artefact.saw
+    )
 
 
 def fit_on_noise(
@@ -136,7 +168,22 @@ def odin_step(chosen: Iterable[Detector]) -> OdinStep | None:
 def needs(chosen: Iterable[Chosen], *, mirror: bool = False) -> frozenset[str]:
     """Everything that must be recorded to score with the chosen detectors."""
     views = {"mirror"} if mirror else set()
-    return frozenset[str]().union(*(each.detector.needs for each in chosen), {"logits"}, views)
+    return frozenset[str]().union(
+        *(each.detector.score_needs for each in chosen), {"logits"}, views
+    )
+
+
+def placed(chosen: Iterable[Chosen], device: str) -> list[Chosen]:
+    """The same, the heavy ones on a GPU if ``device`` is one that has float64."""
+    if device.startswith(("cpu", "mps")):
+        return list(chosen)
+    there = torch.device(device)
+    return [
+        replace(each, detector=each.detector.to(there), device=there)
+        if each.detector.heavy
+        else each
+        for each in chosen
+    ]
 
 
 def score_views(detector: Detector, features: Features, *, mirror: bool) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from oodcli.files.artefact import Artefact, write_artefact
 from oodcli.files.atomic import atomic, refuse_existing
 from oodcli.files.cache import FeatureCache
 from oodcli.stages.chosen import require_checkpoint, score_views
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,20 @@ def fit_to_folder(
     hyperparameters: Mapping[str, Mapping[str, Any]],
     folder: Path,
     *,
+    leave_out: bool = False,
     force: bool = False,
 ) -> list[dict[str, Any]]:
     """Fits and calibrates detectors, one artefact each; one that comes as an artefact is fitted
-    already. Everything is fitted before anything is written. Raises DetectorError when one cannot
-    be fitted on these rows, FileError when an artefact is of another checkpoint."""
-    for each in chosen:
-        name = each.detector.name if isinstance(each, Artefact) else each.name
-        refuse_existing(folder / f"{name}.safetensors", force=force)
+    already. Everything is fitted before anything is written. leave_out: those that cannot be
+    fitted on these rows are left out, which is said, as long as one can. Raises DetectorError when
+    one cannot be fitted on these rows or is there twice, FileError when an artefact is of another
+    checkpoint."""
+    names = [each.detector.name if isinstance(each, Artefact) else each.name for each in chosen]
+    for name in names:
+        path = folder / f"{name}.safetensors"
+        if names.count(name) > 1:
+            raise DetectorError(f"{name} is given twice, but {path} holds one: run fit twice")
+        refuse_existing(path, force=force)
     for cache in inputs.calibrate:
         if cache.provenance.virtual and cache.provenance.matched_accuracy is None:
             raise DetectorError(
@@ -75,8 +85,13 @@ def fit_to_folder(
         if isinstance(each, Artefact):
             require_checkpoint(each, sha256)
             made.append(_calibrate_one(each, inputs))
-        else:
+            continue
+        try:
             made.append(_fit_one(each, dict(hyperparameters.get(each.name, {})), inputs))
+        except DetectorError as error:
+            if not leave_out or (each is chosen[-1] and not made):
+                raise
+            log.info(f"{each.name} is left out: {error}")
     summary = []
     with ExitStack() as stack:
         for artefact in made:
@@ -99,8 +114,14 @@ def fit_to_folder(
     return summary
 
 
+LONG = 10.0
+"""Seconds."""
+
 HELD_OUT_FROM = 50
 """With fewer real rows than this there is no calibration unless --calibrate names a file."""
+
+HELD_OUT_AT_MOST = 5_000
+"""Of more real rows than five times this, a smaller share than a fifth is held out."""
 
 
 def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> Artefact:
@@ -109,16 +130,21 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     cache = inputs.train
     needs = kind.fit_needs(**given)
     fitted_on: dict[str, Any] = {}
+    seconds = 0.0
     if not needs:
         detector = kind(**given)
+        if cache is not None:
+            cache.require(detector.score_needs, kind.name)
     elif cache is None:
         raise DetectorError(f"{kind.name} must be fitted: give a cache made by 'oodcli extract'")
     else:
         cache.require(needs, kind.name)
         _check_reference(kind, given, cache)
-        if kind.uses_ood:
+        if kind.needs_ood or (kind.uses_ood and inputs.ood is not None):
             given["ood"] = _ood_rows(kind, inputs, needs)
+        start = time.monotonic()
         detector = kind.fit(cache.rows(needs), **given)
+        seconds = time.monotonic() - start
         fitted_on = {
             "file": cache.path.name,
             "source": cache.provenance.source,
@@ -131,35 +157,62 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
         return _calibrate_one(artefact, inputs)
     if cache is None or cache.provenance.virtual or kind.reference_images is not None:
         return artefact
-    everything, held_out = needs | detector.needs, None
+    everything, held_out = needs | detector.score_needs, None
     cache.require(everything, kind.name)
     if not needs:
         held_out = [detector.score(block) for block in cache.rows(everything)]
     elif cache.count >= HELD_OUT_FROM:
         # A detector is kinder to the rows that it was fitted on, so another one, fitted
         # without every fifth row, says how rows that it has not seen are scored.
-        apart = kind.fit(cache.rows(needs, lambda row: row % 5 != 0), **given)
-        kept = cache.rows(everything, lambda row: row % 5 == 0)
+        every = max(5, cache.count // HELD_OUT_AT_MOST)
+        if seconds > LONG:
+            log.info(
+                f"{kind.name}: fitted again without every {every}th row, to calibrate it: about "
+                f"{seconds:.0f} s more"
+            )
+        with _said_once():
+            apart = kind.fit(cache.rows(needs, lambda row: row % every != 0), **given)
+        kept = cache.rows(everything, lambda row: row % every == 0)
         held_out = [apart.score(block) for block in kept]
     if held_out is None:
         return artefact
     return replace(artefact, calibrations={"plain": calibrate(held_out, [], None)})
 
 
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """What a detector says while it is fitted was said the first time."""
+    detectors = logging.getLogger("oodcli.detectors")
+    level = detectors.level
+    detectors.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        detectors.setLevel(level)
+
+
 def _calibrate_one(artefact: Artefact, inputs: FitInputs) -> Artefact:
     """The artefact with what labelled rows teach its detector and with new calibrations; what it
     knew before stays as long as its scores do."""
     detector, limit = artefact.detector, artefact.threshold
-    calibrations = dict(artefact.calibrations)
+    calibrations, fitted_on = dict(artefact.calibrations), dict(artefact.fitted_on)
     if inputs.labelled is not None:
         detector, limit = _learn(detector, inputs)
         if detector is not artefact.detector:
             calibrations = {}
+            seen = (fitted_on.get("ood"), "labelled rows")
+            fitted_on["ood"] = ", ".join(dict.fromkeys(filter(None, seen)))
     if inputs.calibrate:
         calibrations = {"plain": _calibrated(detector, inputs.calibrate, mirror=False)}
         if all("mirror" in each.recorded for each in inputs.calibrate):
             calibrations["mirror"] = _calibrated(detector, inputs.calibrate, mirror=True)
-    return replace(artefact, detector=detector, calibrations=calibrations, threshold=limit)
+    return replace(
+        artefact,
+        detector=detector,
+        fitted_on=fitted_on,
+        calibrations=calibrations,
+        threshold=limit,
+    )
 
 
 def _check_reference(kind: type[Detector], given: Mapping[str, Any], cache: FeatureCache) -> None:
@@ -187,7 +240,7 @@ def _calibrated(detector: Detector, caches: Sequence[FeatureCache], *, mirror: b
     real: list[Tensor] = []
     pools: list[Tensor] = []
     accuracy = None
-    needs = detector.needs | {"logits"} | ({"mirror"} if mirror else set())
+    needs = detector.score_needs | {"logits"} | ({"mirror"} if mirror else set())
     for cache in caches:
         cache.require(needs, detector.name)
         scores = [score_views(detector, block, mirror=mirror) for block in cache.rows(needs)]
@@ -205,7 +258,7 @@ def _learn(detector: Detector, inputs: FitInputs) -> tuple[Detector, float]:
     if cache is None or marks is None:
         raise DetectorError("--labelled needs the cache of the images that were marked")
     blocks, flags = [], []
-    for rows in cache.blocks(detector.needs | {"logits"}):
+    for rows in cache.blocks(detector.score_needs | {"logits"}):
         readable = [path for path, error in zip(rows.paths, rows.errors, strict=True) if not error]
         known = torch.tensor([path in marks for path in readable], dtype=torch.bool)
         if rows.features is not None and known.any():

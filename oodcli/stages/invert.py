@@ -16,6 +16,7 @@ from oodcli.files.hdf5 import Provenance, writing
 from oodcli.files.virtual import VirtualWriter
 from oodcli.inversion.invert import Plan, invert
 from oodcli.inversion.quality import Quality
+from oodcli.inversion.step import Step
 from oodcli.report.contact_sheet import contact_sheet
 from oodcli.stages.record import Progress, no_progress
 
@@ -26,12 +27,21 @@ def invert_to_file(
     path: Path,
     provenance: Provenance,
     *,
+    step: Step | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Virtual images into ``path`` and a contact sheet beside it; returns the quality report."""
+    """Virtual images into ``path`` and a contact sheet beside it; returns the quality report.
+    step: as ``prepare`` makes it."""
+    step = step or Step(classifier, plan.objective, plan.precision)
     sheet_path = path.with_suffix(".png")
-    settings = {**asdict(plan.objective), "steps": plan.total_steps, "per_class": plan.per_class}
+    settings = {
+        **asdict(plan.objective),
+        "steps": plan.total_steps,
+        "per_class": plan.per_class,
+        "batch_size": plan.batch_size,
+        "path": step.path,
+    }
     count = len(plan.classes) * plan.per_class
     quality = Quality(classifier)
     shown: list[tuple[Tensor, Tensor]] = []
@@ -40,7 +50,7 @@ def invert_to_file(
         sheet = stack.enter_context(atomic(sheet_path, force=force))
         with writing(unfinished) as new:
             writer = VirtualWriter(new.file, provenance, count, settings)
-            for batch in invert(classifier, plan, progress=progress):
+            for batch in invert(classifier, plan, step=step, progress=progress):
                 writer.append(batch.images, batch.label, batch.sensitivity)
                 new.check()
                 quality.add(batch.images, batch.label)
@@ -60,5 +70,6 @@ def invert_to_file(
         "steps": plan.total_steps,
         "precision": plan.precision,
         "device": str(classifier.device),
+        "path": step.path,
         **report,
     }

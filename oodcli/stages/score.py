@@ -11,7 +11,8 @@ from typing import TextIO
 
 import torch
 
-from oodcli.features import Rows, recorded
+from oodcli.detectors.base import Detector
+from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
 from oodcli.files.scores import ScoreRow, ScoresWriter
 from oodcli.stages.chosen import Chosen, score_views
@@ -50,7 +51,8 @@ def score_to_file(
 ) -> ScoreSummary:
     """Scores rows as they come. rules: detector → how it decides, which adds ``<detector>.ood`` and
     with a calibration ``<detector>.p``. stream_rule: thresholds from the whole stream, which is
-    then kept in memory. explain: adds ``<detector>.why``."""
+    then kept in memory. explain: adds ``<detector>.why``. A detector that has learnt from OOD data
+    has ``<detector>.saw``. ``<detector>`` is the name of the chosen one, such as ``knn[real]``."""
     rules = dict(rules or {})
     if stream_rule is not None:
         rules |= {each.name: Rule() for each in chosen}
@@ -59,7 +61,9 @@ def score_to_file(
         columns.append(each.name)
         if each.name in rules:
             columns += rules[each.name].columns(each.name, torch.zeros(0))
-        if explain and each.detector.explains:
+        if each.saw:
+            columns.append(f"{each.name}.saw")
+        if _explained(each.detector, explain):
             columns.append(f"{each.name}.why")
     total = unreadable = infinite = 0
     flagged = dict.fromkeys(rules, 0)
@@ -97,6 +101,10 @@ def score_to_file(
     return ScoreSummary(total, unreadable, infinite, flagged, thresholds)
 
 
+def _explained(detector: Detector, wanted: bool) -> bool:
+    return detector.always_explains or (wanted and detector.explains)
+
+
 def _score_block(
     block: Rows,
     chosen: Sequence[Chosen],
@@ -113,13 +121,18 @@ def _score_block(
     if features is not None and len(features):
         top = torch.softmax(recorded(features.logits).double(), 1).max(1)
         predicted, confidence = top.indices.tolist(), top.values.tolist()
+        there: dict[torch.device | None, Features] = {None: features}
         for each in chosen:
-            values = score_views(each.detector, features, mirror=mirror)
+            if each.device not in there:
+                there[each.device] = features.to(each.device or torch.device("cpu"))
+            values = score_views(each.detector, there[each.device], mirror=mirror).cpu()
             scores[each.name] = values.tolist()
             if each.name in rules:
                 scores |= rules[each.name].columns(each.name, values)
-            if explain and each.detector.explains:
-                scores[f"{each.name}.why"] = each.detector.explain(features)
+            if each.saw:
+                scores[f"{each.name}.saw"] = [each.saw] * len(values)
+            if _explained(each.detector, explain):
+                scores[f"{each.name}.why"] = each.detector.explain(there[each.device])
     found = []
     index = 0
     for path, label, error in zip(block.paths, block.labels.tolist(), block.errors, strict=True):

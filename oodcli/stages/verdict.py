@@ -54,9 +54,9 @@ def calibrated_rules(chosen: Sequence[Chosen], rate: float, *, mirror: bool) -> 
             how = "'oodcli extract … --mirror' records both views of the rows to --calibrate on"
             if not mirror or not each.calibrations:
                 how = (
-                    f"'oodcli fit … -d {each.name} --calibrate FILE.h5' makes a calibrated "
-                    "artefact, from real images or from accuracy-matched virtual ones (oodcli "
-                    "extract … --match-accuracy)"
+                    f"'oodcli fit … -d {each.detector.name} --calibrate FILE.h5' makes a "
+                    "calibrated artefact, from real images or from accuracy-matched virtual ones "
+                    "(oodcli extract … --match-accuracy)"
                 )
             raise DetectorError(f"{each.name} has no calibration for --fpr: {how}")
         rules[each.name] = Rule(calibration=calibration, rate=rate)

@@ -1,0 +1,56 @@
+"""Ctrl-C, SIGTERM and SIGHUP. While a loop runs they end it between two of its steps: an exception
+raised by a signal in the middle of one can be lost, as torch's compiled code loses some."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_asked: int | None = None
+_looping = False
+
+
+def listen() -> None:
+    """Takes the signals that would end the process, but for those that its parent has ignored."""
+    global _asked
+    _asked = None
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        if number is not None and signal.getsignal(number) in usual:
+            signal.signal(number, _ask)
+
+
+def _ask(number: int, frame: FrameType | None) -> None:
+    global _asked
+    again, _asked = _asked is not None, number
+    if again or not _looping:  # whoever asks twice does not wait for the step
+        stop_if_asked()
+
+
+def stop_if_asked() -> None:
+    """Raises KeyboardInterrupt or SystemExit when a signal has come."""
+    if _asked == signal.SIGINT:
+        raise KeyboardInterrupt
+    if _asked is not None:
+        raise SystemExit(128 + _asked)
+
+
+@contextmanager
+def loop(advance: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+    """While it is open, signals wait for the next call of what it yields, which calls advance."""
+    global _looping
+
+    def step(count: int) -> None:
+        stop_if_asked()
+        advance(count)
+
+    _looping = True
+    try:
+        stop_if_asked()
+        yield step
+    finally:
+        _looping = False
+    stop_if_asked()

@@ -1,0 +1,71 @@
+"""Union of one-dimensional subspaces (Zaeemzadeh et al. 2021): the angle to a class's line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from oodcli.detectors.base import Blocks, Detector, finite_rows
+from oodcli.detectors.class_statistics import class_of
+from oodcli.features import Features, recorded
+
+BYTES = 1 << 30
+"""The sums of so many classes are in memory at once; with more there are more passes."""
+
+
+def smallest_angle(embedding: Tensor, direction: Tensor) -> Tensor:
+    """(N,) float64: min over classes of arccos(|u·v_c|/‖u‖), in radians (Zaeemzadeh et al. 2021,
+    eq. 9); π/2 for u = 0. embedding: (N, D); direction: (C, D), rows of length 1."""
+    u = embedding.double()
+    length = u.norm(dim=1)
+    cosine = (u @ direction.T).abs().amax(1) / torch.where(length > 0, length, 1.0)
+    return torch.arccos(cosine.clamp_max(1.0))
+
+
+@dataclass(frozen=True)
+class OneDimensional(Detector):
+    """Smallest angle between u and the first singular vector of a class's embeddings, which are not
+    centred. direction: (C, D), a row of length 1 for each class that was fitted on."""
+
+    name = "1d"
+    source = "Zaeemzadeh et al. 2021"
+    about = "smallest angle to the first singular vector of a class"
+    needs = frozenset({"embedding"})
+    fitted = True
+
+    direction: Tensor
+
+    @classmethod
+    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
+        return cls.needs | {"logits"}
+
+    @classmethod
+    def fit(cls, train: Blocks) -> Self:
+        """One pass, and one for every 2³⁰/8D² classes: the first eigenvector of the second moments
+        (D, D) of a class is its first singular vector. Classes are the labels, where unknown the
+        predicted ones."""
+        needs = cls.fit_needs()
+        present: set[int] = set()
+        width = 1
+        for block in finite_rows(train, needs, cls.name):
+            present |= set(class_of(block).tolist())
+            width = recorded(block.embedding).shape[1]
+        found = []
+        classes = sorted(present)
+        step = max(1, BYTES // (8 * width * width))
+        for start in range(0, len(classes), step):
+            group = classes[start : start + step]
+            square = torch.zeros(len(group), width, width, dtype=torch.float64)
+            for block in finite_rows(train, needs, cls.name):
+                label, rows = class_of(block), recorded(block.embedding).double()
+                for i, c in enumerate(group):
+                    mine = rows[label == c]
+                    square[i].addmm_(mine.T, mine)
+            found.append(torch.linalg.eigh(square).eigenvectors[:, :, -1])
+        return cls(torch.cat(found))
+
+    def _score(self, test: Features) -> Tensor:
+        return smallest_angle(recorded(test.embedding), self.direction)

@@ -1,0 +1,87 @@
+"""ViM (Wang et al. 2022): what of the embedding lies off the principal space, as one more logit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from oodcli.detectors.base import Blocks, Detector, finite_rows
+from oodcli.detectors.energy import energy
+from oodcli.errors import DetectorError
+from oodcli.features import Features, LinearHead, recorded
+
+
+def head_origin(head: LinearHead) -> Tensor:
+    """(D,) o = −W⁺ b, where the head's logits are (nearest to) zero (Wang et al. 2022, §4.1)."""
+    origin: Tensor = -torch.linalg.pinv(head.weight.double()) @ head.bias.double()
+    return origin
+
+
+def default_dim(width: int) -> int:
+    """Half the width of the embedding, at most the 1,000 of the paper."""
+    return min(width // 2, 1000)
+
+
+def residual_norm(embedding: Tensor, origin: Tensor, basis: Tensor) -> Tensor:
+    """(N,) ‖Rᵀ(u − o)‖: the part of u − o off the principal space. embedding: (N, D); basis: R,
+    (D, D − dim), orthonormal."""
+    residual: Tensor = ((embedding.double() - origin) @ basis).norm(dim=1)
+    return residual
+
+
+@dataclass(frozen=True)
+class ViM(Detector):
+    """α‖Rᵀ(u − o)‖ − logsumexp z: the virtual logit against the free energy (Wang et al. 2022,
+    eq. 7, whose softmax rises with it).
+
+    The principal space: the ``dim`` eigenvectors of Σ (u − o)(u − o)ᵀ with the largest eigenvalues;
+    R are the others. α = mean of max z over mean of ‖Rᵀ(u − o)‖, over the rows fitted on.
+    origin: (D,); basis: R, (D, D − dim); alpha: ().
+    """
+
+    name = "vim"
+    source = "Wang et al. 2022, eq. 4-7"
+    about = "residual off the principal space of the embedding, as a virtual logit"
+    needs = frozenset({"logits", "embedding", "head"})
+    fitted = True
+    heavy = True
+
+    origin: Tensor
+    basis: Tensor
+    alpha: Tensor
+
+    @classmethod
+    def fit(cls, train: Blocks, *, dim: int | None = None) -> Self:
+        """Two passes; one (D, D) sum is kept. dim: half the width, at most 1,000, where it is not
+        given. Raises DetectorError when it is not in 1 … D − 1, or nothing lies off that space."""
+        first = next(iter(finite_rows(train, cls.needs, cls.name)))
+        origin = head_origin(recorded(first.head))
+        width = len(origin)
+        dim = default_dim(width) if dim is None else dim
+        if not 0 < dim < width:
+            raise DetectorError(
+                f"{cls.name}.dim={dim} must be at least 1 and below {width}, the width of the "
+                "embedding"
+            )
+        square = torch.zeros(width, width, dtype=torch.float64)
+        for block in finite_rows(train, cls.needs, cls.name):
+            rows = recorded(block.embedding).double() - origin
+            square.addmm_(rows.T, rows)
+        basis = torch.linalg.eigh(square).eigenvectors[:, : width - dim].contiguous()
+        largest = residual = 0.0
+        for block in finite_rows(train, cls.needs, cls.name):
+            largest += float(recorded(block.logits).double().amax(1).sum())
+            residual += float(residual_norm(recorded(block.embedding), origin, basis).sum())
+        if not residual > 0:
+            raise DetectorError(
+                f"{cls.name}: no row fitted on leaves the space of its first {dim} principal "
+                f"directions, so there is no residual to scale: choose a smaller -p {cls.name}.dim"
+            )
+        return cls(origin, basis, torch.tensor(largest / residual, dtype=torch.float64))
+
+    def _score(self, test: Features) -> Tensor:
+        virtual = residual_norm(recorded(test.embedding), self.origin, self.basis)
+        return self.alpha * virtual + energy(recorded(test.logits))
