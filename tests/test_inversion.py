@@ -8,8 +8,10 @@ from functools import partialmethod
 import networks
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
+from oodcli.classifier import Classifier, assemble
 from oodcli.errors import CheckpointError, OodcliError
 from oodcli.features import Features, Layer
 from oodcli.inversion import invert as inverting
@@ -199,6 +201,139 @@ def test_batches_are_halved_until_they_fit(network, monkeypatch, caplog):
     monkeypatch.setattr(inverting, "_seconds_per_image_step", wrong)
     with pytest.raises(RuntimeError, match="shapes differ"):
         prepare(network, PLAN)
+
+
+class Large(nn.Module):
+    """For large images; its logits are linear in the BatchNorm's output. side: the only one that it
+    takes, or None."""
+
+    def __init__(self, side: int | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=8, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4 * (1 if side is None else (side // 8) ** 2), 3)
+        self.fixed = side is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return self.fc(x.flatten(1) if self.fixed else x.mean((2, 3)))
+
+
+def large(size: tuple[int, int], side: int | None = None) -> Classifier:
+    torch.manual_seed(0)
+    preprocessing = replace(networks.PREPROCESSING, input_size=size)
+    return assemble(Large(side), arch="Large", preprocessing=preprocessing)
+
+
+def test_large_images_are_halved_at_first():
+    """The sizes that the network sees, what is stored, and a batch on its own. An odd side."""
+    network, seen = large((97, 120)), []
+    plan, step, _ = prepare(network, Plan((0, 1, 2), 4, steps=7, batch_size=6), compiled=False)
+    assert plan.half_steps == 3
+    network.network.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
+    half, full = (49, 60), (97, 120)
+    # Of seven steps the sensitivity is measured at all but one, and after the last.
+    steps = [half] * 3 + [full] * 4
+    points = {round(7 * point / inverting.SENSITIVITY_POINTS) for point in range(7)}
+    expected = [size for t in range(7) for size in ([full] if t in points else []) + [steps[t]]]
+    whole = list(invert(network, plan))
+    assert seen == 2 * [*expected, full]
+    assert all(batch.images.shape == (6, 3, *full) for batch in whole)
+    (rest,) = invert(network, plan, first=1, step=step)
+    assert torch.equal(rest.images, whole[1].images)
+    assert torch.equal(rest.sensitivity["bn"], whole[1].sensitivity["bn"])
+    assert not torch.equal(next(invert(network, replace(plan, seed=1))).images, whole[0].images)
+    (before, *_) = invert(network, replace(plan, half_steps=0))
+    assert not torch.equal(before.images, whole[0].images)
+
+
+def test_the_jitter_is_in_proportion_to_the_side(monkeypatch):
+    shifts, roll = {49: [], 97: []}, torch.roll
+
+    def spy(images: Tensor, shift: tuple[int, int], dims: tuple[int, int]) -> Tensor:
+        shifts[images.shape[2]] += map(abs, shift)
+        return roll(images, shift, dims)
+
+    monkeypatch.setattr(torch, "roll", spy)
+    plan = Plan((0, 1, 2), 1, steps=60, half_steps=30, batch_size=3)
+    list(invert(large((97, 97)), plan))
+    assert {side: max(reached) for side, reached in shifts.items()} == {49: 3, 97: 6}
+
+
+@pytest.mark.parametrize(
+    ("size", "objective", "steps", "expected"),
+    [
+        ((96, 96), "kl", 50, 25),
+        ((96, 96), "kl", 1, 0),
+        ((95, 200), "kl", 50, 0),
+        ((32, 32), "kl", 50, 0),
+        ((96, 96), "paper", 50, 0),
+        ((96, 96), "deepinversion", 50, 0),
+    ],
+)
+def test_which_jobs_are_halved(size, objective, steps, expected):
+    plan = Plan((0, 1, 2), 1, OBJECTIVES[objective], steps=steps, batch_size=3)
+    assert prepare(large(size), plan, compiled=False)[0] == replace(plan, half_steps=expected)
+
+
+def test_a_network_of_one_size_is_never_given_another(caplog):
+    network = large((96, 96), side=96)
+    plan = Plan((0, 1, 2), 1, steps=4, batch_size=3)
+    with caplog.at_level("INFO", "oodcli"):
+        found, step, _ = prepare(network, plan, compiled=False)
+    assert found == plan
+    (note,) = caplog.messages
+    assert note.startswith("every step is at full size: the network does not take half of it (")
+    assert note.endswith("mat1 and mat2 shapes cannot be multiplied (1x144 and 576x3))")
+    assert next(invert(network, found, step=step)).images.shape == (3, 3, 96, 96)
+
+    def picky(_, args):
+        if args[0].shape[2] != 96:
+            raise AssertionError
+
+    network = large((96, 96))
+    network.network.register_forward_pre_hook(picky)
+    with caplog.at_level("INFO", "oodcli"):
+        assert prepare(network, plan, compiled=False)[0] == plan
+    assert caplog.messages[1].endswith("half of it (AssertionError)")
+
+
+def test_cheap_steps_are_counted_as_such(monkeypatch):
+    trials = []
+
+    def seconds(step, trial):
+        trials.append((step.path, trial.steps, trial.half_steps))
+        return 1.0 if trial.half_steps else 4.0
+
+    monkeypatch.setattr(inverting, "_seconds_per_image_step", seconds)
+    monkeypatch.setattr(Step, "compiled", partialmethod(Step.compiled, "aot_eager"))
+    plan = Plan((0, 1, 2), 4, steps=50, batch_size=6)
+    full = 4.0 * (inverting.SENSITIVITY_POINTS + 1)
+    assert prepare(large((96, 96)), plan)[2] == 12 * (25 * 1.0 + 25 * 4.0 + full)
+    # The full size is tried first, for its memory; a compiled step is tried at both, too.
+    tried = [(4, 0), (4, 4)]
+    assert trials == [(path, *trial) for path in ("eager", "compiled") for trial in tried]
+    trials.clear()
+    # Nothing is compiled for a size that the job does not use.
+    assert prepare(large((32, 32)), plan)[2] == 12 * (50 * 4.0 + full)
+    assert trials == [("eager", 4, 0), ("compiled", 4, 0)]
+
+
+def test_the_sensitivity_of_a_halved_step_is_that_of_the_full_size(monkeypatch):
+    """The gradient by the BatchNorm's output, with a mean over 12 x 12 positions, is w/144."""
+    points = []
+
+    class Seen(Sensitivity):
+        def add(self, point: Features) -> None:
+            points.append(point.layers["bn"].gradient)
+            super().add(point)
+
+    monkeypatch.setattr(inverting, "Sensitivity", Seen)
+    network = large((96, 96))
+    list(invert(network, Plan((0, 1, 2), 1, steps=6, half_steps=3, batch_size=3)))
+    assert len(points) == inverting.SENSITIVITY_POINTS + 1
+    for gradient in points:
+        torch.testing.assert_close(gradient, network.network.fc.weight / 144)
 
 
 def test_published_settings():

@@ -65,7 +65,7 @@ def command(
     *,
     model: ModelOptions,
 ) -> None:
-    """Recall virtual images of every class from the network's BatchNorm statistics."""
+    """Recall virtual images from the statistics of BatchNorm layers."""
     from oodcli.errors import OodcliError
     from oodcli.files.atomic import refuse_existing, refuse_suffix
     from oodcli.inversion.invert import Plan, prepare, refuse_without_batchnorm, wanted_classes
@@ -102,9 +102,10 @@ def command(
     plan, step, seconds = prepare(classifier, plan, compiled=compiled)
     batches = plan.batches()
     count = len(plan.classes) * plan.per_class
+    halved = f" ({plan.half_steps} at half the side)" if plan.half_steps else ""
     console.say(
-        f"{count} images of {len(plan.classes)} classes; steps: {plan.total_steps}, batches: "
-        f"{len(batches)} of {len(batches[0])}; {plan.precision} on {classifier.device}, "
+        f"{count} images of {len(plan.classes)} classes; steps: {plan.total_steps}{halved}, "
+        f"batches: {len(batches)} of {len(batches[0])}; {plan.precision} on {classifier.device}, "
         f"{step.path}: about {console.duration(seconds)}"
     )
     if dry_run:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from oodcli.classifier import Classifier
+from oodcli.classifier import Classifier, as_logits
 from oodcli.errors import CheckpointError, OodcliError
 from oodcli.inversion.mgi import Sensitivity
 from oodcli.inversion.objective import OBJECTIVES, Objective, multiscale_start
@@ -24,16 +25,23 @@ SENSITIVITY_POINTS = 6
 """At how many points of the trajectory, evenly spaced after the start, eq. 8 is evaluated. A point
 costs a forward and a backward pass, so all steps would double the work."""
 
+HALVED_FROM = 96
+"""Pixels of the shorter side: where it is less, a step is cheap as it is, and at half of it a
+network that shrinks its input 32 times is left with a position or two."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """What to invert. classes: the wanted labels. batch_size: at most; batches are evened out, and
-    every one mixes the classes, because the statistics of a one-class batch do not match."""
+    every one mixes the classes, because the statistics of a one-class batch do not match.
+    half_steps: the first ones, on images of half the side, which take a quarter of the time (as
+    Yin et al. 2020 for ImageNet). ``prepare`` sets it."""
 
     classes: tuple[int, ...]
     per_class: int
     objective: Objective = OBJECTIVES["kl"]
     steps: int | None = None
+    half_steps: int = 0
     batch_size: int = 100
     precision: str = "float32"
     seed: int = 0
@@ -98,11 +106,13 @@ COMPILE_FROM = 90.0
 def prepare(
     classifier: Classifier, plan: Plan, *, compiled: bool | None = None
 ) -> tuple[Plan, Step, float]:
-    """By a short trial: the plan, with smaller batches where the memory is short, the way to make a
-    step of it, and the seconds that all of it will take. compiled: or not, by default whatever is
-    faster on this machine. Raises CheckpointError for a network without BatchNorm, OodcliError when
-    not even one image fits, or nothing compiles that was to be."""
+    """By a short trial: the plan, with its steps at half the side where those are possible and with
+    smaller batches where the memory is short, the way to make a step of it, and the seconds that
+    all of it will take. compiled: or not, by default whatever is faster on this machine. Raises
+    CheckpointError for a network without BatchNorm, OodcliError when not even one image fits, or
+    nothing compiles that was to be."""
     refuse_without_batchnorm(classifier)
+    plan = replace(plan, half_steps=_half_steps(classifier, plan))
     eager = Step(classifier, plan.objective, plan.precision)
     plan, seconds = _that_fits(eager, plan)
     if compiled is False or (compiled is None and seconds < COMPILE_FROM):
@@ -117,6 +127,35 @@ def prepare(
         log.info("not compiled: %s", reason)
         return plan, eager, seconds
     return (plan, step, faster) if compiled or faster < seconds else (plan, eager, seconds)
+
+
+def _half_steps(classifier: Classifier, plan: Plan) -> int:
+    """How many steps can be made at half the side: none of a small image, nor with a network that
+    only takes its own input size."""
+    wanted = int(plan.objective.half_share * plan.total_steps)
+    size, channels = classifier.preprocessing.input_size, classifier.preprocessing.channels
+    if not wanted or min(size) < HALVED_FROM:
+        return 0
+    image = torch.zeros(1, channels, *_half(size), device=classifier.device)
+    try:
+        with torch.no_grad():
+            as_logits(classifier.network(image))
+    except (RuntimeError, ValueError, AssertionError) as error:  # whatever torch says of shapes
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        log.info("every step is at full size: the network does not take half of it (%s)", reason)
+        return 0
+    return wanted
+
+
+def _half(size: tuple[int, int]) -> tuple[int, int]:
+    return (size[0] + 1) // 2, (size[1] + 1) // 2
+
+
+def _enlarged(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, C, …) to (N, C, *size), bilinearly; as they are, if that is their size."""
+    if images.shape[2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear")
 
 
 def _that_fits(step: Step, plan: Plan) -> tuple[Plan, float]:
@@ -141,15 +180,19 @@ NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
 def _seconds(step: Step, plan: Plan) -> float:
-    work = len(plan.classes) * plan.per_class * plan.total_steps
-    # A sensitivity takes about as long as a step.
-    work += len(plan.classes) * plan.per_class * (SENSITIVITY_POINTS + 1)
-    return work * _seconds_per_image_step(step, plan)
+    # A sensitivity takes about as long as a step at full size. That is tried first, because it is
+    # where the memory may be short.
+    full_steps = plan.total_steps - plan.half_steps + SENSITIVITY_POINTS + 1
+    seconds = full_steps * _seconds_per_image_step(step, replace(plan, steps=4, half_steps=0))
+    if plan.half_steps:
+        half = _seconds_per_image_step(step, replace(plan, steps=4, half_steps=4))
+        seconds += plan.half_steps * half
+    return len(plan.classes) * plan.per_class * seconds
 
 
-def _seconds_per_image_step(step: Step, plan: Plan) -> float:
-    """The time that one image takes for one step."""
-    labels = plan.batches()[0]
+def _seconds_per_image_step(step: Step, trial: Plan) -> float:
+    """The time that one image takes for one step of a trial, the first left out."""
+    labels = trial.batches()[0]
     marks: list[float] = []
 
     def mark(_: int) -> None:
@@ -157,7 +200,6 @@ def _seconds_per_image_step(step: Step, plan: Plan) -> float:
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
-    trial = replace(plan, steps=4)
     _invert_batch(step, trial, labels, torch.Generator().manual_seed(0), mark, points=0)
     return (marks[-1] - marks[0]) / (len(marks) - 1) / len(labels)
 
@@ -173,7 +215,8 @@ def _invert_batch(
     objective, steps, classifier = plan.objective, plan.total_steps, step.classifier
     device = classifier.device
     target = labels.to(device)
-    height, width = classifier.preprocessing.input_size
+    size = classifier.preprocessing.input_size
+    height, width = _half(size) if plan.half_steps else size
     shape = (len(labels), classifier.preprocessing.channels, height, width)
     start = (
         multiscale_start(shape, generator)
@@ -185,11 +228,16 @@ def _invert_batch(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1))
     sensitivity = Sensitivity(target)
     measured = {round(steps * point / points) for point in range(points + 1)} if points else set()
-    reach = round(objective.roll * min(height, width) / 32)
     for number in range(steps):
+        if number == plan.half_steps:
+            # In place, so that the learning rate's schedule goes on. Adam's moments start afresh:
+            # enlarging them, too, left a larger gap to the BatchNorm layers.
+            images.data = _enlarged(images.data, size)
+            adam.state.clear()
         if number in measured:
-            sensitivity.add(step.sensitivity(images.detach(), target))
+            sensitivity.add(step.sensitivity(_enlarged(images.detach(), size), target))
         view = images
+        reach = round(objective.roll * min(images.shape[2:]) / 32)
         if reach:
             down, right = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
             view = torch.roll(view, (down, right), (2, 3))

@@ -19,7 +19,9 @@ class Sensitivity:
 
     Eq. 8 is linear in the gradients, so this average is all that has to be kept; β is applied when
     a detector is fitted. Feed it the Features of x̂_0, x̂_1, … in turn; every recorded point is one
-    t. y_c is the logit of the target class.
+    t. All of them are at the network's input size, those of the steps at half of it enlarged:
+    otherwise y_t − y_{t−1} would hold the change of size, too, and the spatial mean would be over
+    fewer positions. y_c is the logit of the target class.
     """
 
     label: Tensor  # (N,)

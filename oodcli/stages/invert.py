@@ -38,6 +38,7 @@ def invert_to_file(
     settings = {
         **asdict(plan.objective),
         "steps": plan.total_steps,
+        "half_steps": plan.half_steps,
         "per_class": plan.per_class,
         "batch_size": plan.batch_size,
         "path": step.path,
