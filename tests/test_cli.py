@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,11 +30,14 @@ from oodcli.files.artefact import read_artefact
 from oodcli.files.cache import open_cache
 from oodcli.files.scores import read_scores
 
+COMMANDS = ("inspect", "invert", "extract", "fit", "score", "evaluate", "detectors", "demo")
 BASH = {"_OODCLI_COMPLETE": "complete_bash"}
 ZSH = {"_OODCLI_COMPLETE": "complete_zsh"}
+FISH = {"_OODCLI_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
 ORDINARY = [name for name in detectors.names() if name not in ("godin", "mos")]
 """Those that need no head trained to tell what is out of distribution."""
 ALL = ("c2ir", "c2ir-z", "msp", "energy", "odin")
+MODEL = "The model, where the model card and recognition do not say"
 
 
 def chosen(fitted):
@@ -68,36 +72,17 @@ def plain(tmp_path):
 # ---------------------------------------------------------------------------- start-up
 
 
-@pytest.mark.parametrize(
-    ("words", "environment"),
-    [
-        (["--help"], {}),
-        (["--version"], {}),
-        *(
-            ([name, "--help"], {})
-            for name in (
-                "inspect",
-                "invert",
-                "extract",
-                "fit",
-                "score",
-                "evaluate",
-                "detectors",
-                "demo",
-            )
-        ),
-        ([], {**BASH, "COMP_WORDS": "oodcli score -d ", "COMP_CWORD": "3"}),
-        ([], {**ZSH, "_TYPER_COMPLETE_ARGS": "oodcli score --arch res"}),
-    ],
-)
-def test_help_and_completion_import_nothing_heavy(words, environment):
+def start(words, environment):
+    """What is printed, and which modules it took that one can start without."""
     code = (
         "import sys\n"
         "from oodcli.cli import main\n"
         f"sys.argv = ['oodcli', *{words!r}]\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'torchvision', 'numpy', 'h5py', 'sklearn', 'scipy', 'PIL'}\n"
-        "print('HEAVY', sorted(heavy & sys.modules.keys()), file=sys.stderr)\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'h5py', 'sklearn', 'scipy', 'PIL', 'rich', "
+        "'pydantic'}\n"
+        "loaded = {name for name, module in sys.modules.items() if module}\n"
+        "print('HEAVY', *sorted(heavy & loaded), file=sys.stderr)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -106,17 +91,78 @@ def test_help_and_completion_import_nothing_heavy(words, environment):
         env={**os.environ, **environment},
         check=True,
     )
-    assert "HEAVY []" in done.stderr
-    assert done.stdout.strip()
-    if "COMP_WORDS" in environment:
-        assert set(ALL) <= set(done.stdout.split())
+    return done.stdout, set(done.stderr.rpartition("HEAVY")[2].split())
+
+
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        (["--help"], COMMANDS),
+        (["--version"], [__version__]),
+        (["score", "--frob"], []),
+        *(([name, "--help"], [f"Usage: oodcli {name} "]) for name in COMMANDS),
+    ],
+)
+def test_help_imports_nothing_heavy(words, printed):
+    out, heavy = start(words, {})
+    assert heavy == set()
+    assert all(word in out for word in printed)
+
+
+@pytest.mark.parametrize(
+    ("environment", "printed"),
+    [
+        ({**BASH, "COMP_WORDS": "oodcli score -d ", "COMP_CWORD": "3"}, ALL),
+        ({**BASH, "COMP_WORDS": "oodcli score --", "COMP_CWORD": "2"}, ["--fpr", "--arch"]),
+        ({**BASH, "COMP_WORDS": "oodcli ", "COMP_CWORD": "1"}, COMMANDS),
+        ({**ZSH, "_TYPER_COMPLETE_ARGS": "oodcli score x.pt --arch res"}, ["resnet20-cifar"]),
+        ({**FISH, "_TYPER_COMPLETE_ARGS": "oodcli score x.pt - --seed 1 -d "}, ALL),
+    ],
+)
+def test_completion_imports_nothing_heavy(environment, printed):
+    out, heavy = start([], environment)
+    assert heavy == set()
+    assert all(word in out for word in printed)
+
+
+def test_completion_can_be_shown_and_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # no "python -m pytest"
+    shown = oodcli("--show-completion")
+    assert shown.status == 0
+    assert "_OODCLI_COMPLETE=complete_bash" in shown.out
+    assert oodcli("--install-completion").status == 0
+    assert (tmp_path / ".bashrc").read_text().count("oodcli") == 1
+
+
+def test_help_fits_a_terminal_of_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    pages = {name: oodcli(name, "--help").out for name in COMMANDS}
+    pages["oodcli"] = oodcli("--help").out
+    for name, page in pages.items():
+        assert max(map(len, page.splitlines())) <= 80, name
+        assert not re.search(r"\w\.\.\.", page), name  # nothing is cut short
+    listed = pages["oodcli"].partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(COMMANDS)  # a line each
+    headings = re.findall(r"^(\w.*):$", pages["score"], re.MULTILINE)
+    assert headings == ["Arguments", "Options", "Verdicts", MODEL, "How it runs"]
 
 
 def test_version_and_usage():
     assert oodcli("--version").out.strip() == f"oodcli {__version__}"
-    assert oodcli("nonsense").status == 2
-    assert oodcli("score").status == 2
-    assert oodcli("invert", "x.pt", "--per-class", "0").status == 2
+    for words, sentence in (
+        (("nonsense",), "No such command 'nonsense'."),
+        (("scor",), "No such command 'scor'. Did you mean 'score'?"),
+        (("score",), "Missing argument 'CHECKPOINT|CACHE.h5'."),
+        (("score", "--forse"), "No such option: --forse"),
+        (("invert", "x.pt", "--per-class", "0"), "Invalid value for '--per-class': "),
+    ):
+        result = oodcli(*words)
+        assert (result.status, result.out) == (2, "")
+        usage, hint, empty, error = result.err.splitlines()
+        assert (usage[:7], hint[:5], empty) == ("Usage: ", "Try '", "")
+        assert error.startswith(f"Error: {sentence}")
 
 
 # ---------------------------------------------------------------------------- the pipeline

@@ -10,9 +10,10 @@ import logging
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from oodcli.cli import (
     console,
@@ -28,6 +29,24 @@ from oodcli.cli import (
 )
 from oodcli.errors import OodcliError
 
+
+class Command(TyperCommand):
+    """A subcommand whose options stand in sections, as its parameters' help panels say."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Typer's own plain help puts all options into one section."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                usual = f"{parameter.param_type_name.capitalize()}s"
+                title = getattr(parameter, "rich_help_panel", None) or usual
+                sections.setdefault(title, []).append(record)
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
 app = typer.Typer(
     name="oodcli",
     help=(
@@ -36,10 +55,18 @@ app = typer.Typer(
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # to import rich takes longer than all the rest of --help
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # Where they are None, typer imports pydantic to convert that to a bool.
+        "default_map": {"help": False, "install_completion": False, "show_completion": False},
+    },
 )
 for module in (inspect, invert, extract, fit, score, evaluate, detectors, demo):
-    app.command(module.__name__.rpartition(".")[2])(module.command)
+    # As a short_help, the docstring is not cut where the list of commands is narrow.
+    app.command(module.__name__.rpartition(".")[2], cls=Command, short_help=module.command.__doc__)(
+        module.command
+    )
 
 
 def _show_version(wanted: bool) -> None:
@@ -74,6 +101,10 @@ def main() -> None:
     """Runs the command line. A fault of the user's is one sentence and status 1; a fault of ours
     keeps its traceback."""
     interrupts.listen()
+    if "_OODCLI_COMPLETE" in os.environ:
+        # Typer converts the values before the word to be completed and passes over what fails.
+        # Nobody reads them, and pydantic, which converts them, takes longer than all the rest.
+        sys.modules.setdefault("pydantic", None)  # type: ignore[arg-type]
     try:
         app()
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ def command(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a small network on digits, forget the data, and detect what is no digit."""
+    """Train on digits, forget the data, and detect what is no digit."""
     from oodcli.errors import FileError
     from oodcli.files.atomic import make_folder
 

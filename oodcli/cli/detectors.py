@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def command(json: Json = False) -> None:
-    """Every detector: where it comes from, what it needs, what it is fitted on."""
+    """Every detector: its source, what it needs, what it is fitted on."""
     from oodcli import detectors
 
     kinds = [detectors.get(name) for name in detectors.names()]

@@ -57,7 +57,7 @@ def command(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare detectors: how well scores separate in-distribution from OOD images."""
+    """Compare how well scores tell in-distribution from OOD images."""
     from oodcli.files.scores import read_scores
     from oodcli.report import refuse_existing_report, write_report
     from oodcli.report.evaluation import evaluate_files

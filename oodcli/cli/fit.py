@@ -56,7 +56,7 @@ def command(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fit and calibrate detectors on the features of virtual or real images."""
+    """Fit and calibrate detectors on virtual or real images."""
     from oodcli import detectors
     from oodcli.errors import DetectorError
     from oodcli.files.artefact import read_artefact

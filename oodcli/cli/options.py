@@ -215,16 +215,18 @@ def _multiplies_bfloat16(device: str) -> bool:
     return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
+_HINTS = get_type_hints(ModelOptions, include_extras=True)
+
+
 def takes_model(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command, whose parameter ``model`` is a ModelOptions, an option for each field."""
-    hints = get_type_hints(ModelOptions, include_extras=True)
     own = inspect.signature(command, eval_str=True)
     extra = [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=hints[field.name],
+            annotation=_HINTS[field.name],
         )
         for field in fields(ModelOptions)
     ]

@@ -66,6 +66,7 @@ def command(
     fpr: Annotated[
         float | None,
         typer.Option(
+            metavar="RATE",
             min=0,
             max=1,
             help="Verdicts with this false-alarm rate, by the artefacts' calibration: adds NAME.p "
@@ -87,6 +88,7 @@ def command(
     contamination: Annotated[
         float | None,
         typer.Option(
+            metavar="SHARE",
             min=0,
             max=1,
             help="The expected share of OOD images: the highest scores of the stream are OOD.",
@@ -97,6 +99,7 @@ def command(
     max_ood_fraction: Annotated[
         float | None,
         typer.Option(
+            metavar="SHARE",
             min=0,
             max=1,
             help="Exit with 4 when a larger share is OOD by any detector's verdict.",
@@ -120,7 +123,7 @@ def command(
     *,
     model: ModelOptions,
 ) -> None:
-    """Score images: higher = more out of distribution, for every detector."""
+    """Score images: higher = more out of distribution."""
     from oodcli.errors import OodcliError
     from oodcli.files.atomic import refuse_existing
     from oodcli.files.scores import format_of
