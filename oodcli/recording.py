@@ -17,6 +17,7 @@ from oodcli.classifier import Classifier, Tap, as_logits
 from oodcli.detectors.gram import gram_sums
 from oodcli.errors import DetectorError
 from oodcli.features import INPUT, ROW_RECORDS, BatchNorm, Features, Layer, OdinStep
+from oodcli.layout import laid_out
 
 CHEAP = frozenset(ROW_RECORDS) - {
     "layers.gram",
@@ -62,16 +63,21 @@ def spatial_moments(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, T
     """Mean and population variance over the positions of (N, C, …) or (N, …, C): (N, C) each,
     float32. By sums: several times faster than torch.var_mean on a CPU; the subtraction of the
     squared mean is done in float64."""
-    x = activation.float()
-    if channel_dim == -1:
-        x = x.movedim(-1, 1)
+    x = activation.movedim(channel_dim, 1)
     if x.ndim == 2:
-        return x, torch.zeros_like(x)
-    positions = tuple(range(2, x.ndim))
+        return x.float(), torch.zeros_like(x, dtype=torch.float32)
     count = x[0, 0].numel()
-    mean = x.sum(positions).double() / count
-    square = torch.linalg.vector_norm(x, dim=positions).double().square() / count
-    return mean.float(), (square - mean.square()).clamp_min_(0).float()
+    if x.is_contiguous():
+        x = x.flatten(2).float()  # (N, C, P)
+        sums, squares = x.sum(2), torch.linalg.vector_norm(x, dim=2).double().square()
+    else:
+        x = x.movedim(1, -1).flatten(1, -2)  # (N, P, C): channels last, in the order of its memory
+        wide = x.float()
+        sums = wide.sum(1)
+        # New memory costs more than the arithmetic: a copy is squared where it lies.
+        squares = (wide.square() if wide is x else wide.square_()).sum(1).double()
+    mean = sums.double() / count
+    return mean.float(), (squares / count - mean.square()).clamp_min_(0).float()
 
 
 class Recorder:
@@ -92,7 +98,9 @@ class Recorder:
         precision: str = "float32",
         kinds: frozenset[str] = KINDS,
     ) -> None:
-        self.classifier = classifier
+        self.classifier = laid_out(classifier, precision)
+        last = self.classifier is not classifier
+        self._layout = torch.channels_last if last else torch.contiguous_format
         self.asked = what
         self.what = (what & frozenset(ROW_RECORDS)) - {"layers.sensitivity"}
         self.odin = odin or OdinStep()
@@ -127,6 +135,7 @@ class Recorder:
         if labels is None:
             labels = torch.full((len(images),), -1)
         device = self.classifier.device
+        images = images.contiguous(memory_format=self._layout)
         images = images.to(device, non_blocking=True)
         labels = labels.to(device)
         with_graph = bool(self.what & {"layers.gradient", "odin.logits"})

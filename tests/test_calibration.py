@@ -169,16 +169,14 @@ def test_a_verdict_at_its_very_limit():
     """p ≤ rate is OOD, a score equal to the threshold is not, an infinite one always is."""
     calibration = calibrate([scores(1.0, 2.0, 3.0)], [], None)
     found = Rule(calibration=calibration, rate=0.25).columns("x", scores(3.0, 3.1, math.inf))
-    assert found["x.p"] == [0.5, 0.25, 0.25]
-    assert found["x.ood"] == [0, 1, 1]
-    assert Rule(calibration=calibration, rate=0.1).columns("x", scores(9.0, math.inf))["x.ood"] == [
-        0,
-        1,
-    ]
+    assert found["x.p"].tolist() == [0.5, 0.25, 0.25]
+    assert found["x.ood"].tolist() == [0, 1, 1]
+    strict = Rule(calibration=calibration, rate=0.1).columns("x", scores(9.0, math.inf))
+    assert strict["x.ood"].tolist() == [0, 1]
     limit = Rule(threshold=2.0).columns("x", scores(2.0, 2.1, math.inf))
-    assert limit["x.ood"] == [0, 1, 1]
+    assert limit["x.ood"].tolist() == [0, 1, 1]
     assert limit["x.basis"] == ["score above 2"] * 3
-    assert Rule().columns("x", scores(9.0, math.inf))["x.ood"] == [0, 1]
+    assert Rule().columns("x", scores(9.0, math.inf))["x.ood"].tolist() == [0, 1]
 
 
 def test_two_views_add_up():

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import h5py
 import networks
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,7 +20,7 @@ from oodcli.errors import DetectorError, FileError
 from oodcli.features import Rows, concatenate
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
 from oodcli.files.atomic import atomic, make_folder, refuse_existing
-from oodcli.files.cache import CacheWriter, open_cache
+from oodcli.files.cache import CHUNK_BYTES, CacheWriter, open_cache
 from oodcli.files.hdf5 import Provenance, format_of, writing
 from oodcli.files.virtual import VirtualWriter, read_provenance, read_sensitivity
 from oodcli.recording import Recorder, recordable
@@ -119,6 +120,14 @@ def test_the_contract_of_the_cache(cache, features):
         assert file["batchnorm/bn1/spatial_size"][()] == 64
         assert file["head/weight"].shape == (3, 6)
         assert file["odin/logits"].shape == (7, 3)
+
+
+def test_chunk_caches_are_small(cache, tmp_path):
+    """A ResNet-50 has 250 datasets; HDF5 2.0 would take 8 MiB for each."""
+    with open_cache(cache) as found, writing(tmp_path / "new.h5") as new:
+        made = new.file.create_dataset("rows", (8, 2), "float32", chunks=(4, 2))
+        for rows in (found._file["logits"], made):
+            assert rows.id.get_access_plist().get_chunk_cache()[1] <= 2 * CHUNK_BYTES
 
 
 def test_only_what_is_needed_is_read(cache):
@@ -361,13 +370,16 @@ def test_a_full_disk_is_one_sentence():
         pytest.skip("no /dev/full here")
     from pathlib import Path
 
-    from oodcli.files.scores import ScoreRow, ScoresWriter
+    from oodcli.files.scores import ScoreBlock, ScoresWriter
 
     with (
         pytest.raises(OSError, match="No space left"),
         ScoresWriter(Path("/dev/full"), ["msp"], "csv") as writer,
     ):
-        writer.write(ScoreRow("x" * 100, scores={"msp": 1.0}) for _ in range(1000))
+        n = 1000
+        paths, blank = ["x" * 100] * n, [""] * n
+        ones = np.ones(n)
+        writer.write(ScoreBlock(paths, blank, blank, blank, ones, {"msp": ones}))
 
 
 @pytest.mark.parametrize("allowed", [*range(0, 3000, 100), 8000, 20_000, 60_000])

@@ -355,7 +355,9 @@ def test_small_differences_keep_their_digits():
     """In float64, too, 1 − p is exactly 0 at a gap of 40."""
     logits, embedding = torch.tensor([[40.0, 0.0, 0.0]]), torch.ones(1, 1)
     q = math.exp(-40)
-    assert gradient.igoe(logits, embedding).item() == pytest.approx(8 * q, rel=1e-9, abs=0)
+    assert gradient.igoe(logits, gradient.length(embedding)).item() == pytest.approx(
+        8 * q, rel=1e-9, abs=0
+    )
     expected = (2 * q) ** 2 + 2 * q**2
     found = thinkback.thinkback(logits, embedding).item()
     assert found == pytest.approx(expected, rel=1e-9, abs=0)
@@ -387,7 +389,7 @@ def test_rg_against_loops():
     torch.testing.assert_close(found, double(added))
     torch.testing.assert_close(
         rg.rg(block.logits, block.embedding.abs(), k=1e9),
-        gradient.energy_norm(block.logits, block.embedding),
+        gradient.energy_norm(block.logits, gradient.length(block.embedding)),
     )
 
 

@@ -79,7 +79,6 @@ def read(spec, preprocessing=PLAIN, class_names=PETS, batch_size=3, **options):
     assert len(whole.images) == whole.errors.count(None)
     assert whole.labels.dtype == torch.int64
     assert whole.images.dtype == torch.float32
-    assert whole.images.is_contiguous()
     assert source.labelled == bool((whole.labels >= 0).any())
     for path in whole.paths:
         path.encode("utf-8")

@@ -147,8 +147,9 @@ def test_recording_leaves_nothing_behind(residual):
     before = residual.network(images)
     recorder = Recorder(residual, EVERYTHING)
     recorder(images)
-    assert not any(module._forward_hooks for module in residual.network.modules())
-    assert not any(module._forward_pre_hooks for module in residual.network.modules())
+    for network in (residual.network, recorder.classifier.network):
+        assert not any(module._forward_hooks for module in network.modules())
+        assert not any(module._forward_pre_hooks for module in network.modules())
     assert torch.equal(residual.network(images), before)
     assert not images.requires_grad
 

@@ -9,7 +9,9 @@ import math
 import os
 import sys
 import tracemalloc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,39 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oodcli.errors import FileError
-from oodcli.files.scores import ScoreRow, ScoresWriter, format_of, is_detector, read_scores
+from oodcli.files.scores import ScoreBlock, ScoresWriter, format_of, is_detector, read_scores
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    path: str
+    label: str = ""
+    predicted: str = ""
+    confidence: float = math.nan
+    scores: dict[str, float | str] = field(default_factory=dict)
+    error: str = ""
+
+
+def block(rows: Iterable[ScoreRow], columns: Sequence[str] | None = None) -> ScoreBlock:
+    rows = list(rows)
+    good = [row for row in rows if not row.error]
+    if columns is None:
+        columns = list(good[0].scores)
+    cells = {name: [row.scores[name] for row in good] for name in columns}
+    return ScoreBlock(
+        [row.path for row in rows],
+        [row.label for row in rows],
+        [row.error for row in rows],
+        [row.predicted for row in good],
+        np.array([row.confidence for row in good]),
+        {
+            name: [str(cell) for cell in column]
+            if any(isinstance(cell, str) for cell in column)
+            else np.array(column, dtype=np.float64)
+            for name, column in cells.items()
+        },
+    )
+
 
 ROWS = [
     ScoreRow("a.png", "cat", "dog", 0.75, {"msp": 0.25, "energy": -12.3456789012}),
@@ -42,7 +76,9 @@ def suffix(request: pytest.FixtureRequest) -> str:
 
 def write(path: Path, rows: Iterable[ScoreRow], columns: tuple[str, ...]) -> Path:
     with ScoresWriter(path, columns) as writer:
-        writer.write(rows)
+        rows = iter(rows)
+        while some := list(islice(rows, 1000)):
+            writer.write(block(some, columns))
     return path
 
 
@@ -55,7 +91,7 @@ def test_a_stream_is_csv_and_stays_open() -> None:
     stream = io.StringIO()
     with ScoresWriter(stream, ("msp", "energy")) as writer:
         for row in ROWS:
-            writer.write([row])
+            writer.write(block([row], ("msp", "energy")))
     assert stream.getvalue() == TEXT
 
 
@@ -228,10 +264,20 @@ def test_parquet_in_several_row_groups(tmp_path: Path) -> None:
 
 def test_a_row_must_be_whole(tmp_path: Path) -> None:
     with ScoresWriter(tmp_path / "s.csv", ("msp", "energy")) as writer:
-        with pytest.raises(ValueError, match=r"a\.png: expected a score for msp, energy, .* msp"):
-            writer.write([ScoreRow("a.png", "", "cat", 0.5, {"msp": 0.5})])
+        with pytest.raises(ValueError, match=r"a\.png.* expected scores for msp, energy, .* msp"):
+            writer.write(block([ScoreRow("a.png", "", "cat", 0.5, {"msp": 0.5})]))
         with pytest.raises(ValueError, match="got none"):
-            writer.write([ScoreRow("a.png", "", "cat", 0.5)])
+            writer.write(block([ScoreRow("a.png", "", "cat", 0.5)]))
+        two = [ScoreRow(name, "", "cat", 0.5, {"msp": 1.0, "energy": 1.0}) for name in "ab"]
+        for short in (
+            {"predicted": ["cat"]},
+            {"confidence": np.ones(1)},
+            {"scores": {"msp": np.ones(2), "energy": np.ones(3)}},
+            {"errors": ["", "gone"]},
+            {"labels": [""]},
+        ):
+            with pytest.raises(ValueError, match=r"column \w+: \d cells?, expected \d"):
+                writer.write(replace(block(two), **short))
 
 
 def test_wrong_use(tmp_path: Path) -> None:

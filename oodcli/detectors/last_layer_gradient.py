@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Detector
+from oodcli.detectors.base import Detector, by_rows
 from oodcli.detectors.energy import energy
 from oodcli.detectors.msp import max_softmax
 from oodcli.features import Features, recorded
@@ -22,42 +22,49 @@ TINY = torch.finfo(torch.float32).tiny
 
 def length(embedding: Tensor) -> Tensor:
     """‖u‖₁. embedding: (N, D). Returns (N,) float64."""
-    return embedding.double().abs().sum(1)
+    return by_rows(lambda u: u.double().abs().sum(1), embedding)
 
 
-def gradnorm(logits: Tensor, embedding: Tensor) -> Tensor:
+def gradnorm(logits: Tensor, u: Tensor) -> Tensor:
     """−‖∂KL(uniform ‖ p)/∂W‖₁ = −‖u‖₁ Σ|1/K − p| (RG, eq. 3 and 6).
 
-    logits: (N, K), embedding: (N, D). Returns (N,) float64, higher = more OOD.
+    logits: (N, K), u: (N,) the lengths ‖u‖₁. Returns (N,) float64, higher = more OOD.
     """
     p = torch.softmax(logits.double(), 1)
-    return -length(embedding) * (1 / logits.shape[1] - p).abs().sum(1)
+    return -u * (1 / logits.shape[1] - p).abs().sum(1)
 
 
-def igoe(logits: Tensor, embedding: Tensor) -> Tensor:
+def igoe(logits: Tensor, u: Tensor) -> Tensor:
     """E_{y∼p} ‖∂ log p_y/∂W‖₁ = ‖u‖₁ · 2 Σ p(1 − p) (RG, eq. 4), large = OOD: the text under eq. 4
     has it the other way, but an uncertain p has the longest gradients.
 
     The largest p's 1 − p is taken as the sum of the others: the difference loses its digits.
-    logits: (N, K), embedding: (N, D). Returns (N,) float64, higher = more OOD.
+    logits: (N, K), u: (N,) the lengths ‖u‖₁. Returns (N,) float64, higher = more OOD.
     """
     p = torch.softmax(logits.double(), 1)
     others = (1 - p).scatter(1, logits.argmax(1, keepdim=True), max_softmax(logits)[:, None])
-    return length(embedding) * 2 * (p * others).sum(1)
+    return u * 2 * (p * others).sum(1)
 
 
-def expgrad(logits: Tensor, embedding: Tensor) -> Tensor:
+def expgrad(logits: Tensor, u: Tensor) -> Tensor:
     """−log ‖∂ Σ exp z/∂W‖₁ = −(logsumexp z + log ‖u‖₁) (RG, eq. 5), as a logarithm, because the
-    norm itself overflows. logits: (N, K), embedding: (N, D). Returns (N,) float64, higher = OOD."""
-    return energy(logits) - length(embedding).clamp_min(TINY).log()
+    norm itself overflows.
+
+    logits: (N, K), u: (N,) the lengths ‖u‖₁. Returns (N,) float64, higher = more OOD.
+    """
+    return energy(logits) - u.clamp_min(TINY).log()
 
 
-def energy_norm(logits: Tensor, embedding: Tensor) -> Tensor:
+def energy_norm(logits: Tensor, u: Tensor) -> Tensor:
     """−logsumexp z · ‖u‖₁: RG without clipping (RG, tab. 1 and 3: "Conor Igoe").
 
-    logits: (N, K), embedding: (N, D). Returns (N,) float64, higher = more OOD.
+    logits: (N, K), u: (N,) the lengths ‖u‖₁. Returns (N,) float64, higher = more OOD.
     """
-    return energy(logits) * length(embedding)
+    return energy(logits) * u
+
+
+def _length(test: Features) -> Tensor:
+    return length(recorded(test.embedding))
 
 
 class LastLayerGradient(Detector):
@@ -75,7 +82,7 @@ class GradNorm(LastLayerGradient):
     about = "minus the gradient's length towards a uniform softmax"
 
     def _score(self, test: Features) -> Tensor:
-        return gradnorm(recorded(test.logits), recorded(test.embedding))
+        return gradnorm(recorded(test.logits), test.shared(_length))
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Igoe(LastLayerGradient):
     about = "expected length of the log-likelihood's gradient"
 
     def _score(self, test: Features) -> Tensor:
-        return igoe(recorded(test.logits), recorded(test.embedding))
+        return igoe(recorded(test.logits), test.shared(_length))
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class ExpGrad(LastLayerGradient):
     about = "minus the log-length of the gradient of Σ exp z"
 
     def _score(self, test: Features) -> Tensor:
-        return expgrad(recorded(test.logits), recorded(test.embedding))
+        return expgrad(recorded(test.logits), test.shared(_length))
 
 
 @dataclass(frozen=True)
@@ -111,4 +118,4 @@ class EnergyNorm(LastLayerGradient):
     about = "free energy times the embedding's L1 length"
 
     def _score(self, test: Features) -> Tensor:
-        return energy_norm(recorded(test.logits), recorded(test.embedding))
+        return energy_norm(recorded(test.logits), test.shared(_length))

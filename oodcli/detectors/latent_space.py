@@ -4,45 +4,30 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Detector
+from oodcli.detectors.base import Detector, by_rows
 from oodcli.features import Features, recorded
 
 TINY = torch.finfo(torch.float64).tiny
 """A length of 0 is divided by as this: the products above it are 0, so the quotient is, too."""
 
 
-def length(rows: Tensor) -> Tensor:
-    """‖·‖ of each row. rows: (N, D). Returns (N,)."""
-    return rows.square().sum(1).sqrt()
+class Products(NamedTuple):
+    """Of embeddings u and the weights w of each row's predicted class. uu: ‖u‖², ww: ‖w‖²,
+    uw: w·u; (N,) float64 each."""
+
+    uu: Tensor
+    ww: Tensor
+    uw: Tensor
 
 
-def norm(u: Tensor, w: Tensor) -> Tensor:
-    """−‖u‖ (eq. 14); w has no part in it. u, w: (N, D). Returns (N,), higher = more OOD."""
-    return -length(u)
-
-
-def angularity(u: Tensor, w: Tensor) -> Tensor:
-    """1 − w_k·u/(‖w_k‖‖u‖), the cosine being 0 where a vector is 0 (eq. 15).
-
-    u, w: (N, D), w the weights of each row's predicted class. Returns (N,), higher = more OOD.
-    """
-    lengths = length(u) * length(w)
-    return 1 - (u * w).sum(1) / lengths.clamp_min(TINY)
-
-
-def projection(u: Tensor, w: Tensor) -> Tensor:
-    """−w_k·u/‖w_k‖ (eq. 16). u, w: (N, D). Returns (N,), higher = more OOD."""
-    return -(u * w).sum(1) / length(w).clamp_min(TINY)
-
-
-def activation(u: Tensor, w: Tensor) -> Tensor:
-    """−w_k·u, without the bias (eq. 17). u, w: (N, D). Returns (N,), higher = more OOD."""
-    return -(u * w).sum(1)
+def products(u: Tensor, w: Tensor) -> Products:
+    """u, w: (N, D) float64."""
+    return Products(u.square().sum(1), w.square().sum(1), (u * w).sum(1))
 
 
 def positive_part(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,21 +36,52 @@ def positive_part(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(w > 0, u, 0), w.clamp_min(0)
 
 
+def norm(of: Products) -> Tensor:
+    """−‖u‖ (eq. 14). Returns (N,), higher = more OOD."""
+    return -of.uu.sqrt()
+
+
+def angularity(of: Products) -> Tensor:
+    """1 − w_k·u/(‖w_k‖‖u‖), the cosine being 0 where a vector is 0 (eq. 15). Returns (N,),
+    higher = more OOD."""
+    return 1 - of.uw / (of.uu.sqrt() * of.ww.sqrt()).clamp_min(TINY)
+
+
+def projection(of: Products) -> Tensor:
+    """−w_k·u/‖w_k‖ (eq. 16). Returns (N,), higher = more OOD."""
+    return -of.uw / of.ww.sqrt().clamp_min(TINY)
+
+
+def activation(of: Products) -> Tensor:
+    """−w_k·u, without the bias (eq. 17). Returns (N,), higher = more OOD."""
+    return -of.uw
+
+
+def predicted_products(test: Features, positive: bool) -> Products:
+    """Of the rows of a block, k the predicted class (by the logits, with bias)."""
+    weight = recorded(test.head).weight.double()
+
+    def some(embedding: Tensor, k: Tensor) -> Tensor:
+        u, w = embedding.double(), weight[k]  # (n, D)
+        return torch.stack(products(*(positive_part(u, w) if positive else (u, w))), 1)
+
+    found = by_rows(some, recorded(test.embedding), recorded(test.logits).argmax(1))  # (N, 3)
+    return Products(*found.unbind(1))
+
+
 class LatentSpace(Detector):
-    """An indicator of u and w_k, k the predicted class (by the logits, with bias)."""
+    """An indicator of u and w_k, k the predicted class."""
 
     needs = frozenset({"logits", "embedding", "head"})
     positive: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
-    def indicator(u: Tensor, w: Tensor) -> Tensor:
-        """u, w: (N, D) float64. Returns (N,)."""
+    def indicator(of: Products) -> Tensor:
+        """Returns (N,)."""
 
     def _score(self, test: Features) -> Tensor:
-        u = recorded(test.embedding).double()
-        w = recorded(test.head).weight[recorded(test.logits).argmax(1)].double()  # (N, D)
-        return self.indicator(*(positive_part(u, w) if self.positive else (u, w)))
+        return self.indicator(test.shared(predicted_products, self.positive))
 
 
 @dataclass(frozen=True)

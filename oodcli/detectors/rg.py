@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Blocks, Detector, finite_rows, require_positive
+from oodcli.detectors.base import Blocks, Detector, by_rows, finite_rows, require_positive
 from oodcli.detectors.class_statistics import column_moments
 from oodcli.detectors.energy import energy
 from oodcli.features import Features, recorded
@@ -16,7 +16,7 @@ from oodcli.features import Features, recorded
 
 def clipped_length(embedding: Tensor, k: float = 1.0) -> Tensor:
     """V = Σ min(u, k) (RG, §3.2). embedding: (N, D). Returns (N,) float64."""
-    return embedding.double().clamp_max(k).sum(1)
+    return by_rows(lambda u: u.double().clamp_max(k).sum(1), embedding)
 
 
 def rg(logits: Tensor, embedding: Tensor, temperature: float = 1.0, k: float = 1.0) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Blocks, Detector, finite_rows, require_positive
+from oodcli.detectors.base import Blocks, Detector, by_rows, finite_rows, require_positive
 from oodcli.detectors.msp import max_softmax
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
@@ -37,7 +37,8 @@ def thinkback(logits: Tensor, embedding: Tensor, temperature: float = 1.0) -> Te
 
     logits: (N, K), embedding: (N, D). Returns (N,) float64, higher = more OOD.
     """
-    return residual(logits, temperature).square().sum(1) * embedding.double().square().sum(1)
+    squares = by_rows(lambda u: u.double().square().sum(1), embedding)
+    return residual(logits, temperature).square().sum(1) * squares
 
 
 def thinkback_norm(
@@ -47,8 +48,12 @@ def thinkback_norm(
 
     logits: (N, K), embedding: (N, D), expected: (K, D). Returns (N,) float64, higher = more OOD.
     """
-    weighted = residual(logits, temperature).square() @ (EPSILON + expected).reciprocal()  # (N, D)
-    return (weighted * embedding.double().square()).sum(1)
+    weights = (EPSILON + expected).reciprocal()
+    return by_rows(
+        lambda e, u: ((e.square() @ weights) * u.double().square()).sum(1),
+        residual(logits, temperature),
+        embedding,
+    )
 
 
 def expected_square(blocks: Iterable[tuple[Tensor, Tensor]], temperature: float = 1.0) -> Tensor:

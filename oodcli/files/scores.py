@@ -23,8 +23,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,16 +66,20 @@ def format_of(path: Path) -> Format:
 
 
 @dataclass(frozen=True)
-class ScoreRow:
-    """One input. scores: a number for every column between ``confidence`` and ``error``; none at
-    all where ``error`` says why."""
+class ScoreBlock:
+    """N inputs in order, R of them without an error.
 
-    path: str
-    label: str = ""
-    predicted: str = ""
-    confidence: float | None = None
-    scores: dict[str, float | str] = field(default_factory=dict)
-    error: str = ""
+    paths, labels, errors: N strings, empty where there is none. predicted: R strings. confidence:
+    (R,) float64. scores: R numbers or strings for every column between ``confidence`` and
+    ``error``.
+    """
+
+    paths: Sequence[str]
+    labels: Sequence[str]
+    errors: Sequence[str]
+    predicted: Sequence[str]
+    confidence: NDArray[np.float64]
+    scores: Mapping[str, NDArray[np.float64] | Sequence[str]]
 
 
 class ScoresWriter:
@@ -84,7 +90,7 @@ class ScoresWriter:
     ``error``. Used in a ``with``, which closes the file, but not a stream.
 
         with atomic(path) as partial, ScoresWriter(partial, ("msp", "energy")) as writer:
-            writer.write(rows)
+            writer.write(block)
 
     Raises ValueError when two columns have one name or parquet is to go to a stream, FileError when
     the suffix is unknown or pyarrow is missing.
@@ -129,30 +135,39 @@ class ScoresWriter:
     ) -> None:
         self._open.__exit__(kind, error, trace)
 
-    def write(self, rows: Iterable[ScoreRow]) -> None:
-        """Appends rows. Raises ValueError when one has neither an error nor all the columns."""
-        self._sink.write(self._cells(row) for row in rows)
-
-    def _cells(self, row: ScoreRow) -> _Cells:
-        if row.error:
-            blank: list[float | int | None] = [None] * len(self._columns)
-            return [_utf8(row.path), _utf8(row.label), "", None, *blank, _utf8(row.error)]
-        if row.scores.keys() != self._names:
+    def write(self, block: ScoreBlock) -> None:
+        """Appends rows. Raises ValueError when they have other columns than the file, or when a
+        column has not one cell for each row without an error."""
+        if block.scores.keys() != self._names:
             raise ValueError(
-                f"{row.path}: expected a score for {', '.join(self._columns)}, "
-                f"but got {', '.join(row.scores) or 'none'}"
+                f"{block.paths[:1]}: expected scores for {', '.join(self._columns)}, "
+                f"but got {', '.join(block.scores) or 'none'}"
             )
-        return [
-            _utf8(row.path),
-            _utf8(row.label),
-            _utf8(row.predicted),
-            _finite(row.confidence),
-            *(_cell(column, row.scores[column]) for column in self._columns),
-            "",
+        readable = sum(not error for error in block.errors)
+        lengths = {
+            "path": (len(block.paths), len(block.errors)),
+            "label": (len(block.labels), len(block.errors)),
+            "predicted": (len(block.predicted), readable),
+            "confidence": (len(block.confidence), readable),
+            **{name: (len(cells), readable) for name, cells in block.scores.items()},
+        }
+        for name, (length, expected) in lengths.items():
+            if length != expected:
+                raise ValueError(f"column {name}: {length} cells, expected {expected}")
+        columns = [
+            _text_cells(block.predicted),
+            _blank_where_not_finite(block.confidence),
+            *(_cells(column, block.scores[column]) for column in self._columns),
         ]
+        self._sink.write(
+            _text_cells(block.paths),
+            _text_cells(block.labels),
+            columns,
+            _text_cells(block.errors),
+        )
 
 
-_Cells: TypeAlias = list[str | float | int | None]
+_Column: TypeAlias = list[str] | list[float] | list[int] | list[float | None]
 
 
 def _utf8(text: str) -> str:
@@ -160,8 +175,103 @@ def _utf8(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
+def _text_cells(cells: Sequence[str]) -> list[str]:
+    return list(cells) if "".join(cells).isascii() else [_utf8(cell) for cell in cells]
+
+
+def _blank_where_not_finite(values: NDArray[np.float64]) -> list[float] | list[float | None]:
+    if np.isfinite(values).all():
+        return list(values.tolist())
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _cells(column: str, cells: NDArray[np.float64] | Sequence[str]) -> _Column:
+    if not isinstance(cells, np.ndarray):
+        return _text_cells(cells)
+    if column.endswith(".ood"):
+        return list(cells.astype(np.int64).tolist())
+    if column.endswith(".p"):
+        return _blank_where_not_finite(cells)
+    # Never as ID: a score that is NaN or -inf came out of a network that overflowed.
+    return list(np.where(np.isfinite(cells), cells, np.inf).tolist())
+
+
+class _Sink(ABC):
+    """columns of ``write``: those from ``predicted`` on, of the rows whose error is empty."""
+
+    @abstractmethod
+    def write(
+        self, paths: list[str], labels: list[str], columns: list[_Column], errors: list[str]
+    ) -> None: ...
+
+
+class _CsvSink(_Sink):
+    # Quoted here, not by csv.writer: that leaves a carriage return bare unless lines end in one,
+    # and with "\r\n" the last column, error, would never be empty for awk and cut.
+    def __init__(self, stream: TextIO, header: Sequence[str]) -> None:
+        self._stream = stream
+        self._blank = "," * (len(header) - len(LEADING) + 2)
+        stream.write(",".join(map(_quoted, header)) + "\n")
+
+    def write(
+        self, paths: list[str], labels: list[str], columns: list[_Column], errors: list[str]
+    ) -> None:
+        paths, labels = _csv_cells(paths), _csv_cells(labels)
+        # One formatting a line, not one a cell: that is most of the time that writing takes.
+        kinds, cells = zip(*map(_csv_column, columns), strict=True)
+        line = ",".join(("%s,%s", *kinds)) + ",\n"
+        if not any(errors):
+            rows = zip(paths, labels, *cells, strict=True)
+            self._stream.writelines(map(line.__mod__, rows))
+            return
+        good = zip(*cells, strict=True)
+        self._stream.writelines(
+            f"{path},{label}{self._blank}{_quoted(error)}\n"
+            if error
+            else line % (path, label, *next(good))
+            for path, label, error in zip(paths, labels, errors, strict=True)
+        )
+
+
+_SPECIAL = re.compile(r'[,"\r\n]')
+
+
+def _quoted(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"' if _SPECIAL.search(cell) else cell
+
+
+def _csv_cells(cells: list[str]) -> list[str]:
+    return [_quoted(cell) for cell in cells] if _SPECIAL.search("\0".join(cells)) else cells
+
+
+def _csv_column(cells: _Column) -> tuple[str, Sequence[object]]:
+    """How a cell is formatted, and the cells."""
+    first = cells[0] if cells else 0.0
+    if isinstance(first, str):
+        return "%s", _csv_cells([str(cell) for cell in cells])
+    if None in cells:
+        return "%s", ["" if cell is None else f"{cell:.9g}" for cell in cells]
+    return "%.9g", cells
+
+
+class _JsonSink(_Sink):
+    def __init__(self, stream: TextIO, header: Sequence[str]) -> None:
+        self._stream = stream
+        self._header = header
+
+    def write(
+        self, paths: list[str], labels: list[str], columns: list[_Column], errors: list[str]
+    ) -> None:
+        good = zip(*columns, strict=True)
+        blank = ("", *[None] * (len(self._header) - len(LEADING)))
+        for path, label, error in zip(paths, labels, errors, strict=True):
+            cells = blank if error else map(_json_cell, next(good))
+            record = dict(zip(self._header, (path, label, *cells, error), strict=True))
+            self._stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _json_cell(cell: str | float | int | None) -> str | float | int | None:
+    return "inf" if cell == math.inf else _rounded(cell)
 
 
 def _rounded(cell: str | float | int | None) -> str | float | int | None:
@@ -169,52 +279,7 @@ def _rounded(cell: str | float | int | None) -> str | float | int | None:
     return float(f"{cell:.9g}") if isinstance(cell, float) else cell
 
 
-def _cell(column: str, value: float | str) -> str | float | int | None:
-    if isinstance(value, str):
-        return _utf8(value)
-    if column.endswith(".ood"):
-        return int(value)
-    if column.endswith(".p"):
-        return _finite(value)
-    # Never as ID: a score that is NaN or -inf came out of a network that overflowed.
-    return value if math.isfinite(value) else math.inf
-
-
-class _CsvSink:
-    # Quoted here, not by csv.writer: that leaves a carriage return bare unless lines end in one,
-    # and with "\r\n" the last column, error, would never be empty for awk and cut.
-    def __init__(self, stream: TextIO, header: Sequence[str]) -> None:
-        self._stream = stream
-        self.write([list(header)])
-
-    def write(self, rows: Iterable[_Cells]) -> None:
-        for cells in rows:
-            self._stream.write(",".join(map(_csv_cell, cells)) + "\n")
-
-
-def _csv_cell(cell: str | float | int | None) -> str:
-    if cell is None:
-        return ""
-    if not isinstance(cell, str):
-        return f"{cell:.9g}"
-    if any(sign in cell for sign in ',"\r\n'):
-        return '"' + cell.replace('"', '""') + '"'
-    return cell
-
-
-class _JsonSink:
-    def __init__(self, stream: TextIO, header: Sequence[str]) -> None:
-        self._stream = stream
-        self._header = header
-
-    def write(self, rows: Iterable[_Cells]) -> None:
-        for cells in rows:
-            values = ["inf" if cell == math.inf else _rounded(cell) for cell in cells]
-            record = dict(zip(self._header, values, strict=True))
-            self._stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-class _ParquetSink:
+class _ParquetSink(_Sink):
     def __init__(self, path: Path, header: Sequence[str]) -> None:
         arrow = _pyarrow(path)
         import pyarrow.parquet
@@ -228,7 +293,7 @@ class _ParquetSink:
         )
         self._arrow = arrow
         self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)
-        self._rows: list[_Cells] = []
+        self._waiting: list[Any] = []
 
     def __enter__(self) -> Self:
         return self
@@ -240,24 +305,27 @@ class _ParquetSink:
         finally:
             self._writer.close()
 
-    def write(self, rows: Iterable[_Cells]) -> None:
-        for cells in rows:
-            self._rows.append([_rounded(cell) for cell in cells])
-            if len(self._rows) == _ROW_GROUP:
-                self._flush()
+    def write(
+        self, paths: list[str], labels: list[str], columns: list[_Column], errors: list[str]
+    ) -> None:
+        good = np.array([not error for error in errors])
+        cells: list[Any] = [paths, labels]
+        for number, column in enumerate(columns):
+            whole = np.full(len(paths), None if number else "", dtype=object)
+            whole[good] = [_rounded(cell) for cell in column]
+            cells.append(whole)
+        arrays = [
+            self._arrow.array(column, type=kind, from_pandas=False)
+            for column, kind in zip((*cells, errors), self._schema.types, strict=True)
+        ]
+        self._waiting.append(self._arrow.table(arrays, schema=self._schema))
+        if sum(map(len, self._waiting)) >= _ROW_GROUP:
+            self._flush()
 
     def _flush(self) -> None:
-        if self._rows:
-            columns = list(zip(*self._rows, strict=True))
-            arrays = [
-                self._arrow.array(column, type=kind)
-                for column, kind in zip(columns, self._schema.types, strict=True)
-            ]
-            self._writer.write_table(self._arrow.table(arrays, schema=self._schema))
-            self._rows.clear()
-
-
-_Sink: TypeAlias = _CsvSink | _JsonSink | _ParquetSink
+        if self._waiting:
+            self._writer.write_table(self._arrow.concat_tables(self._waiting))
+            self._waiting.clear()
 
 
 def _parquet_type(arrow: Any, column: str, text: bool) -> Any:

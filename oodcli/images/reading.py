@@ -83,7 +83,7 @@ def _assemble(paths: list[str], parts: list[Future[Rows]], preprocessing: Prepro
     rows = [part.result() for part in parts]
     pixels = rows[0].pixels if len(rows) == 1 else torch.cat([part.pixels for part in rows])
     if pixels.dtype == torch.uint8:
-        pixels = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)  # (M, C, H, W)
+        pixels = pixels.permute(0, 3, 1, 2).float().div_(255)  # (M, C, H, W), channels last
     return Batch(
         paths=tuple(paths),
         labels=torch.cat([part.labels for part in rows]),

@@ -19,7 +19,8 @@ class Batch:
     """N rows in input order, of which M could be read.
 
     paths: N, printable as UTF-8. labels: (N,) int64, -1 = unknown. errors: N, None where the row
-    could be read. images: (M, C, H, W) float32, the network's input, of the readable rows.
+    could be read. images: (M, C, H, W) float32, in any order of memory, the network's input, of the
+    readable rows.
     """
 
     paths: tuple[str, ...]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from oodcli.detectors.base import Detector
 from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
-from oodcli.files.scores import ScoreRow, ScoresWriter
+from oodcli.files.scores import ScoreBlock, ScoresWriter
 from oodcli.stages.chosen import Chosen, score_views
 from oodcli.stages.verdict import Rule, StreamRule
 
@@ -69,35 +70,36 @@ def score_to_file(
     flagged = dict.fromkeys(rules, 0)
     thresholds: dict[str, float] = {}
 
-    def blocks() -> Iterator[list[ScoreRow]]:
+    def blocks() -> Iterator[ScoreBlock]:
         scored = (
-            _score_block(block, chosen, class_names, rules, mirror=mirror, explain=explain)
+            _score_block(block, columns, chosen, class_names, rules, mirror=mirror, explain=explain)
             for block in rows
         )
         if stream_rule is None:
             yield from scored
             return
-        kept = [row for block in scored for row in block]
+        kept = list(scored)
         for each in chosen:
-            values = torch.tensor([r.scores[each.name] for r in kept if not r.error]).double()
-            thresholds[each.name] = stream_rule(values)
-            for column, cells in Rule(thresholds[each.name]).columns(each.name, values).items():
-                for row, cell in zip((r for r in kept if not r.error), cells, strict=True):
-                    row.scores[column] = cell
-        yield kept
+            values = np.concatenate([block.scores[each.name] for block in kept])
+            thresholds[each.name] = stream_rule(torch.from_numpy(values))
+        for block in kept:
+            found = dict(block.scores)
+            for name, threshold in thresholds.items():
+                found |= Rule(threshold).columns(name, torch.tensor(found[name]))
+            yield replace(block, scores=found)
 
     with ExitStack() as stack:
         if isinstance(target, Path):
             target = stack.enter_context(atomic(target, force=force))
         writer = stack.enter_context(ScoresWriter(target, columns))
-        for scored in blocks():
-            writer.write(scored)
-            for row in scored:
-                total += 1
-                unreadable += bool(row.error)
-                infinite += any(row.scores[each.name] == math.inf for each in chosen if row.scores)
-                for name in flagged:
-                    flagged[name] += row.scores.get(f"{name}.ood") == 1
+        for block in blocks():
+            writer.write(block)
+            total += len(block.paths)
+            unreadable += sum(map(bool, block.errors))
+            finite = [np.isfinite(block.scores[each.name]) for each in chosen]
+            infinite += int((~np.all(finite, axis=0)).sum())
+            for name in flagged:
+                flagged[name] += int(np.sum(block.scores[f"{name}.ood"]))
     return ScoreSummary(total, unreadable, infinite, flagged, thresholds)
 
 
@@ -107,47 +109,41 @@ def _explained(detector: Detector, wanted: bool) -> bool:
 
 def _score_block(
     block: Rows,
+    columns: Sequence[str],
     chosen: Sequence[Chosen],
     class_names: Sequence[str],
     rules: Mapping[str, Rule],
     *,
     mirror: bool,
     explain: bool,
-) -> list[ScoreRow]:
-    scores: dict[str, Sequence[float | str]] = {}
-    predicted: list[int] = []
-    confidence: list[float] = []
+) -> ScoreBlock:
+    scores: dict[str, NDArray[np.float64] | Sequence[str]] = {}
+    predicted: list[str] = []
+    confidence = np.zeros(0)
     features = block.features
-    if features is not None and len(features):
+    if features is None or not len(features):
+        scores = {column: np.zeros(0) for column in columns}
+    else:
         top = torch.softmax(recorded(features.logits).double(), 1).max(1)
-        predicted, confidence = top.indices.tolist(), top.values.tolist()
+        predicted = [class_names[index] for index in top.indices.tolist()]
+        confidence = top.values.numpy()
         there: dict[torch.device | None, Features] = {None: features}
         for each in chosen:
             if each.device not in there:
                 there[each.device] = features.to(each.device or torch.device("cpu"))
             values = score_views(each.detector, there[each.device], mirror=mirror).cpu()
-            scores[each.name] = values.tolist()
+            scores[each.name] = values.double().numpy()
             if each.name in rules:
                 scores |= rules[each.name].columns(each.name, values)
             if each.saw:
                 scores[f"{each.name}.saw"] = [each.saw] * len(values)
             if _explained(each.detector, explain):
                 scores[f"{each.name}.why"] = each.detector.explain(there[each.device])
-    found = []
-    index = 0
-    for path, label, error in zip(block.paths, block.labels.tolist(), block.errors, strict=True):
-        name = class_names[label] if 0 <= label < len(class_names) else ""
-        if error is not None:
-            found.append(ScoreRow(path, name, error=error))
-            continue
-        found.append(
-            ScoreRow(
-                path,
-                name,
-                class_names[predicted[index]],
-                confidence[index],
-                {column: values[index] for column, values in scores.items()},
-            )
-        )
-        index += 1
-    return found
+    return ScoreBlock(
+        block.paths,
+        [class_names[i] if 0 <= i < len(class_names) else "" for i in block.labels.tolist()],
+        [error or "" for error in block.errors],
+        predicted,
+        confidence,
+        scores,
+    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from oodcli.calibration import Calibration
@@ -29,17 +31,17 @@ class Rule:
             return f"score above {self.threshold:.6g}"
         return f"{self.calibration.words}; nominal {self.rate:g}"
 
-    def columns(self, name: str, scores: Tensor) -> dict[str, Sequence[float | str]]:
+    def columns(self, name: str, scores: Tensor) -> dict[str, NDArray[np.float64] | Sequence[str]]:
         """``<detector>.p`` (with a calibration), ``.ood`` and ``.basis``. scores: (N,)."""
         basis = [self.basis] * len(scores)
         if self.calibration is None:
             flags = ~(scores <= self.threshold) | torch.isinf(scores)
-            return {f"{name}.ood": flags.int().tolist(), f"{name}.basis": basis}
+            return {f"{name}.ood": flags.double().numpy(), f"{name}.basis": basis}
         p = self.calibration.p_value(scores)
         flags = (p <= self.rate) | torch.isinf(scores)
         return {
-            f"{name}.p": p.tolist(),
-            f"{name}.ood": flags.int().tolist(),
+            f"{name}.p": p.double().numpy(),
+            f"{name}.ood": flags.double().numpy(),
             f"{name}.basis": basis,
         }
 
