@@ -5,18 +5,16 @@
 Generates FOLDER/ROWSxWIDTH.h5 (8 GB; kept for the next run): embeddings of 100 classes, logits, a
 head, and a stage whose spatial means are the embedding, as in a ResNet-50. Then each detector is
 fitted by 'oodcli fit' in a process of its own, whose time and largest resident memory are printed
-as a row of a table; 'knn' also scores 1,000 other rows. With --peers the same rows go through
-pytorch-ood (pip install -e '.[bench]') and scikit-learn, which want all of them in memory.
+as JSON; 'knn' also scores 1,000 other rows. With --peers the same rows go through pytorch-ood
+(pip install -e '.[bench]') and scikit-learn, which want all of them in memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
+import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import h5py
 import numpy as np
 import torch
 
+from benchmarks.measure import peak
 from oodcli.classifier import Preprocessing
 from oodcli.files.cache import FORMAT
 from oodcli.files.hdf5 import Provenance
@@ -81,23 +80,10 @@ def generate(path: Path, rows: int, width: int, seed: int) -> None:
     unfinished.rename(path)
 
 
-def measure(words: list[str]) -> tuple[float, float]:
-    """Seconds and the largest resident memory in GB of a command. Raises SystemExit when it
-    fails."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(words, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            raise SystemExit(f"{' '.join(words)}\n{output.read().decode()}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
-
-
 def in_memory(cache: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with h5py.File(cache) as file:
-        return tuple(torch.from_numpy(file[name][()]) for name in ("embedding", "logits", "label"))
+        u, z, y = (torch.from_numpy(file[name][()]) for name in ("embedding", "logits", "label"))
+    return u, z, y
 
 
 def peer_mds(cache: Path) -> None:
@@ -136,7 +122,7 @@ def sklearn_mds(cache: Path) -> None:
     from sklearn.covariance import EmpiricalCovariance
 
     u, _, y = in_memory(cache)
-    for c in y.unique():
+    for c in range(CLASSES):
         u[y == c] -= u[y == c].mean(0)
     EmpiricalCovariance(assume_centered=True).fit(u.double().numpy())
 
@@ -164,10 +150,6 @@ def queries(cache: Path) -> Path:
     return cache.with_name("queries-" + cache.name)
 
 
-def row(name: str, seconds: float, gigabytes: float) -> None:
-    print(f"| {name} | {seconds:.0f} s | {gigabytes:.2f} GB |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -185,18 +167,32 @@ def main() -> None:
     generate(cache, options.rows, options.width, seed=1)
     generate(queries(cache), 1000, options.width, seed=2)
     oodcli = [sys.executable, "-m", "oodcli"]
-    print(f"| {options.rows:,} rows of {options.width} | time | memory |\n| --- | ---: | ---: |")
+    results: dict[str, dict[str, float]] = {}
+
+    def measured(name: str, words: list[str]) -> None:
+        seconds, megabytes = peak(words)
+        results[name] = {"seconds": round(seconds, 1), "peak_mb": round(megabytes)}
+        # An hour at full size: what is there already is said at once.
+        print(f"{name}: {seconds:.0f} s, {megabytes:.0f} MB", file=sys.stderr, flush=True)
+
     with tempfile.TemporaryDirectory(dir=options.folder) as made:
         for name in options.only:
-            fit = [*oodcli, "fit", str(cache), "-d", name, "-o", made]
-            row(f"fit {name}", *measure(fit))
+            measured(f"fit {name}", [*oodcli, "fit", str(cache), "-d", name, "-o", made])
             if name == "knn":
                 score = [*oodcli, "score", str(queries(cache)), "-d", f"{made}/knn.safetensors"]
-                row("score 1,000 rows with knn", *measure([*score, "-o", f"{made}/knn.csv"]))
+                measured("score 1,000 rows with knn", [*score, "-o", f"{made}/knn.csv"])
     for name in PEERS if options.peers else ():
         words = [sys.executable, "-m", "benchmarks.bench_fit", str(options.folder)]
         sizes = ["--rows", str(options.rows), "--width", str(options.width)]
-        row(name, *measure([*words, *sizes, "--peer", name]))
+        measured(name, [*words, *sizes, "--peer", name])
+    report = {
+        "rows": options.rows,
+        "width": options.width,
+        "classes": CLASSES,
+        "threads": torch.get_num_threads(),
+        "results": results,
+    }
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 The loop is what a reader of Yin et al. 2020 would write: float32, eager, a hook at each BatchNorm
 layer, T = 2000. Single steps of it take turns with whole batches of 'oodcli invert', sensitivities
 included, and with a compiled step, so that a noisy machine is as noisy for all; medians and ratios
-are printed as JSON. The rate of the loop does not depend on T, so it is not run to its end.
+are printed as JSON. What must be compiled is left out where there is no compiler. The rate of the
+loop does not depend on T, so it is not run to its end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,12 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.measure import in_turns, ratio
 from oodcli.checkpoint import load_classifier
 from oodcli.inversion.invert import Plan, _invert_batch
 from oodcli.inversion.objective import OBJECTIVES
 from oodcli.inversion.step import Step
 
 T = OBJECTIVES["deepinversion"].steps
+AT_ONCE = 5
+"""Single steps in a turn."""
 
 
 def published_loop(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -42,6 +47,8 @@ def published_loop(network: nn.Module, images: Tensor, labels: Tensor) -> Callab
         x = given[0]
         mean = x.mean([0, 2, 3])
         var = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         distances.append(
             torch.norm(norm.running_var.data - var, 2)
             + torch.norm(norm.running_mean.data - mean, 2)
@@ -95,52 +102,52 @@ def main() -> None:
     classes = tuple(range(classifier.num_classes))
     plan = Plan(classes, 1, precision=options.precision)
     eager = Step(classifier, plan.objective, plan.precision)
-    compiled = eager.compiled()
 
     def whole(step: Step, taken: int) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         wanted = replace(plan, steps=taken)
         return _invert_batch(step, wanted, labels.cpu(), generator, lambda _: None).images
 
-    began = time.perf_counter()
-    compiled.gradient(*[start.clone().requires_grad_()] * 2, labels)
-    compiling = time.perf_counter() - began
     images = start.clone().requires_grad_()
-    work: dict[str, tuple[Callable[[], object], int, int]] = {
-        f"DeepInversion's loop, float32, T = {T}": (loop, 1, T),
-        "oodcli, compiled, a step alone": (
-            lambda: compiled.gradient(images, images, labels),
-            1,
-            plan.total_steps,
-        ),
+    compiled, compiling = None, None
+    began = time.perf_counter()
+    try:
+        compiled = eager.compiled()
+        compiled.gradient(images, images, labels)
+        compiling = round(time.perf_counter() - began, 1)
+    except Exception as error:  # whatever a compiler, or its absence, may raise
+        print(f"not compiled: {error}", file=sys.stderr)
+        compiled = None
+
+    def single(step: Callable[[], object]) -> Callable[[], None]:
+        def several() -> None:
+            for _ in range(AT_ONCE):
+                step()
+
+        return several
+
+    # The work of a turn, the steps that are made in it, and the steps that an image takes.
+    contestants: dict[str, tuple[Callable[[], object], int, int]] = {
+        f"DeepInversion's loop, float32, T = {T}": (single(loop), AT_ONCE, T),
     }
-    for step, taken in product((eager, compiled), options.steps):
-        work[f"oodcli, {step.path}, {plan.precision}, T = {taken}"] = (
-            partial(whole, step, taken),
-            taken,
-            taken,
-        )
-    rates: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(options.rounds + 1):
-        for name, (run, made, _) in work.items():
-            repeats = 5 if made == 1 else 1
-            began = time.perf_counter()
-            for _ in range(repeats):
-                run()
-            if options.device != "cpu":
-                torch.cuda.synchronize()
-            if turn:
-                rates[name].append(count * made * repeats / (time.perf_counter() - began))
-    first, *_ = rates.values()
+    if compiled is not None:
+        alone = partial(compiled.gradient, images, images, labels)
+        name = "oodcli, compiled, a step alone"
+        contestants[name] = (single(alone), AT_ONCE, plan.total_steps)
+    for step, taken in product(filter(None, (eager, compiled)), options.steps):
+        name = f"oodcli, {step.path}, {plan.precision}, T = {taken}"
+        contestants[name] = (partial(whole, step, taken), taken, taken)
+    times = in_turns({name: run for name, (run, _, _) in contestants.items()}, options.rounds)
+    first, *_ = times.values()
     results = {}
-    for name, (_, _, taken) in work.items():
-        ratio = statistics.median(r / f for r, f in zip(rates[name], first, strict=True))
-        rate = statistics.median(rates[name])
+    for name, (_, made, taken) in contestants.items():
+        rate = count * made / statistics.median(times[name])
+        against = ratio(first, times[name]) * made / AT_ONCE
         results[name] = {
             "image_steps_per_second": round(rate),
-            "ratio": round(ratio, 2),
+            "ratio": round(against, 2),
             "images_per_second": round(rate / taken, 3),
-            "ratio_of_images": round(ratio * T / taken, 1),
+            "ratio_of_images": round(against * T / taken, 1),
         }
     report = {
         "arch": classifier.arch,
@@ -148,7 +155,7 @@ def main() -> None:
         "threads": options.threads,
         "device": options.device,
         "torch": str(torch.__version__),
-        "seconds_to_compile": round(compiling, 1),
+        "seconds_to_compile": compiling,
         "results": results,
     }
     print(json.dumps(report, indent=1))

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 VERSION = 1
 
+CHUNK_CACHE = 1 << 19
+"""Bytes for each dataset, two chunks of a feature cache: rows are written and read in order. HDF5
+2.0 takes 8 MiB unasked, which are 2 GB for the 250 datasets of a ResNet-50."""
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -117,7 +121,7 @@ def reading(path: Path, format_name: str, made_by: str) -> Iterator[h5py.File]:
         raise FileError(f"{path} does not exist: '{made_by}' makes such files")
     with ExitStack() as stack:
         with damage(path):
-            file = stack.enter_context(h5py.File(path, "r"))
+            file = stack.enter_context(h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE))
             found = file.attrs.get("format")
             if found != format_name:
                 raise FileError(
@@ -218,7 +222,7 @@ def writing(path: Path) -> Iterator[NewFile]:
     """A new file at a path that ``atomic`` gave. Raises OSError when the disk refuses."""
     with io.FileIO(path, "w+") as raw:
         sink = _Sink(raw)
-        with h5py.File(sink, "w", libver=("v110", "v114")) as file:
+        with h5py.File(sink, "w", libver=("v110", "v114"), rdcc_nbytes=CHUNK_CACHE) as file:
             yield NewFile(file, sink.check)
         sink.check()
 
