@@ -24,7 +24,7 @@ from torchvision import datasets, transforms
 
 from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
-from oodcli.images import Batch, ImageSource, batches, open_images
+from oodcli.images import Batch, ImageSource, batches, open_images, reading
 from oodcli.images import files as image_files
 from oodcli.images.generated import NOISES
 from oodcli.images.pixels import UnreadableError, colours, fit, load_bytes
@@ -1038,6 +1038,20 @@ def test_extreme_shapes_need_no_extreme_memory(monkeypatch):
 def assert_no_threads():
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("oodcli")]
     assert names == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity here")
+@pytest.mark.parametrize(("allowed", "expected"), [({3}, 1), (set(range(100)), 32)])
+def test_as_many_workers_as_the_process_may_use(tmp_path, monkeypatch, allowed, expected):
+    (tmp_path / "a.png").write_bytes(png(1))
+    asked = []
+    pool = reading.ThreadPoolExecutor
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed)
+    monkeypatch.setattr(
+        reading, "ThreadPoolExecutor", lambda count, name: asked.append(count) or pool(count, name)
+    )
+    assert len(list(batches(open_images(str(tmp_path), PLAIN, PETS), PLAIN, 4))) == 1
+    assert asked == [1, expected]  # one fetches
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,10 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from oodcli.classifier import Preprocessing
-from oodcli.images.source import Batch, Fetch, ImageSource, Rows
+from oodcli.images.source import Batch, Decode, Fetch, ImageSource, Rows
 
 BATCHES_AHEAD = 2
-MOST_WORKERS = 8
+BYTES_AHEAD = 1 << 28
+"""Fetched and not yet decoded: an archive of a few kilobytes can unpack to any number of them."""
+
+MOST_WORKERS = 32
 
 
 def batches(
@@ -26,19 +30,21 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """The rows of a source from ``start`` on, in order, ``batch_size`` at a time.
 
-    One thread fetches bytes in input order, ``workers`` threads (as many as processors, at most 8)
-    decode and resize them. Two batches wait ready, more only where they are so small that threads
-    would idle: memory does not depend on the number of images. Closing the generator ends the
-    threads and closes the files.
+    One thread fetches bytes in input order, ``workers`` threads (as many as this process has
+    processors, at most 32) decode and resize them: Pillow lets go of the interpreter's lock for
+    that, so that processes would gain nothing. Two batches wait ready, more only where they are so
+    small that threads would idle, and of large files at most 256 MB: memory does not depend on the
+    number of images. Closing the generator ends the threads and closes the files.
 
     Raises ImagesError when a file breaks off in the middle; any other exception is a fault in the
     program and is passed on.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    workers = workers or min(MOST_WORKERS, os.cpu_count() or 1)
+    workers = workers or min(MOST_WORKERS, _processors())
     ahead = max(BATCHES_AHEAD, 2 * workers * source.grain // batch_size)
     pending: deque[Future[Batch]] = deque()
+    room = _Room()
     with (
         source.reading() as fetch,
         ThreadPoolExecutor(1, "oodcli-fetch") as reader,
@@ -47,14 +53,52 @@ def batches(
         try:
             for first in range(start, len(source), batch_size):
                 last = min(first + batch_size, len(source))
-                pending.append(_submit(source, preprocessing, first, last, fetch, reader, pool))
+                pending.append(
+                    _submit(source, preprocessing, first, last, fetch, reader, pool, room)
+                )
                 if len(pending) > ahead:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
+            room.close()
             reader.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Room:
+    """For bytes that were fetched and are not decoded yet."""
+
+    def __init__(self) -> None:
+        self._used = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def take(self, size: int) -> None:
+        """Waits until there is room, or nobody else has any."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or not self._used or self._used + size <= BYTES_AHEAD
+            )
+            self._used += size
+
+    def give(self, size: int) -> None:
+        with self._changed:
+            self._used -= size
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits any longer: what was to be decoded may have been cancelled."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def _processors() -> int:
+    """Those that this process may use: in a container fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _submit(
@@ -65,13 +109,26 @@ def _submit(
     fetch: Fetch,
     reader: ThreadPoolExecutor,
     pool: ThreadPoolExecutor,
+    room: _Room,
 ) -> Future[Batch]:
     """Queue the rows [first, last). A task waits only for tasks queued before it, so that the pool
     cannot lock up, however few its threads are."""
 
     def read(start: int, stop: int) -> Future[Rows]:
-        fetched = reader.submit(fetch, start, stop)
-        return pool.submit(lambda: fetched.result()(preprocessing))
+        size = source.weight(start, stop)
+
+        def fetch_with_room() -> Decode:
+            room.take(size)
+            return fetch(start, stop)
+
+        def decode() -> Rows:
+            try:
+                return fetched.result()(preprocessing)
+            finally:
+                room.give(size)
+
+        fetched = reader.submit(fetch_with_room)
+        return pool.submit(decode)
 
     parts = [
         read(start, min(start + source.grain, last)) for start in range(first, last, source.grain)
