@@ -29,6 +29,10 @@ class Calibration:
     virtual: int
     matched_accuracy: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.scores.ndim != 1 or not len(self.scores) or self.scores.shape != self.weights.shape:
+            raise DetectorError("a calibration needs as many weights as scores, and at least one")
+
     @property
     def words(self) -> str:
         """What every table says of a verdict that rests on this."""

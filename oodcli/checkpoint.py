@@ -14,6 +14,7 @@ import json
 import math
 import pickle
 import re
+import reprlib
 import sys
 import tomllib
 import zipfile
@@ -66,6 +67,13 @@ SLICES = "group_slices"
 
 HEAD_NAMES = ("fc", "linear", "classifier", "head", "heads.head")
 """What the last linear layer is called where nothing but the backbone was saved under its names."""
+
+LARGEST_CARD = 1 << 22
+"""Bytes of a model card; the names of 20,000 classes take a fifth of it."""
+
+UNPACKED = 20, 1 << 28
+"""An archive that unpacks to so many times its size, and to so many bytes, is no checkpoint:
+torch.save does not compress."""
 
 NOT_WEIGHTS = re.compile(r"n_averaged$|(criterion|loss|loss_fn|loss_function)\.")
 
@@ -150,10 +158,18 @@ def read_card(path: Path) -> dict[str, Any]:
     """The keys of a model card, with tuples for lists. Raises CheckpointError when the file is not
     TOML, or has an unknown key or a value of the wrong kind."""
     try:
-        card = tomllib.loads(path.read_text("utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_CARD + 1)
+        if len(content) > LARGEST_CARD:
+            raise CheckpointError(
+                f"{path} is larger than {LARGEST_CARD >> 20} MB, so it is no model card: remove "
+                "it, or name the right one with --card"
+            )
+        card = tomllib.loads(content.decode("utf-8").replace("\r\n", "\n"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # ValueError: not TOML, not UTF-8, or a number of more than 4300 digits.
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid TOML: {_line(error)}") from error
     kinds = {
         "arch": (_is_text, "a string"),
@@ -172,7 +188,7 @@ def read_card(path: Path) -> dict[str, Any]:
             )
         fits, kind = kinds[key]
         if not fits(value):
-            raise CheckpointError(f"{path}: {key} must be {kind}, but is {value!r}")
+            raise CheckpointError(f"{path}: {key} must be {kind}, but is {_shown(value)}")
     names, classes = card.get("class_names"), card.get("num_classes")
     if names is not None and classes is not None and len(names) != classes:
         raise CheckpointError(f"{path}: {len(names)} class_names, but num_classes = {classes}")
@@ -182,16 +198,25 @@ def read_card(path: Path) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in card.items()}
 
 
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not write integers of more than 4300 digits
+        return "a number of thousands of digits"
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 31
 
 
 def _is_list(value: Any, fits: Any) -> bool:
@@ -301,6 +326,7 @@ def _check_file(path: Path) -> None:
 
 def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool) -> _Network:
     members = _zip_members(path)
+    _check_unpacked(path, members)
     if any(name.endswith("/constants.pkl") for name in members):
         raise CheckpointError(
             f"{path} is a TorchScript archive, which oodcli does not run: save the state dict of "
@@ -312,6 +338,7 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
         from oodcli.exported import load_program
 
         module, shape = load_program(path, trust=trust_pickle)
+        _check_finite(module.state_dict(), path)
         return _Network(
             module,
             "torch.export",
@@ -328,18 +355,31 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
     if module_found is not None:
         return _Network(module_found, type(module_found).__name__, _guess_inputs(module_found))
     state, notes = _find_state(content, path, prefer_ema)
-    _check_values(state, path)
-    found = _network(state, given, path, content.get(SLICES))
+    slices = content.get(SLICES)
+    _check_values({SLICES: slices, **state} if isinstance(slices, Tensor) else state, path)
+    found = _network(state, given, path, slices)
     return replace(found, assumptions=(*notes, *found.assumptions))
 
 
-def _zip_members(path: Path) -> list[str]:
-    """Names in a zip archive, which torch's files are; empty for any other file."""
+def _zip_members(path: Path) -> dict[str, int]:
+    """Names in a zip archive, which torch's files are, and their unpacked bytes; empty for any
+    other file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return []
+            return {info.filename: info.file_size for info in archive.infolist()}
+    except Exception:  # damaged archives raise almost anything, and torch is asked next
+        return {}
+
+
+def _check_unpacked(path: Path, members: Mapping[str, int]) -> None:
+    """Raises CheckpointError for a decompression bomb."""
+    times, least = UNPACKED
+    unpacked = sum(members.values())
+    if unpacked > least and unpacked > times * path.stat().st_size:
+        raise CheckpointError(
+            f"{path} would unpack to {unpacked} bytes, more than {times} times its size (a "
+            "decompression bomb?): save it again with torch.save, which does not compress"
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -434,8 +474,10 @@ def _find_state(content: Any, path: Path, prefer_ema: bool) -> tuple[dict[str, T
         ema = [key for key in usable if key in AVERAGED]
         plain = [key for key in usable if key in PLAIN]
         if not usable:
-            keys = ", ".join(str(key) for key in list(content)[:6]) or "nothing"
-            only = {"optimizer", "param_groups", "optimizer_state_dict", "state"} & set(content)
+            # Only strings: a tuple of a hostile pickle can be endless when printed.
+            names = [key for key in content if isinstance(key, str)]
+            keys = ", ".join(names[:6]) or "nothing"
+            only = {"optimizer", "param_groups", "optimizer_state_dict", "state"} & set(names)
             raise CheckpointError(
                 f"{path} holds {'the state of an optimizer' if only else 'no weights'} (its keys: "
                 f"{keys}), not a network's state dict: save model.state_dict()"
@@ -467,16 +509,14 @@ def _find_state(content: Any, path: Path, prefer_ema: bool) -> tuple[dict[str, T
 
 def _check_values(state: Mapping[str, Tensor], path: Path) -> None:
     """Raises CheckpointError naming tensors that no trained network has."""
-    broken = [
-        key
-        for key, value in state.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value.float()).all())
-    ]
-    if broken:
+    odd = [key for key, value in state.items() if _is_odd(value)]
+    if odd:
         raise CheckpointError(
-            f"{path}: {_some(broken)} not finite (NaN or infinity): training diverged, or the "
-            "file is damaged; use an earlier checkpoint"
+            f"{path}: {_some(odd)} no plain tensor of numbers with all its elements in the file "
+            "(sparse, quantised, complex, on the meta device, or damaged): save the "
+            "floating-point state dict of the whole network"
         )
+    _check_finite(state, path)
     whole = [
         key
         for key, value in state.items()
@@ -496,6 +536,32 @@ def _check_values(state: Mapping[str, Tensor], path: Path) -> None:
         raise CheckpointError(
             f"{path}: {_some(negative)} negative, which a variance cannot be: the file is damaged"
         )
+
+
+def _check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    broken = [
+        key
+        for key, value in state.items()
+        if value.is_floating_point() and not bool(torch.isfinite(value.float()).all())
+    ]
+    if broken:
+        raise CheckpointError(
+            f"{path}: {_some(broken)} not finite (NaN or infinity): training diverged, or the "
+            "file is damaged; use an earlier checkpoint"
+        )
+
+
+def _is_odd(value: Tensor) -> bool:
+    """Whether arithmetic with it may fail, or take more memory than the file does: a header can
+    claim any shape for elements that are not there."""
+    if value.layout is not torch.strided or value.is_nested or value.device.type != "cpu":
+        return True
+    if value.is_quantized or value.is_complex() or not value.numel():
+        return True
+    if str(value.dtype).startswith(("torch.bits", "torch.float4")):
+        return True
+    claimed = value.numel() * value.element_size()
+    return claimed > max(value.untyped_storage().nbytes(), 1 << 20)
 
 
 def _some(keys: Sequence[str]) -> str:

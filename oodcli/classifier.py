@@ -16,6 +16,10 @@ from oodcli.architectures.heads import RetrainedHead
 from oodcli.errors import CheckpointError
 from oodcli.features import LinearHead
 
+LARGEST_INPUT = 1 << 24
+LARGEST_RESIZE = 1 << 14
+"""Pixels, of an image and of a side; more is a damaged file."""
+
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -46,6 +50,13 @@ class Preprocessing:
             raise CheckpointError(f"std {self.std} must be positive")
         if len(self.input_size) != 2 or min(self.input_size) < 1:
             raise CheckpointError(f"input_size {self.input_size} must be two positive integers")
+        if self.input_size[0] * self.input_size[1] > LARGEST_INPUT:
+            raise CheckpointError(
+                f"input_size {self.input_size} is more than {LARGEST_INPUT} pixels: no classifier "
+                "takes such images"
+            )
+        if self.resize is not None and self.resize > LARGEST_RESIZE:
+            raise CheckpointError(f"resize={self.resize} is more than {LARGEST_RESIZE} pixels")
         if self.resize is not None and self.resize < max(self.input_size):
             raise CheckpointError(
                 f"resize={self.resize} is smaller than the crop of {self.input_size[0]}x"
@@ -73,6 +84,14 @@ class Preprocessing:
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (like.new_tensor(numbers).view(-1, 1, 1) for numbers in (self.mean, self.std))
         return mean, std
+
+    def unlike(self, other: Preprocessing) -> tuple[str, str] | None:
+        """The first field in which the two differ, with the value of each; None if in none."""
+        for name, mine in asdict(self).items():
+            theirs = getattr(other, name)
+            if mine != theirs:
+                return f"{name} {mine}", f"{name} {theirs}"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

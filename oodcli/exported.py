@@ -36,6 +36,9 @@ REEXPORT = (
     "export it again with torch.export.export(model.eval(), (image,), "
     "dynamic_shapes=({0: torch.export.Dim('batch')},))"
 )
+LARGEST_EXAMPLE = 1 << 28
+"""Numbers in a batch of images."""
+
 ARITHMETIC = frozenset(
     getattr(operator, name)
     for name in (
@@ -69,10 +72,19 @@ def load_program(path: Path, *, trust: bool = False) -> tuple[nn.Module, tuple[i
     image = _image(program, path)
     shape = image.meta["val"].shape
     _check_evaluation(program, path)
-    reference = program.module()
     batch = shape[0] if isinstance(shape[0], int) else None
+    if math.prod(shape[1:]) * (batch or 1) > LARGEST_EXAMPLE:
+        raise CheckpointError(
+            f"{path} takes images of {tuple(shape)}, too large to try it: {REEXPORT}"
+        )
     images = torch.randn((3, *shape[1:]), generator=torch.Generator().manual_seed(0))
-    expected = _run_rows(reference, images, batch)
+    try:
+        expected = _run_rows(program.module(), images, batch)
+    except Exception as error:  # a graph that was edited or damaged can raise almost anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise CheckpointError(
+            f"{path} does not run ({reason}): export it again with torch.export.save"
+        ) from error
     try:
         with _quiet():
             _free_batch(program, image)

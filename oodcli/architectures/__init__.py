@@ -141,7 +141,10 @@ def recognise(state: Mapping[str, Tensor]) -> Recognition | None:
         if name is None:
             continue
         renamed = rename(name, state)
-        if "linear.weight" not in renamed or renamed["linear.weight"].ndim != 2:
+        dimensions = [
+            renamed[key].ndim for key in ("conv1.weight", "linear.weight") if key in renamed
+        ]
+        if dimensions != [4, 2]:
             continue
         if renamed["conv1.weight"].shape[1] == 1:
             name += "+grey"

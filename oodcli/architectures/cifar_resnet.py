@@ -97,6 +97,8 @@ def guess(state: Mapping[str, Tensor]) -> str | None:
     if "conv1.weight" not in state or "layer3.0.conv2.weight" not in state:
         return None
     blocks = len({key.split(".")[1] for key in state if key.startswith("layer1.")})
+    if state["conv1.weight"].ndim != 4:
+        return None
     width = state["conv1.weight"].shape[0]
     option_b = any(key.startswith("layer2.0.shortcut.") for key in state)
     name = f"resnet{6 * blocks + 2}-cifar" + "-b" * option_b

@@ -129,6 +129,8 @@ def guess(state: Mapping[str, Tensor]) -> str | None:
     state = rename(state)
     if "trans1.conv.weight" not in state or "block1.0.conv2.weight" not in state:
         return None
+    if state["block1.0.conv2.weight"].ndim != 4:
+        return None
     growth = state["block1.0.conv2.weight"].shape[0]
     counts: dict[str, int] = {}
     for key in state:

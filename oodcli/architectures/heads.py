@@ -138,7 +138,8 @@ def _unknown(head: str) -> str:
 def sizes_from(slices: Tensor) -> tuple[int, ...]:
     """The sizes of MOS's groups from where each begins and ends in the head's outputs, others
     first: (G, 2). Raises CheckpointError when groups overlap or leave something out."""
-    rows = slices.tolist() if slices.ndim == 2 and slices.shape[1] == 2 and len(slices) else [[1]]
+    pairs = slices.ndim == 2 and slices.shape[1] == 2 and bool(torch.isfinite(slices).all())
+    rows = slices.tolist() if pairs and len(slices) else [[1]]
     starts, ends = [row[0] for row in rows], [row[-1] for row in rows]
     if starts != [0, *ends[:-1]] or any(b - a < 2 for a, b in rows):
         raise CheckpointError(

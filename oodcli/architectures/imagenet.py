@@ -180,6 +180,8 @@ def _explain(known: Shapes, given: Shapes) -> tuple[str, int] | None:
         other = given[key]
         if shape == other:
             continue
+        if len(shape) != len(other):
+            return None
         if shape[0] == 1000 and shape[1:] == other[1:] and classes in (1000, other[0]):
             classes = other[0]
         elif len(shape) == 4 == len(other) and shape[1] == 3 and shape[0] == other[0]:

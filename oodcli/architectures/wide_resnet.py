@@ -97,5 +97,7 @@ def guess(state: Mapping[str, Tensor]) -> str | None:
     if "block3.0.conv2.weight" not in state or "trans1.conv1.weight" in state:
         return None
     blocks = len({key.split(".")[1] for key in state if key.startswith("block1.")})
+    if state["block3.0.conv2.weight"].ndim != 4:
+        return None
     widen = state["block3.0.conv2.weight"].shape[0] // 64
     return f"wrn-{6 * blocks + 4}-{widen}" + "-meliketoy" * ("conv1.bias" in state)

@@ -110,7 +110,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OodcliError as error:
-        console.say(f"oodcli: {error}", always=True)
+        console.say(f"oodcli: {console.harmless(str(error))}", always=True)
         sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):

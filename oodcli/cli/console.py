@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -34,6 +35,7 @@ def say(message: str, *, always: bool = False) -> None:
     command to be copied. always: even with --quiet."""
     if quiet and not always:
         return
+    message = "\n".join(map(harmless, message.split("\n")))
     if sys.stderr.isatty():
         columns = shutil.get_terminal_size().columns
         message = "\n".join(
@@ -41,6 +43,16 @@ def say(message: str, *, always: bool = False) -> None:
             for line in message.split("\n")
         )
     print(message, file=sys.stderr, flush=True)
+
+
+def harmless(text: str) -> str:
+    """The text with everything escaped that could move a terminal's cursor or begin another line:
+    names in messages are whatever a file says."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 class Notes(logging.Handler):
@@ -85,8 +97,9 @@ def emit_table(table: Table) -> None:
 
 
 def command_line() -> str:
-    """The command as it was given, for the files it makes."""
-    return shlex.join(["oodcli", *sys.argv[1:]])
+    """The command as it was given, for the files it makes; bytes that are not UTF-8 as \\xNN."""
+    words = shlex.join(["oodcli", *sys.argv[1:]])
+    return os.fsencode(words).decode("utf-8", "backslashreplace")
 
 
 def duration(seconds: float) -> str:

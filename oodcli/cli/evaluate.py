@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,7 +72,10 @@ def command(
     if detector:
         id_scores = id_scores.only(detector)
         ood_scores = {name: scores.only(detector) for name, scores in ood_scores.items()}
-    evaluation = evaluate_files(id_scores, ood_scores, resamples=resamples, seed=seed)
+    evaluation = replace(
+        evaluate_files(id_scores, ood_scores, resamples=resamples, seed=seed),
+        command=console.command_line(),
+    )
     written = []
     if output is not None:
         written = write_report(evaluation, id_scores, ood_scores, output, force=force)

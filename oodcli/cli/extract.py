@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,9 @@ from oodcli.cli.options import (
     parameters,
     takes_model,
 )
+
+if TYPE_CHECKING:
+    from oodcli.classifier import Classifier
 
 
 @takes_model
@@ -76,7 +80,7 @@ def command(
     from oodcli.features import KNOWN_RECORDS
     from oodcli.files.atomic import refuse_existing, refuse_suffix
     from oodcli.files.hdf5 import format_of
-    from oodcli.files.virtual import FORMAT, read_provenance
+    from oodcli.files.virtual import FORMAT
     from oodcli.images import open_images
     from oodcli.recording import CHEAP, Recorder, recordable
     from oodcli.stages.chosen import odin_step
@@ -91,11 +95,8 @@ def command(
     if source.note:
         console.say(f"note: {source.note}")
     virtual = format_of(Path(images)) == FORMAT
-    own = virtual and read_provenance(Path(images)).checkpoint_sha256 == classifier.sha256
-    if virtual and not own:
-        console.say(
-            f"note: {images} was made from another checkpoint, so its sensitivities are left out"
-        )
+    if virtual:
+        _require_same_network(classifier, checkpoint, images)
     given = parameters(param)
     chosen = [detectors.get(name) for name in _words(for_detectors)]
     unused = sorted(given.keys() - {kind.name for kind in chosen} - {"odin"})
@@ -110,7 +111,7 @@ def command(
                 f"{classifier.arch} has no linear layer at its end, so there is no embedding: say "
                 "what to record instead, such as --record logits,layers.mean"
             )
-        what = (CHEAP | ({"layers.gradient"} if own else set())) & possible
+        what = (CHEAP | ({"layers.gradient"} if virtual else set())) & possible
     elif record == "all":
         what = possible
     else:
@@ -163,7 +164,7 @@ def command(
             ),
             batch_size=batch_size,
             change=change,
-            sensitivity_from=Path(images) if own and "layers.gradient" in what else None,
+            sensitivity_from=Path(images) if virtual and "layers.gradient" in what else None,
             force=force,
             progress=advance,
         )
@@ -180,6 +181,28 @@ def command(
     )
     if summary["unreadable"]:
         raise typer.Exit(3)
+
+
+def _require_same_network(classifier: Classifier, checkpoint: Path, images: str) -> None:
+    """Virtual images tell of the network that they were made from, and of no other."""
+    from oodcli.errors import OodcliError
+    from oodcli.files.virtual import read_provenance
+
+    origin = read_provenance(Path(images))
+    if origin.checkpoint_sha256 != classifier.sha256:
+        raise OodcliError(
+            f"{images} was made from the checkpoint {origin.checkpoint_sha256[:12]}…, but "
+            f"{checkpoint} is {classifier.sha256[:12]}…: extract it with that one, or invert this"
+        )
+    here = classifier.preprocessing
+    # How photographs are resized does not concern images that have the right size already.
+    made = replace(origin.preprocessing, resize=here.resize, interpolation=here.interpolation)
+    unlike = made.unlike(here)
+    if unlike is not None:
+        raise OodcliError(
+            f"{images} was made for inputs with {unlike[0]}, but here it is {unlike[1]}: use the "
+            "same options or model card for both"
+        )
 
 
 def _words(text: str | None) -> list[str]:

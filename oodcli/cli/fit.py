@@ -89,7 +89,13 @@ def command(
         hyperparameters = {name: kind.parse(given.get(name, {})) for name, kind in kinds.items()}
         with make_folder(output):
             summary = fit_to_folder(
-                inputs, chosen, hyperparameters, output, leave_out=everything, force=force
+                inputs,
+                chosen,
+                hyperparameters,
+                output,
+                command=console.command_line(),
+                leave_out=everything,
+                force=force,
             )
     if json:
         console.emit_json(summary)

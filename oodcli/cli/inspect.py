@@ -1,4 +1,4 @@
-"""``oodcli inspect``: what a checkpoint is, and which detectors it allows."""
+"""``oodcli inspect``: what a file is; of a checkpoint, which detectors it allows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oodcli.cli import console
-from oodcli.cli.options import Checkpoint, Force, Json, ModelOptions, Quiet, takes_model
+from oodcli.cli.options import Force, Json, ModelOptions, Quiet, takes_model
 
 if TYPE_CHECKING:
     from oodcli.classifier import Classifier
+    from oodcli.files.describe import Kind
 
 
 def describe(classifier: Classifier, path: Path) -> dict[str, Any]:
@@ -55,10 +56,31 @@ def describe(classifier: Classifier, path: Path) -> dict[str, Any]:
 
 @takes_model
 def command(
-    checkpoint: Checkpoint,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A checkpoint; or virtual images, a cache, a detector, scores or metrics.",
+            show_default=False,
+        ),
+    ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="With --verify: what FILE should have been made from.",
+            show_default=False,
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Take the checksums of FILE again, and say which of them hold."
+        ),
+    ] = False,
     write_card: Annotated[
         bool,
-        typer.Option("--write-card", help="Write what was found into CHECKPOINT's model card."),
+        typer.Option("--write-card", help="Write what was found into a checkpoint's model card."),
     ] = False,
     json: Json = False,
     force: Force = False,
@@ -66,14 +88,33 @@ def command(
     *,
     model: ModelOptions,
 ) -> None:
-    """What a checkpoint is, and what each detector would need."""
-    from oodcli.errors import FileError
+    """What a checkpoint or an output of oodcli is, and how it was made."""
+    from oodcli.cli.facts import facts_table, of_file
+    from oodcli.errors import FileError, OodcliError
+    from oodcli.files.describe import describe_file, kind_of
 
-    card = checkpoint.with_suffix(".toml")
+    if checkpoint is not None and not verify:
+        raise OodcliError(
+            f"{checkpoint} is only looked at with --verify: add that, or leave it out"
+        )
+    kind = kind_of(file)
+    if write_card and (verify or kind != "checkpoint"):
+        raise OodcliError("--write-card is for a checkpoint alone")
+    if verify:
+        _verify(file, kind, checkpoint, json)
+        return
+    if kind != "checkpoint":
+        found = describe_file(file, kind)
+        if json:
+            console.emit_json(found)
+        else:
+            console.emit_table(facts_table(of_file(found)))
+        return
+    card = file.with_suffix(".toml")
     if write_card and card.exists() and not force:
         raise FileError(f"{card} exists: overwrite it with --force")
-    classifier = model.load(checkpoint)
-    found = describe(classifier, checkpoint)
+    classifier = model.load(file)
+    found = describe(classifier, file)
     if json:
         console.emit_json(found)
     else:
@@ -87,13 +128,23 @@ def command(
         console.say(f"wrote {card}")
 
 
+def _verify(file: Path, kind: Kind, checkpoint: Path | None, json: bool) -> None:
+    from oodcli.files.verify import verify
+
+    checks = []
+    for what, found in verify(file, kind, checkpoint):
+        checks.append({"what": what, "found": found})
+        if not json:
+            console.emit(console.harmless(f"{what:<12}{found}"))
+    if json:
+        console.emit_json({"file": str(file), "kind": kind, "checks": checks})
+
+
 def _print(found: dict[str, Any]) -> None:
     from rich.table import Table
 
-    preprocessing = found["preprocessing"]
-    height, width = preprocessing["input_size"]
-    resize = preprocessing["resize"]
-    how = f"shorter side to {resize}, centre crop" if resize else "resized straight to it"
+    from oodcli.cli.facts import facts_table, input_of, mean_std
+
     kinds = [tap["kind"] for tap in found["taps"]]
     others = ", ".join(
         f"{kinds.count(kind)} {kind}s" for kind in ("block", "stage", "other") if kind in kinds
@@ -106,9 +157,8 @@ def _print(found: dict[str, Any]) -> None:
         "architecture": found["arch"],
         "parameters": f"{found['parameters']:,}",
         "classes": f"{found['num_classes']}: {shown}",
-        "input": f"{len(preprocessing['mean'])}×{height}×{width}, {how} "
-        f"({preprocessing['interpolation']})",
-        "mean, std": f"{_list(preprocessing['mean'])}; {_list(preprocessing['std'])}",
+        "input": input_of(found["preprocessing"]),
+        "mean, std": mean_std(found["preprocessing"]),
         "BatchNorm": f"{len(found['batchnorm_layers'])} layers with running statistics",
         "other taps": others or "none",
         "head": f"{head['name']}, {head['width']} features"
@@ -116,12 +166,7 @@ def _print(found: dict[str, Any]) -> None:
         else found["retrained_head"] or "none: last layer not linear",
         "sha256": found["sha256"],
     }
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, value)
-    console.emit_table(table)
+    console.emit_table(facts_table(facts))
     verdicts = Table(box=None, pad_edge=False)
     for column in ("detector", "possible", "how"):
         verdicts.add_column(column, overflow="fold")
@@ -132,7 +177,3 @@ def _print(found: dict[str, Any]) -> None:
         verdicts.add_row(detector["name"], "yes" if detector["allowed"] else "no", how)
     console.emit("")
     console.emit_table(verdicts)
-
-
-def _list(numbers: list[float]) -> str:
-    return " ".join(f"{number:g}" for number in numbers)

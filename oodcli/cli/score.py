@@ -25,6 +25,7 @@ from oodcli.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from oodcli.classifier import Preprocessing
     from oodcli.detectors.base import Detector
     from oodcli.features import Rows
     from oodcli.stages.chosen import Chosen, FitReference
@@ -152,7 +153,12 @@ def command(
         )
         wanted = detector or [_default(opened.available, images is not None)]
         chosen = choose_detectors(
-            wanted, given, opened.available, opened.sha256, opened.fit_reference
+            wanted,
+            given,
+            opened.available,
+            opened.sha256,
+            opened.fit_reference,
+            opened.preprocessing,
         )
         if not chosen:
             raise OodcliError("no detector is possible with what was recorded")
@@ -207,6 +213,7 @@ class Opened:
 
     available: frozenset[str]
     sha256: str
+    preprocessing: Preprocessing
     class_names: tuple[str, ...]
     record: Callable[[Sequence[Chosen]], Iterable[Rows]]
     fit_reference: FitReference | None = None
@@ -228,9 +235,10 @@ def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
             cache.require(each.detector.score_needs | views, each.detector.name)
         return cache.blocks(needs(chosen, mirror=mirror))
 
-    provenance = cache.provenance
-    sha256 = provenance.checkpoint_sha256
-    return Opened(cache.recorded, sha256, provenance.class_names, record)
+    made = cache.provenance
+    return Opened(
+        cache.recorded, made.checkpoint_sha256, made.preprocessing, made.class_names, record
+    )
 
 
 def _from_images(
@@ -262,7 +270,12 @@ def _from_images(
         return fit_on_noise(classifier, kind, given, batch_size)
 
     return Opened(
-        recordable(classifier), classifier.sha256, classifier.class_names, record, fit_reference
+        recordable(classifier),
+        classifier.sha256,
+        classifier.preprocessing,
+        classifier.class_names,
+        record,
+        fit_reference,
     )
 
 

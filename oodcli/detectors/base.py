@@ -80,7 +80,19 @@ class Detector(ABC):
         if not self.fitted:
             # It is its settings, and often asked twice: alone and as an indicator of 1c-sum.
             return test.shared(_score_of, self)
-        return self._finite_score(test)
+        try:
+            scores = self._finite_score(test)
+            if scores.shape != (len(test),):
+                raise ValueError(f"scores of shape {tuple(scores.shape)} for {len(test)} rows")
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DetectorError(
+                f"the fitted {self.name} does not go with these features ({reason}): fit it again, "
+                "on features of this network"
+            ) from error
+        return scores
 
     def _finite_score(self, test: Features) -> Tensor:
         scores = self._score(test).double()
@@ -192,6 +204,8 @@ class Detector(ABC):
                 left -= set(names)
             elif field.name in settings:
                 value = settings[field.name]
+                if not _is_kind(value, hint):
+                    raise DetectorError(f"{cls.name}: '{field.name}' is of the wrong type")
                 values[field.name] = tuple(value) if isinstance(value, list) else value
             else:
                 raise DetectorError(f"{cls.name}: '{field.name}' is missing from the artefact")
@@ -199,6 +213,21 @@ class Detector(ABC):
         if superfluous:
             raise DetectorError(f"{cls.name}: the artefact has an unknown '{superfluous[0]}'")
         return cls(**values)
+
+
+def _is_kind(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is what a field is declared as."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_kind(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        return isinstance(value, list | tuple) and all(_is_kind(each, item) for each in value)
+    if hint in (float, int, str, bool):
+        kinds = (int, float) if hint is float else hint
+        return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+    return value is None if hint is type(None) else True
 
 
 def _score_of(test: Features, detector: Detector) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,24 +16,29 @@ from torch import Tensor
 
 from oodcli import __version__, detectors
 from oodcli.calibration import Calibration
+from oodcli.classifier import Preprocessing
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
-from oodcli.errors import DetectorError, FileError
+from oodcli.errors import FileError, OodcliError
 
 FORMAT = "oodcli-detector"
 VERSION = 1
 CALIBRATION = "calibration/"
 """Prefix of the tensors that are not the detector's state."""
 
+TENSORS_SHA256 = "tensors_sha256"
+
 BLOCK_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A detector and where it comes from. fitted_on: file, rows, virtual or real, and ``ood``, the
-    OOD data that it has learnt from; empty when it needs no fitting. calibrations: ``plain`` and,
-    for ``score --mirror``, ``mirror``. threshold: learnt from labelled rows. path: the file that it
-    was read from."""
+    """A detector and where it comes from. fitted_on: file, rows and the hash of their list, virtual
+    or real, and ``ood``, the OOD data that it has learnt from; empty when it needs no fitting.
+    calibrations: ``plain`` and, for ``score --mirror``, ``mirror``. threshold: learnt from labelled
+    rows. path: the file that it was read from. preprocessing: of the images that it was fitted or
+    calibrated on; None in files of before. recorded: what else is known of how those rows were made
+    (arch, seed, device, precision, command). command: the command line that made the artefact."""
 
     detector: Detector
     checkpoint_sha256: str
@@ -40,6 +46,9 @@ class Artefact:
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     threshold: float | None = None
     path: Path | None = None
+    preprocessing: Preprocessing | None = None
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def saw(self) -> str:
@@ -58,7 +67,10 @@ def write_artefact(artefact: Artefact, path: Path) -> None:
         "hyperparameters": json.dumps(detector.settings()),
         "checkpoint_sha256": artefact.checkpoint_sha256,
         "fitted_on": json.dumps(artefact.fitted_on),
+        "recorded": json.dumps(artefact.recorded),
+        "command": artefact.command,
         "oodcli_version": __version__,
+        "torch_version": str(torch.__version__),
     }
     tensors = dict(detector.state())
     about = {}
@@ -77,11 +89,14 @@ def write_artefact(artefact: Artefact, path: Path) -> None:
         metadata["calibration"] = json.dumps(about)
     if artefact.threshold is not None:
         metadata["threshold"] = repr(artefact.threshold)
+    if artefact.preprocessing is not None:
+        metadata["preprocessing"] = json.dumps(artefact.preprocessing.to_dict())
     _save(tensors, path, metadata)
 
 
-def read_artefact(path: Path) -> Artefact:
-    """Raises FileError when the file is missing, damaged, of a newer version or no artefact."""
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Metadata, and the tensors' shapes. Raises FileError when the file is missing, damaged, of a
+    newer version or no artefact."""
     if not path.is_file():
         raise FileError(f"{path} does not exist: 'oodcli fit' makes artefacts")
     try:
@@ -97,6 +112,12 @@ def read_artefact(path: Path) -> Artefact:
             f"{path} has format version {metadata.get('version')}, this oodcli reads {VERSION}: "
             "use a newer oodcli, or fit again"
         )
+    return metadata, shapes
+
+
+def read_artefact(path: Path) -> Artefact:
+    """Raises FileError as read_header does, and when what the file says makes no detector."""
+    metadata, shapes = read_header(path)
     try:
         kind = detectors.get(metadata["detector"])
         banks = {
@@ -104,7 +125,9 @@ def read_artefact(path: Path) -> Artefact:
             for name in kind.banks() & shapes.keys()
         }
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in shapes if name not in banks}
+            # Copies, for the last digit of a sum can depend on how a tensor is aligned, and in the
+            # file the length of the command line before it would decide that.
+            tensors = {name: file.get_tensor(name).clone() for name in shapes if name not in banks}
         calibrations = {
             view: Calibration(
                 tensors.pop(f"{CALIBRATION}{view}/scores"),
@@ -113,18 +136,35 @@ def read_artefact(path: Path) -> Artefact:
                 int(about["virtual"]),
                 about["matched_accuracy"],
             )
-            for view, about in json.loads(metadata.get("calibration", "{}")).items()
+            for view, about in _object(metadata.get("calibration", "{}")).items()
         }
         return Artefact(
-            kind.restore({**tensors, **banks}, json.loads(metadata["hyperparameters"])),
+            kind.restore({**tensors, **banks}, _object(metadata["hyperparameters"])),
             metadata["checkpoint_sha256"],
-            json.loads(metadata["fitted_on"]),
+            _object(metadata["fitted_on"]),
             calibrations,
             float(metadata["threshold"]) if "threshold" in metadata else None,
             path,
+            Preprocessing.from_dict(json.loads(metadata["preprocessing"]))
+            if "preprocessing" in metadata
+            else None,
+            _object(metadata.get("recorded", "{}")),
+            metadata.get("command", ""),
         )
-    except (KeyError, IndexError, TypeError, ValueError, DetectorError) as error:
-        raise FileError(f"{path} is damaged ({error}): fit it again") from error
+    except (
+        *(SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError),
+        *(RuntimeError, OverflowError, OodcliError),
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileError(f"{path} is damaged ({reason}): fit it again") from error
+
+
+def _object(text: str) -> dict[str, Any]:
+    """Raises ValueError when the text is no JSON object."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, got {type(found).__name__}")
+    return found
 
 
 _DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.bool: "BOOL"}
@@ -132,9 +172,12 @@ _DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch
 
 def _save(tensors: Mapping[str, Tensor | Bank], path: Path, metadata: Mapping[str, str]) -> None:
     """A safetensors file, written here because the library wants all of it in memory, and a bank
-    may be larger. Layout: https://github.com/huggingface/safetensors#format. Raises FileError when
-    a bank has other rows than it had."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    may be larger. Layout: https://github.com/huggingface/safetensors#format. The metadata get
+    ``tensors_sha256``, which is of all bytes after the header. Raises FileError when a bank has
+    other rows than it had."""
+    digest = hashlib.sha256()
+    # The header comes first, so a hash as long as the right one holds its place.
+    header: dict[str, Any] = {"__metadata__": {**metadata, TENSORS_SHA256: digest.hexdigest()}}
     end = 0
     for name in sorted(tensors, key=lambda name: (-_width(tensors[name]), name)):  # all aligned
         value = tensors[name]
@@ -144,16 +187,33 @@ def _save(tensors: Mapping[str, Tensor | Bank], path: Path, metadata: Mapping[st
             "data_offsets": [end, end + value.nbytes],
         }
         end += value.nbytes
-    words = json.dumps(header).encode()
-    words += b" " * (-len(words) % 8)
+    head = _header_bytes(header)
     with path.open("wb") as file:
-        file.write(len(words).to_bytes(8, "little") + words)
+        file.write(head)
         for name in list(header)[1:]:
             value = tensors[name]
             for block in value.blocks() if isinstance(value, Bank) else [value]:
-                file.write(block.detach().cpu().contiguous().numpy().tobytes())
-        if file.tell() != 8 + len(words) + end:
+                data = block.detach().cpu().contiguous().numpy().tobytes()
+                digest.update(data)
+                file.write(data)
+        if file.tell() != len(head) + end:
             raise FileError(f"{path} could not be written: the rows fitted on have changed")
+        header["__metadata__"][TENSORS_SHA256] = digest.hexdigest()
+        file.seek(0)
+        file.write(_header_bytes(header))
+
+
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    words = json.dumps(header).encode()
+    words += b" " * (-len(words) % 8)
+    return len(words).to_bytes(8, "little") + words
+
+
+def tensors_sha256(path: Path) -> str:
+    """SHA-256 of all bytes after the header, read in blocks."""
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _width(value: Tensor | Bank) -> int:

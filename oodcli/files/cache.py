@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from oodcli.features import (
     Rows,
     concatenate,
 )
-from oodcli.files.hdf5 import Provenance, damage, reading
+from oodcli.files.hdf5 import ROWS_SHA256, SHA256, Provenance, damage, dataset, group_of, reading
 
 FORMAT = "oodcli-features"
 
@@ -32,8 +33,16 @@ BLOCK_BYTES = 1 << 26
 BLOCK_ROWS = 8192
 
 
+def listed(paths: Sequence[str], labels: Tensor, errors: Sequence[str | None]) -> bytes:
+    """What ``rows_sha256`` is taken of: path, label and error of each row, a NUL after each, which
+    no text in HDF5 contains."""
+    rows = zip(paths, labels.tolist(), errors, strict=True)
+    return "".join(f"{path}\0{label}\0{error or ''}\0" for path, label, error in rows).encode()
+
+
 class CacheWriter:
     """Appends blocks of N rows in turn; unreadable images keep a row of NaN and their error.
+    Checksums are taken as the rows pass, and are in the file once all ``count`` are.
 
     Raises ValueError when a block records something else than the first one did.
     """
@@ -48,6 +57,8 @@ class CacheWriter:
         self._error = file.create_dataset("error", (count,), text)
         self._label = file.create_dataset("label", (count,), "int64", fillvalue=-1)
         self._rows: dict[str, h5py.Dataset] = {}
+        self._list = hashlib.sha256()
+        self._contents: dict[str, hashlib._Hash] = {}
 
     def append(self, rows: Rows) -> None:
         start, stop = self._row, self._row + len(rows.paths)
@@ -64,10 +75,22 @@ class CacheWriter:
                 values = np.full((len(rows.paths), tensor.shape[1]), np.nan, dtype=np.float32)
                 values[good] = tensor.float().cpu().numpy()
                 self._rows[name][start:stop] = values
+                self._contents[name].update(values.data)
         self._path[start:stop] = list(rows.paths)
         self._error[start:stop] = [error or "" for error in rows.errors]
         self._label[start:stop] = rows.labels.cpu().numpy()
+        self._list.update(listed(rows.paths, rows.labels, rows.errors))
         self._row = stop
+        if stop == self._count:
+            self._file.attrs[ROWS_SHA256] = self._list.hexdigest()
+            for name, content in self._contents.items():
+                self._rows[name].attrs[SHA256] = content.hexdigest()
+
+    def _constant(self, name: str, value: Tensor | float) -> None:
+        values = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
+        # By assignment, HDF5 would write the time into the group that it makes on the way.
+        dataset = self._file.create_dataset(name, data=values)
+        dataset.attrs[SHA256] = hashlib.sha256(values.tobytes()).hexdigest()
 
     def _create(self, features: Features, named: dict[str, Tensor]) -> None:
         for name, rows in named.items():
@@ -79,18 +102,18 @@ class CacheWriter:
                 chunks=(max(1, min(self._count, CHUNK_BYTES // (4 * width))), width),
                 fillvalue=np.nan,
             )
+            self._contents[name] = hashlib.sha256()
         for order, (name, layer) in enumerate(features.layers.items()):
             group = self._file.require_group(f"layers/{name}")
             group.attrs["kind"], group.attrs["order"] = layer.kind, order
         for order, (name, norm) in enumerate(features.batchnorm.items()):
             group = self._file.require_group(f"batchnorm/{name}")
             group.attrs["order"] = order
-            for part in ("running_mean", "running_var", "weight", "bias"):
-                group[part] = getattr(norm, part).cpu().numpy()
-            group["eps"], group["spatial_size"] = norm.eps, norm.spatial_size
+            for part in ("running_mean", "running_var", "weight", "bias", "eps", "spatial_size"):
+                self._constant(f"batchnorm/{name}/{part}", getattr(norm, part))
         if features.head is not None:
-            self._file["head/weight"] = features.head.weight.cpu().numpy()
-            self._file["head/bias"] = features.head.bias.cpu().numpy()
+            self._constant("head/weight", features.head.weight)
+            self._constant("head/bias", features.head.bias)
         if features.mirror is not None:
             self._file.require_group("mirror")
         if features.odin_step is not None:
@@ -99,15 +122,20 @@ class CacheWriter:
 
 
 class FeatureCache:
-    """An open cache; rows are read in blocks, so memory does not grow with their number."""
+    """An open cache; rows are read in blocks, so memory does not grow with their number.
+    rows_sha256: of the list of its images; None in files of before."""
 
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
         self._file = file
         with damage(path):
             self.provenance = Provenance.read(file)
+            self.rows_sha256: str | None = file.attrs.get(ROWS_SHA256)
             self._constants = self._read_constants()
-            lengths = {name: len(file[name]) for name in ("path", "error", *self._constants.rows())}
+            lengths = {}
+            for name, kinds in (("path", "OS"), ("error", "OS"), ("label", "iu")):
+                (lengths[name],) = dataset(file, name, kinds).shape
+            lengths |= {n: len(file[n]) for n in self._constants.rows() if n not in lengths}
         self.recorded = self._constants.recorded
         self.count = lengths["path"]
         wrong = [name for name, length in lengths.items() if length != self.count]
@@ -116,6 +144,9 @@ class FeatureCache:
                 f"{path}: /{wrong[0]} has {lengths[wrong[0]]} rows, but /path has {self.count}: "
                 "the file is damaged, extract it again"
             )
+        unlike = _unlike(self._constants, len(self.provenance.class_names))
+        if unlike:
+            raise FileError(f"{path}: {unlike}: the file is damaged, extract it again")
 
     def _read_constants(self, view: str = "") -> Features:
         """A block of no rows: everything that is not per image. view: ``mirror/`` for the mirror
@@ -124,10 +155,18 @@ class FeatureCache:
 
         def empty(name: str) -> Tensor | None:
             name = view + name
-            return torch.zeros((0, *file[name].shape[1:])) if name in file else None
+            if name not in file:
+                return None
+            shape = dataset(file, name, "f", by_rows=True).shape
+            if len(shape) != 2:
+                raise ValueError(f"/{name} has shape {shape}, expected a row for each image")
+            return torch.zeros(0, shape[1])
+
+        def whole(name: str) -> Tensor:
+            return torch.from_numpy(dataset(file, name, "f")[()].astype(np.float32, copy=False))
 
         def ordered(group: str) -> list[str]:
-            found = file.get(group, {})
+            found = group_of(file, group)
             return sorted(found, key=lambda name: int(found[name].attrs.get("order", 0)))
 
         layers = {
@@ -141,21 +180,19 @@ class FeatureCache:
         for name in ordered("batchnorm"):
             group = file[f"batchnorm/{name}"]
             tensors = {
-                part: torch.from_numpy(group[part][()])
+                part: whole(f"batchnorm/{name}/{part}")
                 for part in ("running_mean", "running_var", "weight", "bias")
             }
             norms[name] = BatchNorm(
-                eps=float(group["eps"][()]),
-                spatial_size=int(group["spatial_size"][()]),
+                eps=float(dataset(group, "eps", "fiu")[()]),
+                spatial_size=int(dataset(group, "spatial_size", "fiu")[()]),
                 mean=empty(f"batchnorm/{name}/mean"),
                 var=empty(f"batchnorm/{name}/var"),
                 **tensors,
             )
         head = None
         if "head" in file:
-            head = LinearHead(
-                torch.from_numpy(file["head/weight"][()]), torch.from_numpy(file["head/bias"][()])
-            )
+            head = LinearHead(whole("head/weight"), whole("head/bias"))
         step = None
         if "odin" in file:
             attributes = file["odin"].attrs
@@ -175,6 +212,20 @@ class FeatureCache:
             mirror=self._read_constants("mirror/") if not view and "mirror" in file else None,
         )
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """How many numbers a row has in each dataset."""
+        return {n: rows.shape[1] for n, rows in self._constants.rows().items() if n != "label"}
+
+    def listing(self) -> Iterator[tuple[tuple[str, ...], Tensor, tuple[str, ...]]]:
+        """Paths, labels and errors (empty where there is none) of all rows, in blocks."""
+        for start in range(0, self.count, BLOCK_ROWS):
+            part = slice(start, start + BLOCK_ROWS)
+            with damage(self.path):
+                paths, errors = (tuple(self._file[n].asstr()[part]) for n in ("path", "error"))
+                labels = torch.from_numpy(self._file["label"][part])
+            yield paths, labels, errors
+
     def blocks(self, needs: Iterable[str] | None = None) -> Iterator[Rows]:
         """All rows in order, with the records named by ``needs`` (None: all)."""
         constants = self._constants if needs is None else only(self._constants, frozenset(needs))
@@ -190,10 +241,13 @@ class FeatureCache:
             good = np.array([error is None for error in errors])
 
             def read(name: str, _: Tensor) -> Tensor:
-                return torch.from_numpy(self._file[name][start:stop][good])
+                found = self._file[name][start:stop]
+                if name != "label":  # some other width of numbers than ours
+                    found = found.astype(np.float32, copy=False)
+                return torch.from_numpy(found if good.all() else found[good])
 
             features = constants.map_rows(read, int(good.sum()))
-            labels = torch.from_numpy(self._file["label"][start:stop])
+            labels = torch.from_numpy(self._file["label"][start:stop].astype(np.int64, copy=False))
         return Rows(paths, labels, errors, features)
 
     def require(self, needs: Iterable[str], who: str) -> None:
@@ -206,6 +260,34 @@ class FeatureCache:
         """What ``Detector.fit`` takes: blocks that can be read again and again. part: numbers of
         readable rows (N,) → which of them are wanted."""
         return CachedRows(self, frozenset(needs), part)
+
+
+def _unlike(features: Features, classes: int) -> str:
+    """The first record whose width does not fit the others, in words; empty where all do."""
+    rows = features.rows()
+    expected: dict[str, int] = {}
+    for view in ("", "mirror/"):
+        expected |= dict.fromkeys(
+            (f"{view}{n}" for n in ("logits", "odin/logits", "deconf/h")), classes
+        )
+        for name in features.layers:
+            parts = [f"{view}layers/{name}/{part}" for part in LAYER_PARTS if part != "gram"]
+            there = [rows[part].shape[1] for part in parts if part in rows]
+            expected |= dict.fromkeys(parts, *there[:1])
+        for name, norm in features.batchnorm.items():
+            width = len(norm.running_mean)
+            statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            if any(each.shape != (width,) for each in statistics):
+                return f"/batchnorm/{name} has statistics of different lengths"
+            expected |= {f"{view}batchnorm/{name}/{part}": width for part in ("mean", "var")}
+        if features.head is not None:
+            expected[f"{view}embedding"] = features.head.weight.shape[1]
+    if features.head is not None and len(features.head.weight) != classes:
+        return f"/head/weight is for {len(features.head.weight)} classes, not {classes}"
+    for name, width in expected.items():
+        if name in rows and rows[name].shape[1] != width:
+            return f"/{name} is {rows[name].shape[1]} wide, expected {width}"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 VERSION = 1
+
+ROWS_SHA256 = "rows_sha256"
+"""Root attribute: SHA-256 of the list of images, once every row is there. Older files lack it."""
+
+SHA256 = "sha256"
+"""Attribute of a dataset: SHA-256 of its bytes, row after row."""
 
 CHUNK_CACHE = 1 << 19
 """Bytes for each dataset, two chunks of a feature cache: rows are written and read in order. HDF5
@@ -72,12 +79,15 @@ class Provenance:
             if field.name in file.attrs or field.name not in ("class_names", "matched_accuracy")
         }
         matched = values.get("matched_accuracy")
-        names = values.get("class_names") or file["class_names"][()].decode()
+        names = values.get("class_names") or dataset(file, "class_names", "OS")[()].decode()
+        names = json.loads(names)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names is no list of names")
         return cls(
             checkpoint_sha256=str(values["checkpoint_sha256"]),
             arch=str(values["arch"]),
             preprocessing=Preprocessing.from_dict(json.loads(values["preprocessing"])),
-            class_names=tuple(json.loads(names)),
+            class_names=tuple(names),
             source=str(values["source"]),
             command=str(values["command"]),
             oodcli_version=str(values["oodcli_version"]),
@@ -95,8 +105,38 @@ def format_of(path: Path) -> str | None:
     try:
         with h5py.File(path, "r") as file:
             return str(file.attrs.get("format", ""))
-    except (OSError, RuntimeError):
+    except Exception:  # on damaged files h5py raises almost anything
         return None
+
+
+def dataset(file: h5py.Group, name: str, kinds: str, *, by_rows: bool = False) -> h5py.Dataset:
+    """A dataset of one of numpy's ``kinds`` of numbers or text, of which the file holds at least
+    some: reading it, or with ``by_rows`` a row or a chunk of it, takes no more memory than the file
+    has bytes. A header alone can claim any size. Raises KeyError, TypeError or ValueError, so it
+    goes into a ``damage``."""
+    found = file[name]
+    if not isinstance(found, h5py.Dataset) or found.shape is None:
+        raise TypeError(f"/{name} is no array")
+    if found.dtype.kind not in kinds:
+        raise TypeError(f"/{name} is of the wrong type, {found.dtype}")
+    if found.is_virtual or found.external:
+        raise ValueError(f"/{name} has its values in another file")
+    shape = found.shape
+    claimed = math.prod(shape)
+    if by_rows:
+        claimed = max(math.prod(shape[1:]), math.prod(found.chunks or (0,)))
+    if claimed * found.dtype.itemsize > max(found.file.id.get_filesize(), 1 << 20):
+        raise ValueError(f"/{name} claims the shape {shape}, which is more than the file has")
+    return found
+
+
+def group_of(file: h5py.Group, name: str) -> Mapping[str, Any]:
+    """A group, empty where there is none. Raises TypeError for a dataset, whose rows would be
+    taken for the names in it."""
+    found: Mapping[str, Any] = file.get(name, {})
+    if isinstance(found, h5py.Dataset):
+        raise TypeError(f"/{name} is no group")
+    return found
 
 
 @contextmanager
@@ -105,9 +145,12 @@ def damage(path: Path) -> Iterator[None]:
     but reading belongs in it, or faults of ours would be blamed on the file."""
     try:
         yield
-    except OodcliError:
+    except FileError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (
+        *(OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError),
+        *(OverflowError, MemoryError, OodcliError),
+    ) as error:
         raise FileError(
             f"{path} is truncated, damaged or no HDF5 file ({_first_line(error)}): make it again"
         ) from error

@@ -24,6 +24,7 @@ import csv
 import json
 import math
 import re
+import reprlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -222,7 +223,7 @@ class _CsvSink(_Sink):
         line = ",".join(("%s,%s", *kinds)) + ",\n"
         if not any(errors):
             rows = zip(paths, labels, *cells, strict=True)
-            self._stream.writelines(map(line.__mod__, rows))
+            self._stream.write("".join(map(line.__mod__, rows)))
             return
         good = zip(*cells, strict=True)
         self._stream.writelines(
@@ -352,7 +353,7 @@ class Scores:
     detectors: for each name the (R,) float64 scores of the R readable rows alone, those without an
     error; ``readable`` says which they are. verdicts: for each name with a column ``.ood`` how many
     of those rows it calls OOD, and what that rests on. saw: for each name that has learnt from OOD
-    data, from which.
+    data, from which. columns: the file's header.
     """
 
     source: str
@@ -364,6 +365,7 @@ class Scores:
     errors: tuple[str, ...]
     verdicts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     saw: Mapping[str, str] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
 
     def only(self, detectors: Sequence[str]) -> Scores:
         """The same rows with these detectors, in this order. Raises FileError when one is not in
@@ -385,14 +387,15 @@ class Scores:
         return sum(bool(error) for error in self.errors)
 
 
-def read_scores(path: Path) -> Scores:
-    """Reads a .csv, .jsonl or .parquet scores file; the columns may come in any order.
+def read_scores(path: Path, kind: Format | None = None) -> Scores:
+    """Reads a .csv, .jsonl or .parquet scores file; the columns may come in any order. kind: where
+    the suffix does not say it.
 
     Raises FileError, naming file and line, when the file is missing, cut off or without a row, when
     a column is missing, doubled or when there is none of a detector, and when a score of a row
     without an error is no number, NaN or −inf.
     """
-    kind = format_of(path)
+    kind = kind or format_of(path)
     if not path.exists():
         raise FileError(f"{path}: no such file: write it with oodcli score -o")
     if path.is_dir():
@@ -472,6 +475,7 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
         errors=tuple(texts["error"]),
         verdicts={name: (count, basis[name]) for name, count in flagged.items()},
         saw={name: " | ".join(found) for name, found in saw.items() if found},
+        columns=tuple(header),
     )
 
 
@@ -485,7 +489,7 @@ def _number(path: Path, where: str, column: str, cell: Any) -> float:
             raise ValueError
         return float(cell)
     except (TypeError, ValueError, OverflowError):
-        shown = "empty" if cell in (None, "") else f"{cell!r}"
+        shown = "empty" if cell is None or cell == "" else reprlib.repr(cell)
         raise FileError(f"{path}, {where}: {column} is {shown}, expected a number") from None
 
 
@@ -524,9 +528,10 @@ def _json_rows(path: Path) -> Iterator[_Numbered]:
                 continue
             try:
                 pairs = json.loads(line, object_pairs_hook=_Pairs)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also of a number of 5000 digits
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise FileError(
-                    f"{path}, {where}: not JSON ({error.msg}): the file is cut off or was "
+                    f"{path}, {where}: not JSON ({reason}): the file is cut off or was "
                     "edited; score again"
                 ) from None
             if not isinstance(pairs, _Pairs):
@@ -562,6 +567,7 @@ def _parquet_rows(path: Path) -> Iterator[_Numbered]:
                 for cells in zip(*columns, strict=True):
                     number += 1
                     yield f"row {number}", cells
-    except arrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
+    # Besides Arrow's own: ValueError and OverflowError for a time that Python cannot hold.
+    except (arrow.ArrowException, ValueError, OverflowError, MemoryError, LookupError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileError(f"{path} is not parquet, or is cut off ({reason}): score again") from None

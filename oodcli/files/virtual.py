@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from oodcli.files.hdf5 import Provenance, damage, reading
+from oodcli.files.hdf5 import ROWS_SHA256, SHA256, Provenance, damage, dataset, group_of, reading
 
 FORMAT = "oodcli-virtual"
 MADE_BY = "oodcli invert"
 
 
+def listed(images: NDArray[np.float16], labels: NDArray[np.int64]) -> Iterator[bytes]:
+    """What ``rows_sha256`` is taken of: the bytes of each image, followed by its label's."""
+    for image, label in zip(images, labels, strict=True):
+        yield image.tobytes() + label.tobytes()
+
+
 class VirtualWriter:
     """Datasets ``/images`` (N, C, H, W) float16 in normalised space, ``/label`` (N,) int64,
-    ``/layers/<name>/sensitivity`` (N, C) float32; batches are appended in turn."""
+    ``/layers/<name>/sensitivity`` (N, C) float32; batches are appended in turn. Checksums are taken
+    as they pass; ``finish`` writes them."""
 
     def __init__(
         self, file: h5py.File, provenance: Provenance, count: int, settings: Mapping[str, Any]
@@ -37,21 +47,32 @@ class VirtualWriter:
             chunks=(1 if height * width > 10_000 else min(count, 64), channels, height, width),
         )
         self._label = file.create_dataset("label", (count,), "int64")
+        self._list = hashlib.sha256()
+        self._contents: dict[str, hashlib._Hash] = {}
 
     def append(self, images: Tensor, label: Tensor, sensitivity: Mapping[str, Tensor]) -> None:
         start, stop = self._row, self._row + len(images)
-        self._images[start:stop] = images.numpy()
-        self._label[start:stop] = label.numpy()
+        pixels, labels = images.half().numpy(), label.long().numpy()
+        self._images[start:stop] = pixels
+        self._label[start:stop] = labels
+        for row in listed(pixels, labels):
+            self._list.update(row)
         for order, (name, rows) in enumerate(sensitivity.items()):
             where = f"layers/{name}/sensitivity"
             if where not in self._file:
                 self._file.create_dataset(where, (len(self._label), rows.shape[1]), "float32")
                 self._file[f"layers/{name}"].attrs["order"] = order
-            self._file[where][start:stop] = rows.numpy()
+                self._contents[where] = hashlib.sha256()
+            values = rows.float().contiguous().numpy()
+            self._file[where][start:stop] = values
+            self._contents[where].update(values.data)
         self._row = stop
 
     def finish(self, quality: Mapping[str, Any]) -> None:
         self._file.attrs["quality"] = json.dumps(quality)
+        self._file.attrs[ROWS_SHA256] = self._list.hexdigest()
+        for where, content in self._contents.items():
+            self._file[where].attrs[SHA256] = content.hexdigest()
 
 
 def read_provenance(path: Path) -> Provenance:
@@ -63,9 +84,12 @@ def read_provenance(path: Path) -> Provenance:
 def read_sensitivity(path: Path, start: int, stop: int) -> dict[str, Tensor]:
     """Layer → (stop − start, C) float32. Raises FileError when the file is damaged."""
     with reading(path, FORMAT, MADE_BY) as file, damage(path):
-        layers = file.get("layers", {})
-        return {
-            name: torch.from_numpy(group["sensitivity"][start:stop])
-            for name, group in layers.items()
-            if "sensitivity" in group
-        }
+        found = {}
+        for name in group_of(file, "layers"):
+            group = group_of(file, f"layers/{name}")
+            if "sensitivity" in group:
+                rows = dataset(group, "sensitivity", "f", by_rows=True)[start:stop]
+                if rows.ndim != 2 or len(rows) != stop - start:
+                    raise ValueError(f"/layers/{name}/sensitivity has shape {rows.shape}")
+                found[name] = torch.from_numpy(rows.astype(np.float32, copy=False))
+        return found

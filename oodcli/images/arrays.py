@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from lzma import LZMAError
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,15 @@ from oodcli.errors import CheckpointError, ImagesError
 from oodcli.images.labels import UNKNOWN, match, numbered, written
 from oodcli.images.pixels import decode_rows
 from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
+
+MOST_ROWS = 1 << 28
+MOST_CLASSES = 1 << 20
+LARGEST_WHOLE = 1 << 30
+BLOCK_BYTES = 1 << 24
+"""Images are read so many bytes at a time, or one at a time."""
+
+DAMAGE = (zlib.error, LZMAError, RuntimeError, NotImplementedError, OverflowError, MemoryError)
+"""What reading on in an archive can raise besides; RuntimeError: it is encrypted."""
 
 VIRTUAL_FORMAT = "oodcli-virtual"
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, Pillow's weights of RGB → grey
@@ -50,14 +60,16 @@ class ArchiveOfArrays(ImageSource):
                     )
                 with archive.open("images.npy") as member:
                     self._shape, self._columns_first, kind = _header(member)
-            with np.load(path, allow_pickle=False) as arrays:
-                labels = arrays["labels"] if "labels" in arrays.files else None
-                classes = arrays["classes"] if "classes" in arrays.files else None
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                self._check(kind)
+                labels = _small_array(archive, "labels", len(self))
+                classes = _small_array(archive, "classes", MOST_CLASSES)
+        except ImagesError:
+            raise
+        except Exception as error:  # zipfile, zlib and numpy raise almost anything
             raise ImagesError(
                 f"{path} is damaged or not an .npz file: {unreadable_file(error)}"
             ) from error
-        self._check(kind)
+        self.grain = max(1, min(self.grain, BLOCK_BYTES // self._row_bytes))
         self._labels, self.note = self._read_labels(labels, classes, class_names)
         self.labelled = bool((self._labels >= 0).any())
 
@@ -75,6 +87,18 @@ class ArchiveOfArrays(ImageSource):
             )
         if 0 in shape:
             raise ImagesError(f"{self.name}: 'images' is empty, its shape is {shape}")
+        limit = Image.MAX_IMAGE_PIXELS
+        too_many = limit is not None and shape[1] * shape[2] > limit
+        if min(shape) < 0 or shape[0] > MOST_ROWS or too_many:
+            raise ImagesError(
+                f"{self.name}: 'images' claims the shape {shape}, too large for an array of images "
+                "(a decompression bomb?)"
+            )
+        if self._columns_first and math.prod(shape) > LARGEST_WHOLE:
+            raise ImagesError(
+                f"{self.name}: 'images' is in Fortran's order, which must be read as a whole, and "
+                "too large for that: save numpy.ascontiguousarray(images)"
+            )
 
     def _read_labels(
         self,
@@ -107,6 +131,13 @@ class ArchiveOfArrays(ImageSource):
     def __len__(self) -> int:
         return self._shape[0]
 
+    def weight(self, start: int, stop: int) -> int:
+        return (stop - start) * self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self._shape[1:])
+
     def paths(self, start: int, stop: int) -> list[str]:
         name = printable(self._path.as_posix())
         return [f"{name}[{row}]" for row in range(start, stop)]
@@ -114,8 +145,11 @@ class ArchiveOfArrays(ImageSource):
     @contextmanager
     def reading(self) -> Iterator[Fetch]:
         if self._columns_first:  # rows are scattered all over such a file: there is no other way
-            with np.load(self._path, allow_pickle=False) as arrays:
-                whole = arrays["images"]
+            try:
+                with np.load(self._path, allow_pickle=False) as arrays:
+                    whole = arrays["images"]
+            except Exception as error:
+                raise ImagesError(f"{self.name} is damaged: {unreadable_file(error)}") from error
             yield lambda start, stop: partial(
                 _decode_array, self._labels[start:stop], whole[start:stop]
             )
@@ -123,7 +157,7 @@ class ArchiveOfArrays(ImageSource):
         with zipfile.ZipFile(self._path) as archive, archive.open("images.npy") as member:
             _header(member)
             data = member.tell()
-            row_bytes = math.prod(self._shape[1:])
+            row_bytes = self._row_bytes
 
             def fetch(start: int, stop: int) -> partial[Rows]:
                 try:
@@ -132,7 +166,7 @@ class ArchiveOfArrays(ImageSource):
                     # bytearray: torch warns of tensors on memory that cannot be written
                     images = np.frombuffer(bytearray(pixels), np.uint8)
                     images = images.reshape(stop - start, *self._shape[1:])
-                except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                except (OSError, EOFError, ValueError, zipfile.BadZipFile, *DAMAGE) as error:
                     raise ImagesError(
                         f"{self.name} is damaged at image {start}: {unreadable_file(error)}"
                     ) from error
@@ -144,9 +178,24 @@ class ArchiveOfArrays(ImageSource):
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether in Fortran's order, dtype; leaves the stream where the data begin."""
     version = np.lib.format.read_magic(member)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(member)
-    return np.lib.format.read_array_header_2_0(member)
+    if version != (1, 0):  # the others are for long names of fields, and their headers may be, too
+        raise ValueError(f"an array in format {version[0]}.{version[1]}, expected 1.0")
+    return np.lib.format.read_array_header_1_0(member)
+
+
+def _small_array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any] | None:
+    """An array of at most so many elements, None where the archive has none of that name. Raises
+    ValueError for more: numpy would make room for whatever the header claims."""
+    if f"{name}.npy" not in archive.namelist():
+        return None
+    with archive.open(f"{name}.npy") as member:
+        shape, _, kind = _header(member)
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count > most or count * kind.itemsize > LARGEST_WHOLE:
+        raise ValueError(f"'{name}' is {kind} of shape {shape}, expected at most {most} of them")
+    with archive.open(f"{name}.npy") as member:
+        array: NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
+    return array
 
 
 def _texts(names: NDArray[Any]) -> list[str]:
@@ -192,14 +241,25 @@ class VirtualImages(ImageSource):
     def __init__(self, path: Path, preprocessing: Preprocessing, num_classes: int) -> None:
         import h5py
 
+        from oodcli.files.hdf5 import VERSION, dataset
+
         self.name = str(path)
         self._path = path
         try:
             with h5py.File(path, "r") as file:
                 self._check_format(file.attrs.get("format"))
+                if int(file.attrs.get("version", VERSION)) > VERSION:
+                    raise ImagesError(
+                        f"{path} has format version {file.attrs['version']}, this oodcli reads "
+                        f"{VERSION}: use a newer oodcli, or make it again with oodcli invert"
+                    )
                 self._made_by = Preprocessing.from_dict(json.loads(file.attrs["preprocessing"]))
-                shape, labels = file["images"].shape, file["label"][:]
-        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+                shape = dataset(file, "images", "f", by_rows=True).shape
+                labels = dataset(file, "label", "iu")[()]
+        except (
+            *(LookupError, TypeError, ValueError, AttributeError, CheckpointError, OverflowError),
+            *(RecursionError, MemoryError),
+        ) as error:
             raise ImagesError(
                 f"{path} lacks a part of a virtual file ({unreadable_file(error)}): make it again "
                 "with oodcli invert"
@@ -220,6 +280,8 @@ class VirtualImages(ImageSource):
         self._labels, label_note = numbered(
             torch.from_numpy(labels.astype(np.int64)), num_classes, "labels of the virtual images"
         )
+        self._row_bytes: int = 4 * math.prod(shape[1:])
+        self.grain = max(1, min(self.grain, BLOCK_BYTES // self._row_bytes))
         made, wanted = self._made_by.input_size, preprocessing.input_size
         size_note = (
             f"virtual images of {made[0]}x{made[1]} are resized to {wanted[0]}x{wanted[1]}: they "
@@ -228,6 +290,9 @@ class VirtualImages(ImageSource):
         notes = [label_note, size_note if made != wanted else None]
         self.note = "; ".join(note for note in notes if note) or None
         self.labelled = bool((self._labels >= 0).any())
+
+    def weight(self, start: int, stop: int) -> int:
+        return (stop - start) * self._row_bytes
 
     def _check_format(self, found: Any) -> None:
         if found == "oodcli-features":
@@ -258,7 +323,7 @@ class VirtualImages(ImageSource):
             def fetch(start: int, stop: int) -> partial[Rows]:
                 try:
                     normalised = torch.from_numpy(images[start:stop].astype(np.float32))
-                except OSError as error:
+                except (OSError, RuntimeError, ValueError, MemoryError) as error:
                     raise ImagesError(
                         f"{self.name} is damaged at image {start}: make it again with oodcli invert"
                     ) from error

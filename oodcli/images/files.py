@@ -7,12 +7,10 @@ import os
 import re
 import tarfile
 import zipfile
-import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from tarfile import ReadError, TarFile
 from typing import IO, NamedTuple, NoReturn, Self, TextIO, cast
@@ -25,8 +23,11 @@ from oodcli.images.labels import UNKNOWN, by_folder, written
 from oodcli.images.pixels import SUFFIXES, Load, UnreadableError, decode_rows, load_bytes, load_file
 from oodcli.images.source import Fetch, ImageSource, printable, unreadable_file
 
-LARGEST_MEMBER = 1 << 30
+LARGEST_MEMBER = 1 << 28
 """Bytes of one image in an archive; it is read whole, and more is no image but a bomb."""
+
+LONGEST_NAME = 1 << 20
+"""Bytes of an entry of a tar that holds a name or other words about the next one."""
 
 
 class FileList(ImageSource):
@@ -188,7 +189,7 @@ class _Archive(ImageSource):
         self._path = path
         try:
             self._members, order_note = self._index()
-        except (OSError, EOFError, ValueError, *_DAMAGED) as error:
+        except Exception as error:  # zipfile and tarfile raise almost anything
             raise ImagesError(
                 f"{path} is damaged or not such an archive: {unreadable_file(error)}"
             ) from error
@@ -212,15 +213,17 @@ class _Archive(ImageSource):
         members = self._members[start:stop]
         return [printable(f"{self._path.as_posix()}/{member.name}") for member in members]
 
+    def weight(self, start: int, stop: int) -> int:
+        return sum(
+            member.size for member in self._members[start:stop] if member.size <= LARGEST_MEMBER
+        )
+
     def _fetcher(self, read: Callable[[Member], bytes]) -> Fetch:
         return lambda start, stop: partial(
             decode_rows,
             self._labels[start:stop],
             [_load_member(read, member) for member in self._members[start:stop]],
         )
-
-
-_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError)
 
 
 def _load_member(read: Callable[[Member], bytes], member: Member) -> Load:
@@ -231,8 +234,7 @@ def _load_member(read: Callable[[Member], bytes], member: Member) -> Load:
         return partial(_raise, f"{member.size} bytes are too many for an image")
     try:
         return partial(load_bytes, read(member))
-    # RuntimeError: encrypted. NotImplementedError: a compression that Python lacks.
-    except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, *_DAMAGED) as error:
+    except Exception as error:
         return partial(_raise, f"cannot be unpacked: {_reason(error, member)}")
 
 
@@ -276,7 +278,8 @@ class ZipOfImages(_Archive):
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the archive; rows would be missing unseen."""
+    """tarfile takes a damaged header for the end of the archive; rows would be missing unseen. And
+    it reads the whole of an entry that holds a long name."""
 
     @classmethod
     def fromtarfile(cls, tarfile: TarFile) -> Self:
@@ -285,6 +288,15 @@ class _StrictHeader(tarfile.TarInfo):
         except _DAMAGED_HEADERS as error:
             raise ReadError(f"damaged header at byte {tarfile.offset}") from error
 
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _NAMES and not 0 <= found.size <= LONGEST_NAME:
+            raise ReadError(f"an entry of type {found.type!r} of {found.size} bytes")
+        return found
+
+
+_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, b"x", b"g", b"X")
 
 _DAMAGED_HEADERS = (
     tarfile.InvalidHeaderError,  # type: ignore[attr-defined]

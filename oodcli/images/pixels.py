@@ -126,7 +126,8 @@ def colours(image: Image.Image, channels: int) -> Image.Image:
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):  # also false for NaN
             raise UnreadableError("floating-point pixels outside [0, 1]: save them as 8 or 16 bits")
-        image = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+        scaled = values * 255
+        image = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"
     if image.mode == mode:
         return image
@@ -146,7 +147,11 @@ def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     """Grey levels 0…65535 → 0…255. Pillow holds 16-bit grey in 16- or 32-bit integers."""
     if values.min() < 0 or values.max() > 65535:
         raise UnreadableError("32-bit pixels outside 0…65535: save them as 8 or 16 bits")
-    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    scaled = values.astype(np.uint32)  # and in place from here: an image may have 10⁸ pixels
+    scaled *= 255
+    scaled += 32767
+    scaled //= 65535
+    return scaled.astype(np.uint8)
 
 
 def fit(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:

@@ -65,6 +65,10 @@ class ImageSource(ABC):
     def paths(self, start: int, stop: int) -> list[str]:
         """Where the images of the rows [start, stop) came from, printable as UTF-8."""
 
+    def weight(self, start: int, stop: int) -> int:
+        """Bytes that are in memory between fetching and decoding these rows; 0 for few."""
+        return 0
+
     @abstractmethod
     def reading(self) -> AbstractContextManager[Fetch]:
         """Opens what must be open while rows are read."""

@@ -48,7 +48,8 @@ class Evaluation:
     """All that is reported. rows: by detector, set (``mean`` last), metric. counts: ID first, then
     the OOD sets. accuracy: share of the ``labelled`` readable ID rows whose class was predicted;
     None where no label is known. notes: sentences that belong beside the figures. saw: detector →
-    the OOD data that it has learnt from; left out where there are none."""
+    the OOD data that it has learnt from; left out where there are none. command: the command line,
+    where there is one."""
 
     rows: tuple[Row, ...]
     counts: tuple[Counts, ...]
@@ -58,6 +59,7 @@ class Evaluation:
     resamples: int
     seed: int
     saw: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
 
     @cached_property
     def detectors(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from oodcli import __version__
 from oodcli.metrics import CONVENTIONS, LOWER_IS_BETTER, Estimate
 from oodcli.report.evaluation import Evaluation
 
@@ -60,6 +61,8 @@ def as_json(evaluation: Evaluation) -> dict[str, object]:
     return {
         "format": "oodcli-metrics",
         "version": 1,
+        "oodcli_version": __version__,
+        "command": evaluation.command,
         "unit": "fraction",
         "interval": {
             "level": 0.95,

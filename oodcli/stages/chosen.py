@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oodcli import detectors
 from oodcli.calibration import Calibration
-from oodcli.classifier import Classifier
+from oodcli.classifier import Classifier, Preprocessing
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, OdinStep
@@ -54,12 +54,13 @@ def choose_detectors(
     available: frozenset[str],
     sha256: str,
     fit_reference: FitReference | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> list[Chosen]:
     """Detectors from names and artefacts' paths; ``all`` is every one that needs no images of its
     own and that ``available`` allows. One that is given twice, fitted on virtual and on real
     images, has the columns ``knn[virtual]`` and ``knn[real]``. Raises DetectorError or FileError
-    for one that is unknown, needs fitting, belongs to another checkpoint or is there twice
-    otherwise."""
+    for one that is unknown, needs fitting, belongs to another checkpoint or preprocessing or is
+    there twice otherwise."""
     chosen: list[Chosen] = []
     made: set[str] = set()
 
@@ -79,7 +80,7 @@ def choose_detectors(
                 raise DetectorError(_must_be_fitted(kind))
             make(kind)
         elif word.endswith(".safetensors") or Path(word).is_file():
-            chosen.append(_belonging(Path(word), sha256))
+            chosen.append(_belonging(Path(word), sha256, preprocessing))
         else:
             detectors.get(word)  # raises the sentence that lists the names
     chosen = _told_apart(chosen)
@@ -127,18 +128,29 @@ def _must_be_fitted(kind: type[Detector]) -> str:
     return f"{kind.name} must be fitted first: {how}"
 
 
-def require_checkpoint(artefact: Artefact, sha256: str) -> None:
-    """Raises FileError when an artefact was made for another checkpoint."""
+def require_same_network(
+    artefact: Artefact, sha256: str, preprocessing: Preprocessing | None = None
+) -> None:
+    """Raises FileError when an artefact was made for another checkpoint, or on images that were
+    prepared in another way."""
     if artefact.checkpoint_sha256 != sha256:
         raise FileError(
             f"{artefact.path} was fitted for the checkpoint {artefact.checkpoint_sha256[:12]}…, "
             f"but this is {sha256[:12]}…: fit it on features of this checkpoint"
         )
+    if artefact.preprocessing is None or preprocessing is None:
+        return
+    unlike = artefact.preprocessing.unlike(preprocessing)
+    if unlike is not None:
+        raise FileError(
+            f"{artefact.path} was fitted on images prepared with {unlike[0]}, but here it is "
+            f"{unlike[1]}: use the same options or model card for both"
+        )
 
 
-def _belonging(path: Path, sha256: str) -> Chosen:
+def _belonging(path: Path, sha256: str, preprocessing: Preprocessing | None) -> Chosen:
     artefact = read_artefact(path)
-    require_checkpoint(artefact, sha256)
+    require_same_network(artefact, sha256, preprocessing)
     trained_on = artefact.fitted_on.get("kind", "")
     if trained_on and artefact.detector.reference_images is not None:
         trained_on = "noise" if trained_on == "real" else trained_on

@@ -19,7 +19,8 @@ from oodcli.errors import DetectorError, FileError
 from oodcli.files.artefact import Artefact, write_artefact
 from oodcli.files.atomic import atomic, refuse_existing
 from oodcli.files.cache import FeatureCache
-from oodcli.stages.chosen import require_checkpoint, score_views
+from oodcli.files.hdf5 import Provenance
+from oodcli.stages.chosen import require_same_network, score_views
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ class FitInputs:
     labelled: Mapping[str, bool] | None = None
 
     @property
-    def sha256(self) -> str:
-        """The checkpoint that all of them come from. Raises FileError when they differ."""
+    def provenance(self) -> Provenance:
+        """That of the first of them, whose checkpoint and preprocessing are those of all. Raises
+        FileError when they differ."""
         caches = [cache for cache in (self.train, *self.calibrate, self.ood) if cache is not None]
         if not caches:
             raise DetectorError("nothing to fit on: give a cache, or --calibrate FILE.h5")
@@ -49,7 +51,13 @@ class FitInputs:
                     f"{cache.provenance.checkpoint_sha256[:12]}…, but {first.path} with "
                     f"{first.provenance.checkpoint_sha256[:12]}…: use one checkpoint"
                 )
-        return first.provenance.checkpoint_sha256
+            unlike = cache.provenance.preprocessing.unlike(first.provenance.preprocessing)
+            if unlike is not None:
+                raise FileError(
+                    f"{cache.path} was extracted with {unlike[0]}, but {first.path} with "
+                    f"{unlike[1]}: extract both with the same options or model card"
+                )
+        return first.provenance
 
 
 def fit_to_folder(
@@ -58,14 +66,15 @@ def fit_to_folder(
     hyperparameters: Mapping[str, Mapping[str, Any]],
     folder: Path,
     *,
+    command: str = "",
     leave_out: bool = False,
     force: bool = False,
 ) -> list[dict[str, Any]]:
     """Fits and calibrates detectors, one artefact each; one that comes as an artefact is fitted
-    already. Everything is fitted before anything is written. leave_out: those that cannot be
-    fitted on these rows are left out, which is said, as long as one can. Raises DetectorError when
-    one cannot be fitted on these rows or is there twice, FileError when an artefact is of another
-    checkpoint."""
+    already. Everything is fitted before anything is written. command: the command line, for the
+    artefacts. leave_out: those that cannot be fitted on these rows are left out, which is said, as
+    long as one can. Raises DetectorError when one cannot be fitted on these rows or is there twice,
+    FileError when an artefact is of another checkpoint or preprocessing."""
     names = [each.detector.name if isinstance(each, Artefact) else each.name for each in chosen]
     for name in names:
         path = folder / f"{name}.safetensors"
@@ -79,11 +88,11 @@ def fit_to_folder(
                 "real ones, so no verdict can rest on them: degrade them first with 'oodcli "
                 "extract CHECKPOINT V.h5 --match-accuracy 0.9' (the published accuracy)"
             )
-    sha256 = inputs.sha256
+    origin = inputs.provenance
     made = []
     for each in chosen:
         if isinstance(each, Artefact):
-            require_checkpoint(each, sha256)
+            require_same_network(each, origin.checkpoint_sha256, origin.preprocessing)
             made.append(_calibrate_one(each, inputs))
             continue
         try:
@@ -97,7 +106,7 @@ def fit_to_folder(
         for artefact in made:
             path = folder / f"{artefact.detector.name}.safetensors"
             unfinished = stack.enter_context(atomic(path, force=force))
-            write_artefact(artefact, unfinished)
+            write_artefact(_with_origin(artefact, origin, command), unfinished)
             plain = artefact.calibrations.get("plain")
             summary.append(
                 {
@@ -112,6 +121,17 @@ def fit_to_folder(
                 }
             )
     return summary
+
+
+def _with_origin(artefact: Artefact, origin: Provenance, command: str) -> Artefact:
+    """The artefact with how it came to be; what it was fitted on before is left as it is."""
+    if artefact.preprocessing is None:
+        recorded = {
+            name: getattr(origin, name)
+            for name in ("arch", "seed", "device", "precision", "command")
+        }
+        artefact = replace(artefact, preprocessing=origin.preprocessing, recorded=recorded)
+    return replace(artefact, command=command)
 
 
 LONG = 10.0
@@ -149,10 +169,13 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
             "file": cache.path.name,
             "source": cache.provenance.source,
             "rows": cache.count,
+            "rows_sha256": cache.rows_sha256,
             "kind": "virtual" if cache.provenance.virtual else "real",
             "ood": None if not kind.uses_ood or inputs.ood is None else inputs.ood.path.name,
         }
-    artefact = Artefact(detector, inputs.sha256, fitted_on)
+        if kind.uses_ood and inputs.ood is not None:
+            fitted_on["ood_rows_sha256"] = inputs.ood.rows_sha256
+    artefact = Artefact(detector, inputs.provenance.checkpoint_sha256, fitted_on)
     if inputs.calibrate or inputs.labelled is not None:
         return _calibrate_one(artefact, inputs)
     if cache is None or cache.provenance.virtual or kind.reference_images is not None:

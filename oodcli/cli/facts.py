@@ -1,0 +1,183 @@
+"""What ``oodcli inspect`` shows of a file, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WHAT = {
+    "virtual": "virtual images",
+    "features": "a feature cache",
+    "detector": "a fitted or calibrated detector",
+    "scores": "scores",
+    "metrics": "metrics",
+}
+
+
+def of_file(found: dict[str, Any]) -> dict[str, Any]:
+    """What a person is shown of what ``describe_file`` has found."""
+    about = {"detector": _detector, "scores": _scores, "metrics": _metrics}
+    kind = found["kind"].partition(".")[0]
+    facts = {"file": found["file"], "what it is": WHAT[kind], **about.get(kind, _rows)(found)}
+    return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def facts_table(facts: Mapping[str, Any]) -> Table:
+    """A line for each fact, in two columns."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from oodcli.cli.console import harmless
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, Text(harmless(str(value))))  # no markup: [3] in a path is no style
+    return table
+
+
+def _rows(found: dict[str, Any]) -> dict[str, Any]:
+    """Of virtual images and of feature caches."""
+    made, quality = found["made"], found.get("quality")
+    facts = {"rows": f"{found['rows']}, {found['unreadable']} unreadable"}
+    facts["rows"] += f", {found['labelled']} labelled"
+    if quality:
+        facts["quality"] = (
+            f"the network agrees on {quality['agreement']:.1%}, cross entropy "
+            f"{quality['cross_entropy']:.3g} nats"
+        )
+    if found.get("settings"):
+        facts["settings"] = _pairs(found["settings"])
+    matched = made["matched_accuracy"]
+    return {
+        **facts,
+        "records": ", ".join(f"{name} {width}" for name, width in _grouped(found["records"])),
+        "images from": made["source"],
+        "virtual": "no" if not made["virtual"] else "yes",
+        "matched to": None if matched is None else f"an accuracy of {matched:.4g}",
+        **_how(made, made),
+        "rows_sha256": made["rows_sha256"],
+    }
+
+
+def _grouped(records: dict[str, int]) -> list[tuple[str, str]]:
+    """Datasets of one kind together: ``layers/*/mean`` in 9 layers, widths from 16 to 64."""
+    groups: dict[str, list[int]] = {}
+    for name, width in records.items():
+        match name.removeprefix("mirror/").split("/"):
+            case [group, layer, _]:
+                key = name.replace(f"{group}/{layer}/", f"{group}/*/", 1)
+            case _:
+                key = name
+        groups.setdefault(key, []).append(width)
+    return [
+        (key, str(widths[0]) if "*" not in key else _widths(widths))
+        for key, widths in groups.items()
+    ]
+
+
+def _widths(widths: list[int]) -> str:
+    low, high = min(widths), max(widths)
+    return f"{len(widths)}×" + (f"{low}" if low == high else f"{low}…{high}")
+
+
+def _detector(found: dict[str, Any]) -> dict[str, Any]:
+    fitted_on, made = found["fitted_on"], found["made"]
+    on = None
+    if "rows" in fitted_on:
+        on = f"{fitted_on['rows']} {fitted_on['kind']} images: {fitted_on['file']}"
+        on += f", from {fitted_on['source']}" if "source" in fitted_on else ""
+    return {
+        "detector": found["detector"],
+        "settings": _pairs(found["hyperparameters"]),
+        "fitted on": on or "nothing: it needs no fitting",
+        "rows_sha256": fitted_on.get("rows_sha256"),
+        "OOD data": fitted_on.get("ood"),
+        "calibrated on": "; ".join(
+            f"{about['words']}" + ("" if view == "plain" else f" ({view})")
+            for view, about in found["calibration"].items()
+        )
+        or "nothing",
+        "threshold": found["threshold"],
+        "tensors": ", ".join(
+            f"{name} {'×'.join(map(str, shape)) or 1}" for name, shape in found["tensors"].items()
+        )
+        or "none",
+        **_how(made, found["recorded"]),
+        "extracted by": found["recorded"].get("command"),
+        "tensors_sha256": made["tensors_sha256"],
+    }
+
+
+def _how(made: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """How a file was made. recorded: how its rows were."""
+    versions = (
+        f"{name} {made[key]}"
+        for name, key in (("oodcli", "oodcli_version"), ("torch", "torch_version"))
+        if made[key]
+    )
+    preprocessing = made["preprocessing"]
+    return {
+        "made by": made["command"],
+        "versions": ", ".join(versions),
+        "recorded": f"seed {recorded['seed']}, {recorded['precision']} on {recorded['device']}"
+        if "seed" in recorded
+        else None,
+        "architecture": made["arch"],
+        "input": input_of(preprocessing) if preprocessing else None,
+        "mean, std": mean_std(preprocessing) if preprocessing else None,
+        "checkpoint": made["checkpoint_sha256"],
+    }
+
+
+def _scores(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "rows": f"{found['rows']}, {found['unreadable']} unreadable, {found['labelled']} labelled",
+        "columns": ", ".join(found["columns"]),
+        "detectors": ", ".join(found["detectors"]),
+        "verdicts": "; ".join(
+            f"{name}: {each['ood']} OOD" + (f", {each['basis']}" if each["basis"] else "")
+            for name, each in found["verdicts"].items()
+        ),
+        "OOD data": "; ".join(f"{name}: {words}" for name, words in found["saw_ood"].items()),
+        "made by": "not said: scores have no place for it",
+    }
+
+
+def _metrics(found: dict[str, Any]) -> dict[str, Any]:
+    made = found.get("made", {})
+    return {
+        "rows": found["rows"],
+        **{f"{key}s": ", ".join(found[f"{key}s"]) for key in ("detector", "set", "metric")},
+        "scores": "; ".join(
+            f"{each['set']}: {each['source']}, {each['rows']} rows, {each['unreadable']} unreadable"
+            for each in found.get("counts", ())
+        ),
+        "made by": made.get("command") or "not said: metrics.json beside it says it",
+        "versions": f"oodcli {made['oodcli_version']}" if made.get("oodcli_version") else None,
+        "bootstrap": f"{found['resamples']} resamples, seed {made['seed']}" if made else None,
+    }
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or "none"
+
+
+def input_of(preprocessing: dict[str, Any]) -> str:
+    height, width = preprocessing["input_size"]
+    resize = preprocessing["resize"]
+    how = f"shorter side to {resize}, centre crop" if resize else "resized straight to it"
+    channels = len(preprocessing["mean"])
+    return f"{channels}×{height}×{width}, {how} ({preprocessing['interpolation']})"
+
+
+def mean_std(preprocessing: dict[str, Any]) -> str:
+    return f"{_list(preprocessing['mean'])}; {_list(preprocessing['std'])}"
+
+
+def _list(numbers: list[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)

@@ -1,0 +1,187 @@
+"""The checksums of a file, taken again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TypeAlias
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from oodcli.checkpoint import file_sha256
+from oodcli.errors import FileError
+from oodcli.files import cache, virtual
+from oodcli.files.artefact import TENSORS_SHA256, read_artefact, read_header, tensors_sha256
+from oodcli.files.describe import Kind, describe_file
+from oodcli.files.hdf5 import ROWS_SHA256, SHA256, damage, reading
+
+BLOCK_BYTES = 1 << 25
+UNKNOWN = "not checked: no checksum was stored when the file was written"
+
+Checks: TypeAlias = Iterator[tuple[str, str]]
+"""What was checked, and what was found."""
+
+
+def verify(path: Path, kind: Kind, checkpoint: Path | None = None) -> Checks:
+    """Takes every checksum of a file again. checkpoint: the one that the file should have been made
+    from. Raises FileError at the first that does not hold, naming both values."""
+    if kind == "virtual":
+        yield from _virtual(path)
+    elif kind == "features":
+        yield from _features(path)
+    elif kind == "detector":
+        yield from _detector(path)
+    elif kind == "checkpoint":
+        raise FileError(
+            f"{path} is a checkpoint, which has no checksums of its own: 'oodcli inspect --verify "
+            f"FILE {path}' checks a file against it"
+        )
+    else:
+        raise FileError(
+            f"{path} has no checksums: only virtual images, feature caches and detectors have"
+        )
+    if checkpoint is not None:
+        recorded = describe_file(path, kind)["made"]["checkpoint_sha256"]
+        try:
+            found = file_sha256(checkpoint)
+        except OSError as error:
+            raise FileError(f"{checkpoint} cannot be read: {error.strerror or error}") from error
+        if found != recorded:
+            raise FileError(
+                f"{path} was made from the checkpoint {recorded[:12]}…, but {checkpoint} is "
+                f"{found[:12]}…"
+            )
+        yield "checkpoint", f"{checkpoint} is {found[:12]}…, from which the file was made"
+
+
+def _virtual(path: Path) -> Checks:
+    with reading(path, virtual.FORMAT, virtual.MADE_BY) as file, damage(path):
+        images, labels = file["images"], file["label"]
+        names = [
+            f"layers/{name}/sensitivity"
+            for name, group in file.get("layers", {}).items()
+            if "sensitivity" in group
+        ]
+        for name in ("label", *names):
+            if len(file[name]) != len(images):
+                raise FileError(
+                    f"{path}: /{name} has {len(file[name])} rows, but /images has {len(images)}: "
+                    "the file is damaged, make it again"
+                )
+        yield "rows", f"{len(images)} in each of {2 + len(names)} datasets"
+        listed = (virtual.listed(images[part], labels[part]) for part in _parts(images))
+        yield "list", _list(path, file, chain.from_iterable(listed), "images and labels")
+        good = np.ones(len(images), dtype=np.bool_)
+        yield from _contents(path, file, ("images", *names), good)
+
+
+def _features(path: Path) -> Checks:
+    with reading(path, cache.FORMAT, "oodcli extract") as file:
+        opened = cache.FeatureCache(path, file)  # refuses datasets of different lengths
+        yield "rows", f"{opened.count} in each of {3 + len(opened.widths)} datasets"
+        good: list[bool] = []
+
+        def listed() -> Iterator[bytes]:
+            for paths, labels, errors in opened.listing():
+                good.extend(not error for error in errors)
+                yield cache.listed(paths, labels, errors)
+
+        yield "list", _list(path, file, listed(), "paths, labels and errors")
+        yield from _contents(path, file, opened.widths, np.array(good, dtype=np.bool_))
+
+
+def _list(path: Path, file: h5py.File, listed: Iterable[bytes], what: str) -> str:
+    digest = hashlib.sha256()
+    for row in listed:
+        digest.update(row)
+    found, recorded = digest.hexdigest(), file.attrs.get(ROWS_SHA256)
+    if recorded is None:
+        return UNKNOWN
+    if found != recorded:
+        raise FileError(
+            f"{path}: {ROWS_SHA256} is {recorded[:12]}…, but its {what} give {found[:12]}…: rows "
+            "were changed, added or left out; make the file again"
+        )
+    return f"{ROWS_SHA256} {found[:12]}… is that of the {what}"
+
+
+def _contents(
+    path: Path, file: h5py.File, rowwise: Iterable[str], good: NDArray[np.bool_]
+) -> Checks:
+    """The numbers of every dataset against its checksum; those of the ``good`` rows of ``rowwise``
+    must be finite, too. One pass."""
+    datasets: list[str] = []
+
+    def keep(name: str, each: h5py.Dataset | h5py.Group) -> None:
+        if isinstance(each, h5py.Dataset):
+            datasets.append(name)
+
+    file.visititems(keep)
+    rowwise = set(rowwise)
+    known = 0
+    for name in datasets:
+        dataset = file[name]
+        recorded = dataset.attrs.get(SHA256)
+        if recorded is None and name not in rowwise:
+            continue
+        digest = hashlib.sha256()
+        with damage(path):
+            if not dataset.shape:
+                digest.update(dataset[()])
+            for part in _parts(dataset):
+                block = dataset[part]
+                digest.update(block)
+                if name in rowwise:
+                    _require_finite(path, name, block, part.start, good[part])
+        if recorded is not None and digest.hexdigest() != recorded:
+            raise FileError(
+                f"{path}: /{name} was written with the sha256 {recorded[:12]}…, but has "
+                f"{digest.hexdigest()[:12]}…: the file is damaged, make it again"
+            )
+        known += recorded is not None
+    yield "contents", f"{known} datasets hold what was written" if known else UNKNOWN
+    yield "numbers", f"finite in all {int(good.sum())} rows without an error"
+
+
+def _require_finite(
+    path: Path, name: str, block: NDArray[np.float32], start: int, good: NDArray[np.bool_]
+) -> None:
+    flat = block.reshape(len(block), -1)
+    bad = np.flatnonzero(good & ~np.isfinite(flat).all(1))
+    if len(bad):
+        first = flat[bad[0]]
+        raise FileError(
+            f"{path}: /{name} holds {first[~np.isfinite(first)][0]} in row {start + bad[0]}, "
+            "expected a finite number, as the row has no error"
+        )
+
+
+def _parts(dataset: h5py.Dataset) -> Iterator[slice]:
+    """All rows of a dataset, in blocks; none where it is one number."""
+    if not dataset.shape:
+        return
+    row = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
+    step = max(1, BLOCK_BYTES // max(row, 1))
+    for start in range(0, len(dataset), step):
+        yield slice(start, start + step)
+
+
+def _detector(path: Path) -> Checks:
+    metadata, shapes = read_header(path)
+    recorded = metadata.get(TENSORS_SHA256)
+    if recorded is None:
+        yield "tensors", UNKNOWN
+    else:
+        found = tensors_sha256(path)
+        if found != recorded:
+            raise FileError(
+                f"{path}: {TENSORS_SHA256} is {recorded[:12]}…, but its tensors give "
+                f"{found[:12]}…: the file is damaged, fit it again"
+            )
+        yield "tensors", f"{TENSORS_SHA256} {found[:12]}… is that of its {len(shapes)} tensors"
+    artefact = read_artefact(path)
+    yield "detector", f"{artefact.detector.name} is made of them"
