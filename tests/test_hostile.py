@@ -475,6 +475,23 @@ def test_a_dataset_in_place_of_layers_is_not_searched(fitted: Path, tmp_path: Pa
             claim(file, name, (10**12,))
         words = ("extract", fitted / "digits.pt", path, "-o", tmp_path / "out.h5")
         refused(oodcli(*words), "c.h5", "no group")
+        refused(oodcli("inspect", path), "c.h5", "no group")
+        refused(oodcli("inspect", "--verify", path), "c.h5", "no group")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"path": ' + "[" * 3000),
+        ("a.safetensors", (50_000).to_bytes(8, "little") + b"[" * 50_000),
+        ("b.safetensors", (2).to_bytes(8, "little") + b"[]"),
+    ],
+)
+def test_what_cannot_be_inspected_is_one_sentence(
+    tmp_path: Path, name: str, content: str | bytes
+) -> None:
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    refused(oodcli("inspect", tmp_path / name), name)
 
 
 def test_virtual_images_of_a_newer_version(fitted: Path, tmp_path: Path) -> None:

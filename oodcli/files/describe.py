@@ -85,7 +85,7 @@ def _of_hdf5(path: Path) -> Kind | None:
 def _of_safetensors(header: bytes) -> Kind | None:
     try:
         metadata = json.loads(header).get("__metadata__")
-    except ValueError:
+    except (ValueError, AttributeError, RecursionError):
         return None
     from oodcli.files.artefact import FORMAT
 
@@ -104,7 +104,7 @@ def _of_text(start: bytes) -> Kind | None:
             return "metrics.json"
         try:
             return "scores.jsonl" if json.loads(first).keys() >= _LEADING else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     header = set(next(csv.reader([first]), ()))
     if header >= {"detector", "set", "metric", "value"}:
@@ -139,16 +139,17 @@ def _virtual(path: Path, _: str) -> dict[str, Any]:
     from oodcli.files import hdf5, virtual
 
     with hdf5.reading(path, virtual.FORMAT, virtual.MADE_BY) as file, hdf5.damage(path):
+        images = hdf5.dataset(file, "images", "f", by_rows=True)
+        labels = hdf5.dataset(file, "label", "iu")[()]
         return {
             "made": _made(hdf5.Provenance.read(file), file.attrs.get(hdf5.ROWS_SHA256)),
-            "rows": len(file["images"]),
+            "rows": len(images),
             "unreadable": 0,
-            "labelled": int((file["label"][()] >= 0).sum()),
-            "image": list(file["images"].shape[1:]),
+            "labelled": int((labels >= 0).sum()),
+            "image": list(images.shape[1:]),
             "records": {
-                f"layers/{name}/sensitivity": group["sensitivity"].shape[1]
-                for name, group in file.get("layers", {}).items()
-                if "sensitivity" in group
+                f"layers/{name}/sensitivity": rows.shape[1]
+                for name, rows in virtual.sensitivities(file).items()
             },
             "settings": json.loads(file.attrs.get("settings", "{}")),
             "quality": json.loads(file.attrs.get("quality", "{}")),
@@ -199,7 +200,7 @@ def _detector(path: Path, _: str) -> dict[str, Any]:
                 name: shape for name, shape in shapes.items() if not name.startswith(CALIBRATION)
             },
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FileError(f"{path} is damaged ({error}): fit it again") from error
 
 
@@ -237,7 +238,7 @@ def _metrics(path: Path, suffix: str) -> dict[str, Any]:
             "counts": found["counts"],
             "notes": found["notes"],
         }
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, csv.Error) as error:
         raise FileError(f"{path} is damaged ({error}): evaluate again") from error
 
 

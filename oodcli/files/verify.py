@@ -17,7 +17,7 @@ from oodcli.errors import FileError
 from oodcli.files import cache, virtual
 from oodcli.files.artefact import TENSORS_SHA256, read_artefact, read_header, tensors_sha256
 from oodcli.files.describe import Kind, describe_file
-from oodcli.files.hdf5 import ROWS_SHA256, SHA256, damage, reading
+from oodcli.files.hdf5 import ROWS_SHA256, SHA256, damage, dataset, reading
 
 BLOCK_BYTES = 1 << 25
 UNKNOWN = "not checked: no checksum was stored when the file was written"
@@ -60,12 +60,9 @@ def verify(path: Path, kind: Kind, checkpoint: Path | None = None) -> Checks:
 
 def _virtual(path: Path) -> Checks:
     with reading(path, virtual.FORMAT, virtual.MADE_BY) as file, damage(path):
-        images, labels = file["images"], file["label"]
-        names = [
-            f"layers/{name}/sensitivity"
-            for name, group in file.get("layers", {}).items()
-            if "sensitivity" in group
-        ]
+        images = dataset(file, "images", "f", by_rows=True)
+        labels = dataset(file, "label", "iu")
+        names = [f"layers/{name}/sensitivity" for name in virtual.sensitivities(file)]
         for name in ("label", *names):
             if len(file[name]) != len(images):
                 raise FileError(

@@ -81,15 +81,26 @@ def read_provenance(path: Path) -> Provenance:
         return Provenance.read(file)
 
 
+def sensitivities(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Layer → (N, C) float32. Raises TypeError or ValueError, so it goes into a ``damage``."""
+    found = {}
+    for name in group_of(file, "layers"):
+        group = group_of(file, f"layers/{name}")
+        if "sensitivity" in group:
+            rows = dataset(file, f"layers/{name}/sensitivity", "f", by_rows=True)
+            if rows.ndim != 2:
+                raise ValueError(f"/layers/{name}/sensitivity has shape {rows.shape}")
+            found[name] = rows
+    return found
+
+
 def read_sensitivity(path: Path, start: int, stop: int) -> dict[str, Tensor]:
     """Layer → (stop − start, C) float32. Raises FileError when the file is damaged."""
     with reading(path, FORMAT, MADE_BY) as file, damage(path):
         found = {}
-        for name in group_of(file, "layers"):
-            group = group_of(file, f"layers/{name}")
-            if "sensitivity" in group:
-                rows = dataset(group, "sensitivity", "f", by_rows=True)[start:stop]
-                if rows.ndim != 2 or len(rows) != stop - start:
-                    raise ValueError(f"/layers/{name}/sensitivity has shape {rows.shape}")
-                found[name] = torch.from_numpy(rows.astype(np.float32, copy=False))
+        for name, sensitivity in sensitivities(file).items():
+            rows = sensitivity[start:stop]
+            if len(rows) != stop - start:
+                raise ValueError(f"/layers/{name}/sensitivity has {len(sensitivity)} rows")
+            found[name] = torch.from_numpy(rows.astype(np.float32, copy=False))
         return found
