@@ -16,11 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from oodcli import detectors
 from oodcli.errors import FileError
+from oodcli.features import Features, Rows
 from oodcli.files.scores import ScoreBlock, ScoresWriter, format_of, is_detector, read_scores
+from oodcli.stages.chosen import Chosen
+from oodcli.stages.score import score_to_file
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,8 @@ def test_columns_of_a_threshold_are_no_detectors(tmp_path: Path, suffix: str) ->
     assert list(read_scores(path).detectors) == ["msp"]
     if suffix == "csv":
         assert "a,,cat,0.5,0.25,0.04,1,\n" in path.read_text()
+    if suffix == "jsonl":
+        assert '"msp.ood": 1,' in path.read_text()
 
 
 def test_which_columns_are_detectors() -> None:
@@ -278,6 +285,15 @@ def test_a_row_must_be_whole(tmp_path: Path) -> None:
         ):
             with pytest.raises(ValueError, match=r"column \w+: \d cells?, expected \d"):
                 writer.write(replace(block(two), **short))
+
+
+def test_what_a_summary_counts(tmp_path: Path) -> None:
+    logits = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [3.0, 1.0]])
+    features = Features(3, label=torch.full((3,), -1), logits=logits)
+    rows = Rows(("a", "b", "c", "d"), torch.full((4,), -1), (None, None, None, "gone"), features)
+    chosen = [Chosen(detectors.get(name)()) for name in ("msp", "energy")]
+    found = score_to_file(iter([rows, rows]), chosen, ("0", "1"), tmp_path / "s.csv")
+    assert (found.rows, found.unreadable, found.infinite) == (8, 2, 2)
 
 
 def test_wrong_use(tmp_path: Path) -> None:
