@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from benchmarks.bench_fuzz import PARSERS, SLOW, Parser, write_samples
-from benchmarks.mutations import mutated
+from benchmarks.mutations import mutated, rewritten
 from oodcli.classifier import Preprocessing
 from oodcli.detectors.energy import Energy
 from oodcli.errors import FileError, OodcliError
@@ -71,7 +71,7 @@ def test_samples_are_valid(parser: Parser, kind: str, tmp_path: Path) -> None:
     parser.parse(how, tmp_path / name)
 
 
-@settings(max_examples=400, deadline=None, database=None)
+@settings(max_examples=400, deadline=None, database=None, derandomize=True)
 @given(st.sampled_from([kind for kind in PARSERS if kind not in SLOW]), st.integers(0, 10**9))
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_files_are_read_or_refused(parser: Parser, kind: str, seed: int) -> None:
@@ -79,7 +79,11 @@ def test_mutated_files_are_read_or_refused(parser: Parser, kind: str, seed: int)
     folder = parser.samples.parent / "mutated"
     folder.mkdir(exist_ok=True)
     path = folder / name
-    path.write_bytes(mutated((parser.samples / name).read_bytes(), name, Random(seed)))
+    # libhdf5 itself hangs on a few flipped bits: benchmarks/bench_fuzz.py tries those, in processes
+    # that it can end.
+    sample, random = (parser.samples / name).read_bytes(), Random(seed)
+    content = rewritten(sample, random) if name.endswith(".h5") else mutated(sample, name, random)
+    path.write_bytes(content)
     sentence = "read"
     try:
         parser.parse(how, path)
