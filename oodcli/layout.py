@@ -37,7 +37,8 @@ def laid_out(classifier: Classifier, precision: str) -> Classifier:
     }
     network = copy.deepcopy(classifier.network, kept)
     for module in network.modules():
-        if isinstance(module, CONVOLUTIONS):
+        # A weight that is computed, as by weight normalisation, is no parameter.
+        if isinstance(module, CONVOLUTIONS) and "weight" in module._parameters:
             weight = module.weight.detach()
             weight = weight.to(torch.bfloat16) if half else weight
             if weight.ndim == 4:

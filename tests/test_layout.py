@@ -73,6 +73,15 @@ def test_only_the_weights_of_convolutions_are_copied(residual):
         assert (weight.data_ptr() == plain[name].data_ptr()) != convolution
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_that_are_computed(precision):
+    network = networks.Residual()
+    torch.nn.utils.parametrizations.weight_norm(network.conv1)
+    normed = classifier(network)
+    found = Recorder(normed, frozenset({"logits"}), precision=precision)(images(3)).logits
+    torch.testing.assert_close(found, normed.network(images(3)), rtol=0.03, atol=0.03)
+
+
 def test_logits_keep_more_digits_than_bfloat16(residual):
     found = Recorder(residual, frozenset({"logits", "embedding"}), precision="bfloat16")(images(5))
     assert (found.logits != found.logits.bfloat16().float()).any()

@@ -238,6 +238,19 @@ def test_the_hash_does_not_depend_on_batches(made, tmp_path):
         assert one.attrs["rows_sha256"] == other.attrs["rows_sha256"]
 
 
+@pytest.mark.parametrize("bad", ["a.png", "z.png"])
+def test_batches_without_a_readable_image_belong_to_the_checksums(made, tmp_path, bad):
+    (tmp_path / "p").mkdir()
+    for name in ("m.png", "n.png"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "p" / name)
+    (tmp_path / "p" / bad).write_bytes(b"bad")
+    out = tmp_path / "x.h5"
+    words = ("extract", made / "digits.pt", tmp_path / "p", "--batch-size", 1, "-o", out)
+    assert oodcli(*words).status == 3
+    verified = oodcli("inspect", "--verify", out)
+    assert verified.status == 0, verified.err
+
+
 @pytest.mark.parametrize("name", DETECTORS)
 def test_detectors_name_their_rows_and_hash_their_tensors(made, name):
     found = json.loads(oodcli("inspect", made / name, "--json").out)

@@ -40,6 +40,11 @@ def listed(paths: Sequence[str], labels: Tensor, errors: Sequence[str | None]) -
     return "".join(f"{path}\0{label}\0{error or ''}\0" for path, label, error in rows).encode()
 
 
+def _blank(count: int, width: int) -> bytes:
+    """What a dataset has for images that could not be read."""
+    return np.full((count, width), np.nan, dtype=np.float32).tobytes()
+
+
 class CacheWriter:
     """Appends blocks of N rows in turn; unreadable images keep a row of NaN and their error.
     Checksums are taken as the rows pass, and are in the file once all ``count`` are.
@@ -76,6 +81,9 @@ class CacheWriter:
                 values[good] = tensor.float().cpu().numpy()
                 self._rows[name][start:stop] = values
                 self._contents[name].update(values.data)
+        else:
+            for name, content in self._contents.items():
+                content.update(_blank(stop - start, self._rows[name].shape[1]))
         self._path[start:stop] = list(rows.paths)
         self._error[start:stop] = [error or "" for error in rows.errors]
         self._label[start:stop] = rows.labels.cpu().numpy()
@@ -102,7 +110,8 @@ class CacheWriter:
                 chunks=(max(1, min(self._count, CHUNK_BYTES // (4 * width))), width),
                 fillvalue=np.nan,
             )
-            self._contents[name] = hashlib.sha256()
+            # Of the rows before, not one could be read.
+            self._contents[name] = hashlib.sha256(_blank(self._row, width))
         for order, (name, layer) in enumerate(features.layers.items()):
             group = self._file.require_group(f"layers/{name}")
             group.attrs["kind"], group.attrs["order"] = layer.kind, order
