@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,9 +16,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.classifier import Classifier, Tap, as_logits
 from oodcli.detectors.gram import gram_sums
-from oodcli.errors import DetectorError
-from oodcli.features import INPUT, ROW_RECORDS, BatchNorm, Features, Layer, OdinStep
+from oodcli.errors import DetectorError, OodcliError
+from oodcli.features import (
+    INPUT,
+    ROW_RECORDS,
+    BatchNorm,
+    Features,
+    Layer,
+    OdinStep,
+    concatenate,
+)
 from oodcli.layout import laid_out
+from oodcli.memory import let_go, ran_out, too_short
+
+log = logging.getLogger(__name__)
 
 CHEAP = frozenset(ROW_RECORDS) - {
     "layers.gram",
@@ -81,7 +93,8 @@ def spatial_moments(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, T
 
 
 class Recorder:
-    """Runs the network once per batch and keeps what was asked for.
+    """Runs the network once per batch and keeps what was asked for; in smaller batches, from then
+    on, where the memory is too short.
 
     what: words of ``features.ROW_RECORDS`` (plus ``label`` and ``head``, always kept), and
     ``mirror`` for a second pass over the mirror images.
@@ -106,6 +119,7 @@ class Recorder:
         self.odin = odin or OdinStep()
         self.precision = precision
         self.kinds = kinds
+        self._most: int | None = None
         impossible = sorted((self.what | (what & {"head"})) - recordable(classifier))
         if impossible:
             raise DetectorError(why_not(classifier, impossible))
@@ -125,15 +139,41 @@ class Recorder:
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Features:
         """images: (N, C, H, W), normalised. labels: (N,) int64, -1 = unknown. Gradients are those
-        of the label's logit, of the predicted class's where the label is unknown."""
-        seen = self._view(images, labels)
-        if "mirror" not in self.asked:
-            return seen
-        return replace(seen, mirror=self._view(images.flip(3), labels))
+        of the label's logit, of the predicted class's where the label is unknown. Raises
+        OodcliError when the memory is too short for a single image."""
+        labels = torch.full((len(images),), -1) if labels is None else labels
+        parts: list[Features] = []
+        first = 0
+        while first < len(images) or not parts:
+            rows = slice(first, first + (self._most or len(images)))
+            part = self._if_it_fits(images[rows], labels[rows])
+            if part is not None:
+                parts.append(part)
+                first += len(part)
+                continue
+            let_go(self.classifier.device)
+            size = len(images[rows])
+            self._most = size // 2
+            log.info("the memory is short of batches of %d: taking %d", size, self._most)
+        return parts[0] if len(parts) == 1 else concatenate(parts)
 
-    def _view(self, images: Tensor, labels: Tensor | None) -> Features:
-        if labels is None:
-            labels = torch.full((len(images),), -1)
+    def _if_it_fits(self, images: Tensor, labels: Tensor) -> Features | None:
+        """None where the memory is too short."""
+        try:
+            seen = self._view(images, labels)
+            if "mirror" not in self.asked:
+                return seen
+            return replace(seen, mirror=self._view(images.flip(3), labels))
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            if len(images) <= 1:
+                size = self.classifier.preprocessing.input_size
+                raise OodcliError(too_short(self.classifier.device, size)) from error
+        # Outside of the handler, whose error holds on to what was allocated.
+        return None
+
+    def _view(self, images: Tensor, labels: Tensor) -> Features:
         device = self.classifier.device
         images = images.contiguous(memory_format=self._layout)
         images = images.to(device, non_blocking=True)

@@ -104,6 +104,28 @@ def test_fitting_does_not_depend_on_blocks_or_order(name, train, test):
     torch.testing.assert_close(shuffled, whole, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", [n for n in detectors.names() if detectors.get(n).heavy])
+def test_rows_are_halved_where_the_memory_is_short(name, train, test, monkeypatch):
+    """Those that are scored on a GPU."""
+    detector = fitted(name, train)
+    whole = detector.score(test)
+    score, most = type(detector)._score, 2
+    sizes = []
+
+    def limited(self, block):
+        sizes.append(len(block))
+        if len(block) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return score(self, block)
+
+    monkeypatch.setattr(type(detector), "_score", limited)
+    torch.testing.assert_close(detector.score(test), whole, rtol=1e-9, atol=0)
+    assert sizes == [9, 4, 2, 2, 5, 2, 3, 1, 2]
+    most = 0
+    with pytest.raises(DetectorError, match=f"too short to score one image with {name} .*CUDA"):
+        detector.score(test)
+
+
 @every
 def test_one_row_and_none(name, train, test):
     detector = fitted(name, train)

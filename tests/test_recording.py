@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import oodcli
 
-from oodcli.classifier import _channel_dim
-from oodcli.errors import CheckpointError, DetectorError
-from oodcli.features import INPUT, ROW_RECORDS, OdinStep
+from oodcli.architectures import cifar_resnet
+from oodcli.classifier import _channel_dim, assemble
+from oodcli.errors import CheckpointError, DetectorError, OodcliError
+from oodcli.features import INPUT, ROW_RECORDS, OdinStep, concatenate
 from oodcli.recording import CHEAP, Recorder, recordable, spatial_moments
 
 EVERYTHING = frozenset(ROW_RECORDS) - {"deconf.h", "mos.others"}
@@ -234,3 +239,183 @@ def test_a_block_moves_as_a_whole(residual):
     for norm in (*seen.batchnorm.values(), *seen.mirror.batchnorm.values()):
         tensors += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
     assert all(tensor.is_meta for tensor in tensors)
+
+
+# ---------------------------------------------------------------------------- short of memory
+
+
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Gives networks of a kind only as much memory as ``most`` images need, and returns the sizes
+    of the batches that they are given. The error is raised after half of the work."""
+
+    def limit(kind, most, error=FULL[0]):
+        given = []
+        forward = kind.forward
+
+        def limited(self, x):
+            given.append(len(x))
+            found = forward(self, x)
+            if len(x) > most:
+                raise error
+            return found
+
+        monkeypatch.setattr(kind, "forward", limited)
+        return given
+
+    return limit
+
+
+def test_batches_are_halved_until_they_fit(residual, short, caplog):
+    what = EVERYTHING | {"mirror"}
+    images, labels = networks.images(32), torch.arange(32) % 4 - 1
+    recorder = Recorder(residual, what)
+    expected = concatenate(
+        [recorder(images[at : at + 4], labels[at : at + 4]) for at in range(0, 32, 4)]
+    )
+    sizes = short(networks.Residual, 5)
+    with caplog.at_level("INFO", "oodcli"):
+        first = recorder(images[:16], labels[:16])
+    assert caplog.messages == [
+        "the memory is short of batches of 16: taking 8",
+        "the memory is short of batches of 8: taking 4",
+    ]
+    assert max(sizes[2:]) == 4
+    # The next batch is not tried whole again.
+    sizes.clear()
+    caplog.clear()
+    second = recorder(images[16:], labels[16:])
+    assert set(sizes) == {4}
+    assert caplog.messages == []
+    seen = concatenate([first, second])
+    assert seen.recorded == expected.recorded
+    for name, rows in expected.rows().items():
+        assert torch.equal(seen.rows()[name], rows), name
+    assert torch.equal(seen.head.weight, expected.head.weight)
+    assert seen.odin_step == expected.odin_step
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:40])
+def test_every_way_to_say_it(short, error):
+    recorder = Recorder(networks.classifier(networks.Residual()), frozenset({"logits"}))
+    sizes = short(networks.Residual, 2, error)
+    assert len(recorder(networks.images(4))) == 4
+    assert sizes == [4, 2, 2]
+
+
+def test_a_batch_that_is_no_multiple(residual, short):
+    images = networks.images(23)
+    recorder = Recorder(residual, EVERYTHING)
+    whole = recorder(images).rows()
+    short(networks.Residual, 4)
+    parts = recorder(images).rows()
+    for name, rows in whole.items():
+        torch.testing.assert_close(parts[name], rows, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("what", [EVERYTHING | {"mirror"}, frozenset({"logits"})])
+def test_memory_for_half_of_the_work(residual, monkeypatch, what):
+    """It may run out in the backward pass, in the second view or after some parts, too."""
+    images = networks.images(8)
+    expected = Recorder(residual, what)(images)
+    recorder = Recorder(residual, what)
+    calls = 0
+    softened = networks.Residual.forward
+
+    def third(self, x):
+        nonlocal calls
+        calls += 1
+        if calls == 3 and len(x) > 1:
+            raise FULL[0]
+        return softened(self, x)
+
+    monkeypatch.setattr(networks.Residual, "forward", third)
+    seen = [recorder(part) for part in images.split(2)]
+    assert calls > 3
+    for name, rows in concatenate(seen).rows().items():
+        torch.testing.assert_close(rows, expected.rows()[name], atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_failed_try_held_is_free_before_the_next(residual, monkeypatch):
+    recorder = Recorder(residual, EVERYTHING | {"mirror"})
+    forward = networks.Residual.forward
+    held = []
+
+    def limited(self, x):
+        assert all(each() is None for each in held)
+        found = forward(self, x)
+        if len(x) > 2:
+            held.extend((weakref.ref(x), weakref.ref(found)))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(networks.Residual, "forward", limited)
+    gc.disable()
+    try:
+        recorder(networks.images(16))
+    finally:
+        gc.enable()
+    assert len(held) == 6
+
+
+def test_too_short_for_one_image(residual, short):
+    recorder = Recorder(residual, EVERYTHING)
+    short(networks.Residual, 0)
+    with pytest.raises(OodcliError, match=r"memory of cpu is too short for one image of 8×8: try "):
+        recorder(networks.images(5))
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:40])
+def test_too_short_to_try_the_network(short, error):
+    network = networks.settled(networks.Residual())
+    short(networks.Residual, 0, error)
+    with pytest.raises(OodcliError, match=r"memory of cpu is too short for one image of 8×8: try "):
+        assemble(network, arch="residual", preprocessing=networks.PREPROCESSING)
+
+
+def test_other_errors_are_not_taken_for_it(residual, short):
+    recorder = Recorder(residual, EVERYTHING)
+    sizes = short(networks.Residual, 0, RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        recorder(networks.images(5))
+    assert sizes == [5]
+
+
+def test_the_command_line_goes_on_with_smaller_batches(trained, short, tmp_path):
+    score = ("score", trained / "digits.pt", "noise:uniform?n=20", "-d", "msp", "-d", "odin")
+    extract = ("extract", trained / "digits.pt", "noise:uniform?n=20", "--mirror", "-o")
+    expected = oodcli(*score, "--mirror", "--batch-size", 4)
+    short(cifar_resnet.CifarResNet, 4)
+    result = oodcli(*score, "--mirror", "--batch-size", 16)
+    assert (result.status, result.out) == (0, expected.out), result.err
+    assert "note: the memory is short of batches of 8: taking 4" in result.err.splitlines()
+    assert result.err.count("the memory is short") == 2
+    result = oodcli(*extract, tmp_path / "x.h5")
+    assert result.status == 0, result.err
+    assert "note: the memory is short of batches of 5: taking 2" in result.err
+    result = oodcli("score", tmp_path / "x.h5", "-d", "msp")
+    assert result.status == 0, result.err
+
+
+def test_the_command_line_says_when_not_one_image_fits(trained, monkeypatch, tmp_path):
+    def full(self, images, labels):
+        raise FULL[0]
+
+    monkeypatch.setattr(Recorder, "_view", full)
+    for words in (("score", "-d", "msp"), ("extract",)):
+        given = (words[0], trained / "digits.pt", "noise:uniform?n=20", *words[1:])
+        result = oodcli(
+            *given, "-o", tmp_path / "x.h5" if words[0] == "extract" else tmp_path / "x.csv"
+        )
+        assert result.status == 1
+        assert "oodcli: the memory of cpu is too short for one image of 8×8: try a" in result.err
+    assert list(tmp_path.iterdir()) == []

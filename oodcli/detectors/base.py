@@ -15,6 +15,7 @@ from torch import Tensor
 from oodcli.detectors.bank import Bank
 from oodcli.errors import DetectorError
 from oodcli.features import Features, OdinStep
+from oodcli.memory import let_go, ran_out
 
 Blocks = Features | Iterable[Features]
 """Rows to fit on: whole, or in blocks that can be iterated more than once."""
@@ -80,19 +81,35 @@ class Detector(ABC):
         if not self.fitted:
             # It is its settings, and often asked twice: alone and as an indicator of 1c-sum.
             return test.shared(_score_of, self)
+        scores = self._if_it_fits(test)
+        if scores is not None:
+            return scores
+        let_go(next(iter(test.rows().values())).device)
+        half = len(test) // 2
+        halves = (test.select(slice(half)), test.select(slice(half, None)))
+        return torch.cat([self.score(each) for each in halves])
+
+    def _if_it_fits(self, test: Features) -> Tensor | None:
+        """None where the memory is too short, which is a GPU's."""
         try:
             scores = self._finite_score(test)
             if scores.shape != (len(test),):
                 raise ValueError(f"scores of shape {tuple(scores.shape)} for {len(test)} rows")
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            return scores
+        except (RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DetectorError(
-                f"the fitted {self.name} does not go with these features ({reason}): fit it again, "
-                "on features of this network"
-            ) from error
-        return scores
+            if not ran_out(error):
+                raise DetectorError(
+                    f"the fitted {self.name} does not go with these features ({reason}): fit it "
+                    "again, on features of this network"
+                ) from error
+            if len(test) == 1:
+                raise DetectorError(
+                    f"the memory is too short to score one image with {self.name} ({reason}): try "
+                    "--device cpu"
+                ) from error
+        # Outside of the handler, whose error holds on to what was allocated.
+        return None
 
     def _finite_score(self, test: Features) -> Tensor:
         scores = self._score(test).double()

@@ -6,18 +6,21 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from oodcli.classifier import Classifier, as_logits
 from oodcli.errors import CheckpointError, OodcliError
 from oodcli.inversion.mgi import Sensitivity
 from oodcli.inversion.objective import OBJECTIVES, Objective, multiscale_start
 from oodcli.inversion.step import Step
+from oodcli.memory import ran_out
 
 log = logging.getLogger(__name__)
 
@@ -99,34 +102,71 @@ def invert(
         yield _invert_batch(step, plan, labels, generator, progress)
 
 
-COMPILE_FROM = 90.0
-"""Seconds: a shorter job is over before the compiler has paid."""
+COMPILE_FROM = {"cpu": 3e12}
+"""Multiply-adds of the network in a job's forward passes from which on the compiler pays: a minute
+and a half of the plain steps on two cores, and by estimate on a GPU. Counted, not timed: the same
+job shall take the same path each time, because the images differ in their last digits."""
+COMPILE_FROM_ELSEWHERE = 3e15
+
+COMPILED_WITHIN = 1.25
+"""A compiled step that takes more than so many times the plain one's time is not taken."""
 
 
 def prepare(
-    classifier: Classifier, plan: Plan, *, compiled: bool | None = None
+    classifier: Classifier,
+    plan: Plan,
+    *,
+    compiled: bool | None = None,
+    decided: Mapping[str, Any] | None = None,
 ) -> tuple[Plan, Step, float]:
     """By a short trial: the plan, with its steps at half the side where those are possible and with
     smaller batches where the memory is short, the way to make a step of it, and the seconds that
-    all of it will take. compiled: or not, by default whatever is faster on this machine. Raises
-    CheckpointError for a network without BatchNorm, OodcliError when not even one image fits, or
-    nothing compiles that was to be."""
+    all of it will take. compiled: or not, by default in long jobs. decided: what ``decisions`` said
+    of this job before, to go on with. Raises CheckpointError for a network without BatchNorm,
+    OodcliError when not even one image fits, or nothing compiles that was to be."""
     refuse_without_batchnorm(classifier)
-    plan = replace(plan, half_steps=_half_steps(classifier, plan))
     eager = Step(classifier, plan.objective, plan.precision)
-    plan, seconds = _that_fits(eager, plan)
-    if compiled is False or (compiled is None and seconds < COMPILE_FROM):
+    if decided:
+        plan = replace(
+            plan, batch_size=int(decided["batch_size"]), half_steps=int(decided["half_steps"])
+        )
+        compiled = decided["path"] == "compiled"
+        seconds = _seconds(eager, plan)
+    else:
+        plan = replace(plan, half_steps=_half_steps(classifier, plan))
+        plan, seconds = _that_fits(eager, plan)
+    least = COMPILE_FROM.get(classifier.device.type, COMPILE_FROM_ELSEWHERE)
+    if compiled is False or (compiled is None and _multiply_adds(classifier, plan) < least):
         return plan, eager, seconds
     try:
         step = eager.compiled()
-        faster = _seconds(step, plan)
+        then = _seconds(step, plan)
     except Exception as error:  # whatever a compiler, or its absence, may raise
         reason = str(error).strip().split("\n")[0]
         if compiled:
             raise OodcliError(f"the step does not compile here ({reason})") from error
         log.info("not compiled: %s", reason)
         return plan, eager, seconds
-    return (plan, step, faster) if compiled or faster < seconds else (plan, eager, seconds)
+    if compiled or then <= COMPILED_WITHIN * seconds:
+        return plan, step, then
+    return plan, eager, seconds
+
+
+def decisions(plan: Plan, step: Step) -> dict[str, Any]:
+    """What ``prepare`` found out, and an interrupted job must go on with."""
+    return {"batch_size": plan.batch_size, "half_steps": plan.half_steps, "path": step.path}
+
+
+def _multiply_adds(classifier: Classifier, plan: Plan) -> float:
+    """Those of all forward passes, a step at half the side counted as a quarter."""
+    preprocessing = classifier.preprocessing
+    size = (1, preprocessing.channels, *preprocessing.input_size)
+    image = torch.zeros(size, device=classifier.device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        classifier.network(image)
+    steps = plan.total_steps - 0.75 * plan.half_steps
+    images = len(plan.classes) * plan.per_class
+    return float(counted.get_total_flops() / 2 * steps * images)
 
 
 def _half_steps(classifier: Classifier, plan: Plan) -> int:
@@ -163,8 +203,7 @@ def _that_fits(step: Step, plan: Plan) -> tuple[Plan, float]:
         try:
             return plan, _seconds(step, plan)
         except (RuntimeError, MemoryError) as error:
-            words = str(error).lower()
-            if not isinstance(error, MemoryError) and not any(w in words for w in NO_MEMORY):
+            if not ran_out(error):
                 raise
             size = len(plan.batches()[0])
             if size == 1:
@@ -174,9 +213,6 @@ def _that_fits(step: Step, plan: Plan) -> tuple[Plan, float]:
         # Outside of the handler, whose error holds on to what was allocated.
         plan = replace(plan, batch_size=size // 2)
         log.info("the memory is short of batches of %d: taking %d", size, plan.batch_size)
-
-
-NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
 def _seconds(step: Step, plan: Plan) -> float:
