@@ -115,11 +115,12 @@ def load_classifier(
     it.
 
     prefer_ema: take the averaged weights where there are any. trust_pickle: run the code in the
-    file, for pickled modules. Raises CheckpointError when anything does not fit.
+    file, for pickled modules, and the code that a model card names. Raises CheckpointError when
+    anything does not fit.
     """
     path = Path(path)
     _check_file(path)
-    given, resize, interpolation = _with_card(path, overrides)
+    given, resize, interpolation = _with_card(path, overrides, trust=trust_pickle)
     found = _read(path, given, prefer_ema=prefer_ema, trust_pickle=trust_pickle)
     preprocessing, assumed = _preprocessing(given, resize, interpolation, found.inputs)
     try:
@@ -247,13 +248,18 @@ def write_card(classifier: Classifier, path: Path) -> None:
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
-def _with_card(path: Path, overrides: Overrides) -> tuple[Overrides, int | None, str | None]:
-    """The overrides, filled up from the card; the card's resize and interpolation."""
-    beside = path.with_suffix(".toml")
-    if overrides.card is not None:
-        card = read_card(overrides.card)
-    else:
-        card = read_card(beside) if beside.is_file() else {}
+def _with_card(
+    path: Path, overrides: Overrides, *, trust: bool
+) -> tuple[Overrides, int | None, str | None]:
+    """The overrides, filled up from the card; the card's resize and interpolation. trust: run code
+    that the card names; it came with the checkpoint, and whoever uses that has not asked for it."""
+    where = overrides.card or path.with_suffix(".toml")
+    card = read_card(where) if overrides.card is not None or where.is_file() else {}
+    if ".py:" in card.get("arch", "") and overrides.arch is None and not trust:
+        raise CheckpointError(
+            f"{where} names code, arch = {_shown(card['arch'])}, which can do anything when it is "
+            "run: read it, then name it yourself with --arch, or add --trust-pickle"
+        )
     resize, interpolation = card.pop("resize", None), card.pop("interpolation", None)
     if overrides.input_size is not None:
         resize = None  # it belongs to the card's input size

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from oodcli.classifier import Preprocessing
 from oodcli.errors import CheckpointError, ImagesError
+from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import UNKNOWN, match, numbered, written
-from oodcli.images.pixels import decode_rows
 from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
 
 MOST_ROWS = 1 << 28

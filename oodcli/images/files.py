@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tarfile import ReadError, TarFile
-from typing import IO, NamedTuple, NoReturn, Self, TextIO, cast
+from typing import IO, NamedTuple, Self, TextIO, cast
 
 import torch
 from torch import Tensor
 
 from oodcli.errors import ImagesError
+from oodcli.images.decoding import Encoded
 from oodcli.images.labels import UNKNOWN, by_folder, written
-from oodcli.images.pixels import SUFFIXES, Load, UnreadableError, decode_rows, load_bytes, load_file
+from oodcli.images.pixels import SUFFIXES, Load, load_bytes, load_file, refuse
 from oodcli.images.source import Fetch, ImageSource, printable, unreadable_file
 
 LARGEST_MEMBER = 1 << 28
@@ -54,8 +55,7 @@ class FileList(ImageSource):
 
     @contextmanager
     def reading(self) -> Iterator[Fetch]:
-        yield lambda start, stop: partial(
-            decode_rows,
+        yield lambda start, stop: Encoded(
             self._labels[start:stop],
             [partial(load_file, path) for path in self._files[start:stop]],
         )
@@ -219,8 +219,7 @@ class _Archive(ImageSource):
         )
 
     def _fetcher(self, read: Callable[[Member], bytes]) -> Fetch:
-        return lambda start, stop: partial(
-            decode_rows,
+        return lambda start, stop: Encoded(
             self._labels[start:stop],
             [_load_member(read, member) for member in self._members[start:stop]],
         )
@@ -229,23 +228,19 @@ class _Archive(ImageSource):
 def _load_member(read: Callable[[Member], bytes], member: Member) -> Load:
     """Read the bytes now, by the fetching thread; decode them later."""
     if member.error is not None:
-        return partial(_raise, member.error)
+        return partial(refuse, member.error)
     if member.size > LARGEST_MEMBER:
-        return partial(_raise, f"{member.size} bytes are too many for an image")
+        return partial(refuse, f"{member.size} bytes are too many for an image")
     try:
         return partial(load_bytes, read(member))
     except Exception as error:
-        return partial(_raise, f"cannot be unpacked: {_reason(error, member)}")
+        return partial(refuse, f"cannot be unpacked: {_reason(error, member)}")
 
 
 def _reason(error: Exception, member: Member) -> str:
     if "encrypted" in str(error):
         return "it is encrypted"
     return unreadable_file(error)
-
-
-def _raise(reason: str) -> NoReturn:
-    raise UnreadableError(reason)
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -16,8 +16,9 @@ from PIL import Image
 
 from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
+from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import UNKNOWN, match
-from oodcli.images.pixels import Load, UnreadableError, decode_rows
+from oodcli.images.pixels import Load, UnreadableError
 from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
 
 Pixels = NDArray[np.float64]

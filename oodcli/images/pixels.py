@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
-from oodcli.classifier import Preprocessing
-from oodcli.images.source import Rows, unreadable_file
+from oodcli.images.source import unreadable_file
+
+if TYPE_CHECKING:  # torch is not imported here, as processes that decode images do without it
+    from oodcli.classifier import Preprocessing
 
 # fmt: off
 SUFFIXES = frozenset((
@@ -59,7 +59,21 @@ class UnreadableError(Exception):
 
 
 Load = Callable[[], Image.Image]
-"""Decodes one image. Raises UnreadableError."""
+"""Decodes one image. Raises UnreadableError. Those of an ``Encoded`` can be pickled."""
+
+
+class Target(NamedTuple):
+    """The part of a Preprocessing that ``fit`` needs; unlike that, it comes without torch."""
+
+    input_size: tuple[int, int]
+    channels: int
+    resize: int | None
+    interpolation: str
+
+
+def refuse(reason: str) -> NoReturn:
+    """The Load of an image that is known to be unreadable."""
+    raise UnreadableError(reason)
 
 
 def load_file(path: str | Path) -> Image.Image:
@@ -154,7 +168,7 @@ def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     return scaled.astype(np.uint8)
 
 
-def fit(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+def fit(image: Image.Image, preprocessing: Preprocessing | Target) -> NDArray[np.uint8]:
     """The pixels (H, W, C) at the network's input size, C = preprocessing.channels.
 
     The same as torchvision's Resize and CenterCrop on a Pillow image (antialiased). Raises
@@ -189,18 +203,3 @@ def _resize_and_crop(
     if image.size != resized:
         image = image.resize(resized, method)
     return image if image.size == (width, height) else image.crop(crop)
-
-
-def decode_rows(labels: Tensor, loads: Sequence[Load], preprocessing: Preprocessing) -> Rows:
-    """Decode and fit one image after another. labels: (n,)."""
-    errors: list[str | None] = []
-    readable: list[NDArray[np.uint8]] = []
-    for load in loads:
-        try:
-            readable.append(fit(load(), preprocessing))
-            errors.append(None)
-        except UnreadableError as reason:
-            errors.append(str(reason))
-    shape = (0, *preprocessing.input_size, preprocessing.channels)
-    stacked = np.stack(readable) if readable else np.empty(shape, np.uint8)
-    return Rows(labels, errors, torch.from_numpy(stacked))

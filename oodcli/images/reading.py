@@ -7,10 +7,12 @@ import threading
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 
 from oodcli.classifier import Preprocessing
+from oodcli.images.decoding import LONGEST_TIMEOUT, Crew, Encoded, decode_rows
 from oodcli.images.source import Batch, Decode, Fetch, ImageSource, Rows
 
 BATCHES_AHEAD = 2
@@ -27,6 +29,7 @@ def batches(
     workers: int | None = None,
     *,
     start: int = 0,
+    timeout: float | None = None,
 ) -> Generator[Batch, None, None]:
     """The rows of a source from ``start`` on, in order, ``batch_size`` at a time.
 
@@ -36,11 +39,17 @@ def batches(
     small that threads would idle, and of large files at most 256 MB: memory does not depend on the
     number of images. Closing the generator ends the threads and closes the files.
 
-    Raises ImagesError when a file breaks off in the middle; any other exception is a fault in the
-    program and is passed on.
+    timeout: seconds for one image to be read and decoded. Where it is given, a source's
+    ``Encoded`` images are decoded in processes, one to a thread: an image that takes longer, or
+    that twice kills its decoder, is a row with an error. Closing the generator kills them.
+
+    Raises ImagesError when a file breaks off in the middle, or when no process can be started; any
+    other exception is a fault in the program and is passed on.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
+        raise ValueError(f"timeout={timeout} must be above 0 and at most {LONGEST_TIMEOUT:g} s")
     workers = workers or min(MOST_WORKERS, _processors())
     ahead = max(BATCHES_AHEAD, 2 * workers * source.grain // batch_size)
     pending: deque[Future[Batch]] = deque()
@@ -49,12 +58,13 @@ def batches(
         source.reading() as fetch,
         ThreadPoolExecutor(1, "oodcli-fetch") as reader,
         ThreadPoolExecutor(workers, "oodcli-decode") as pool,
+        nullcontext() if timeout is None else Crew(preprocessing, timeout) as crew,
     ):
         try:
             for first in range(start, len(source), batch_size):
                 last = min(first + batch_size, len(source))
                 pending.append(
-                    _submit(source, preprocessing, first, last, fetch, reader, pool, room)
+                    _submit(source, preprocessing, first, last, fetch, reader, pool, room, crew)
                 )
                 if len(pending) > ahead:
                     yield pending.popleft().result()
@@ -110,6 +120,7 @@ def _submit(
     reader: ThreadPoolExecutor,
     pool: ThreadPoolExecutor,
     room: _Room,
+    crew: Crew | None,
 ) -> Future[Batch]:
     """Queue the rows [first, last). A task waits only for tasks queued before it, so that the pool
     cannot lock up, however few its threads are."""
@@ -123,7 +134,10 @@ def _submit(
 
         def decode() -> Rows:
             try:
-                return fetched.result()(preprocessing)
+                found = fetched.result()
+                if isinstance(found, Encoded):
+                    return decode_rows(found.labels, found.loads, preprocessing, crew)
+                return found(preprocessing)
             finally:
                 room.give(size)
 

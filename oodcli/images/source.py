@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:  # torch is not imported here, as processes that decode images do without it
+    from torch import Tensor
 
-from oodcli.classifier import Preprocessing
+    from oodcli.classifier import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Rows(NamedTuple):
     pixels: Tensor
 
 
-Decode = Callable[[Preprocessing], Rows]
-"""The second half of reading some rows: decoding and resizing, in any thread."""
+Decode: TypeAlias = "Callable[[Preprocessing], Rows]"
+"""The second half of reading some rows: decoding and resizing, in any thread. Where it is an
+``Encoded``, also in other processes."""
 
-Fetch = Callable[[int, int], Decode]
+Fetch: TypeAlias = Callable[[int, int], "Decode"]
 """The first half of reading the rows [start, stop): called in input order by one thread, so that
 archives and files are read front to back without locks."""
 

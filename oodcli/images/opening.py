@@ -1,0 +1,75 @@
+"""IMAGES of the command line → the source that they name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from oodcli.classifier import Preprocessing
+from oodcli.errors import ImagesError
+from oodcli.images.arrays import ArchiveOfArrays, VirtualImages
+from oodcli.images.files import (
+    FileList,
+    TarOfImages,
+    ZipOfImages,
+    folder,
+    list_from_stream,
+    list_from_text,
+)
+from oodcli.images.generated import Noise, TorchvisionImages
+from oodcli.images.pixels import SUFFIXES
+from oodcli.images.source import ImageSource
+
+LISTS = (".txt", ".lst", ".list", ".csv", ".tsv", "")
+TARS = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz")
+VIRTUAL = (".h5", ".hdf5")
+KINDS = (
+    "a folder, a text list, an .npz, a .tar or .zip of images, a virtual .h5, "
+    "torchvision:DATASET, noise:KIND, or - for a list on standard input"
+)
+
+
+def open_images(
+    spec: str,
+    preprocessing: Preprocessing,
+    class_names: Sequence[str],
+    *,
+    stdin: TextIO | None = None,
+) -> ImageSource:
+    """The source that ``spec`` names: one of the kinds of IMAGES, or one image file.
+
+    class_names: the network's, "0", "1", … where nobody said. Only names, labels and headers are
+    read here; the source's ``note`` is what the user should be told of them. Raises ImagesError
+    when there is nothing to read, when the file is damaged, or when the kind is not known.
+    """
+    scheme, colon, rest = spec.partition(":")
+    if colon and scheme == "noise":
+        return Noise(spec, rest)
+    if colon and scheme == "torchvision":
+        return TorchvisionImages(spec, rest, class_names)
+    if spec == "-":
+        return list_from_stream(sys.stdin if stdin is None else stdin, class_names)
+    if not spec:  # an unset variable of a shell; as a path it would be the working directory
+        raise ImagesError(f"the images are named by an empty word: give {KINDS}")
+    path = Path(spec)
+    if os.path.isdir(path):  # unlike Path.is_dir, False for what is out of reach
+        return folder(path, class_names)
+    if not os.path.exists(path):
+        raise ImagesError(f"{spec} does not exist, or is out of reach: give {KINDS}")
+    name = path.name.lower()
+    if name.endswith(".npz"):
+        return ArchiveOfArrays(path, class_names)
+    if name.endswith(".zip"):
+        return ZipOfImages(path, class_names)
+    if name.endswith(TARS):
+        return TarOfImages(path, class_names)
+    if name.endswith(VIRTUAL):
+        return VirtualImages(path, preprocessing, len(class_names))
+    if path.suffix.lower() in SUFFIXES:
+        return FileList(spec, [spec])
+    if path.suffix.lower() in LISTS:
+        return list_from_text(path, class_names)
+    raise ImagesError(f"{spec}: files of the kind '{path.suffix}' are not known: give {KINDS}")
