@@ -13,6 +13,7 @@ OodcliError or, an image, by its row's error. Anything else is a finding: the ex
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import resource
@@ -53,6 +54,7 @@ PARSERS = {
     "scores .jsonl": ("scores", "scores.jsonl"),
     "scores .parquet": ("scores", "scores.parquet"),
     "marked rows": ("marks", "marks.csv"),
+    "partial file": ("partial", "logits.h5.partial"),
     "image .png": ("images", "image.png"),
     "image .jpg": ("images", "image.jpg"),
     "image .gif": ("images", "image.gif"),
@@ -99,6 +101,7 @@ def write_samples(folder: Path) -> None:
     from oodcli import detectors
     from oodcli.architectures import build
     from oodcli.checkpoint import load_classifier
+    from oodcli.features import Rows
     from oodcli.files.artefact import Artefact, write_artefact
     from oodcli.files.cache import CacheWriter, open_cache
     from oodcli.files.hdf5 import writing
@@ -149,9 +152,13 @@ def write_samples(folder: Path) -> None:
             artefact = Artefact(fitted, classifier.sha256, {"rows": 24, "kind": "virtual"})
             write_artefact(artefact, folder / f"{name}.safetensors")
         chosen = [Chosen(detectors.get(name)()) for name in ("msp", "energy")]
+
+        def again(start: int) -> Iterator[Rows]:
+            return opened.blocks({"logits"}, start=start)
+
         for suffix in ("csv", "jsonl", "parquet"):
-            rows_again = opened.blocks({"logits"})
-            score_to_file(rows_again, chosen, classifier.class_names, folder / f"scores.{suffix}")
+            score_to_file(again, chosen, classifier.class_names, folder / f"scores.{suffix}")
+    write_partial(classifier, folder / "logits.h5")
     (folder / "marks.csv").write_text('path,ood\na.png,0\n"b, c.png",1\nd.png,\n', encoding="utf-8")
     noise = np.random.default_rng(0).integers(0, 256, (12, 11, 3)).astype(np.uint8)
     image = Image.fromarray(noise)
@@ -182,6 +189,28 @@ def write_program(network: Any, path: Path) -> None:
             network.eval(), (torch.randn(2, 3, 8, 8),), dynamic_shapes=(batch,)
         )
         torch.export.save(program, path)
+
+
+def write_partial(classifier: Any, output: Path) -> None:
+    """What an interrupted extraction leaves."""
+    from oodcli.files.journal import journal
+    from oodcli.images import open_images
+    from oodcli.recording import Recorder
+    from oodcli.stages.extract import Restored, kept
+    from oodcli.stages.record import record_images, resumed
+
+    source = open_images("noise:uniform?n=24", classifier.preprocessing, classifier.class_names)
+    recorder = Recorder(classifier, frozenset({"logits", "embedding"}))
+    with contextlib.suppress(StopIteration), journal(output, {"--seed": 0}, "oodcli") as partial:
+        blocks = resumed(
+            partial,
+            Restored(recorder),
+            kept,
+            lambda start: record_images(classifier, source, recorder, 8, start=start),
+        )
+        for _ in range(2):
+            next(blocks)
+        raise StopIteration
 
 
 def write_collections(folder: Path, image: Any) -> None:
@@ -265,7 +294,7 @@ class Parser:
         with open_cache(path) as cache:
             names = cache.provenance.class_names
             chosen = choose_detectors(["all"], {}, cache.recorded, "")
-            score_to_file(cache.blocks(needs(chosen)), chosen, names, io.StringIO())
+            score_to_file(lambda start: cache.blocks(needs(chosen)), chosen, names, io.StringIO())
             for name in ("mds", "knn"):
                 kind = detectors.get(name)
                 cache.require(kind.needs, name)
@@ -283,6 +312,24 @@ class Parser:
         from oodcli.files.scores import read_scores
 
         read_scores(path)
+
+    def partial(self, path: Path) -> None:
+        import os
+
+        from oodcli.files.describe import describe_file
+        from oodcli.files.journal import Journal, read_about
+        from oodcli.recording import Recorder
+        from oodcli.stages.extract import Restored
+
+        describe_file(path, "partial")
+        about, rows, _ = read_about(path)
+        handle = os.open(path, os.O_RDWR)
+        try:
+            journal = Journal(path, handle, about, restart=False)
+            restored = Restored(Recorder(self.classifier, frozenset({"logits", "embedding"})))
+            assert sum(len(block.paths) for block in journal.kept(restored)) <= rows
+        finally:
+            os.close(handle)
 
     def marks(self, path: Path) -> None:
         from oodcli.files.marks import read_marks

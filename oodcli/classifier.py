@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.architectures.heads import RetrainedHead
-from oodcli.errors import CheckpointError
+from oodcli.errors import CheckpointError, OodcliError
 from oodcli.features import LinearHead
+from oodcli.memory import ran_out, too_short
 
 LARGEST_INPUT = 1 << 24
 LARGEST_RESIZE = 1 << 14
@@ -201,7 +202,8 @@ def assemble(
 
     layers: a regular expression of module names; those that match are tapped in place of blocks
     and stages (BatchNorm layers always are). Raises CheckpointError when the network cannot run
-    on the preprocessing's input size, does not return logits, or when class_names do not fit.
+    on the preprocessing's input size, does not return logits, or when class_names do not fit,
+    OodcliError when the memory is too short for that image.
     """
     network = network.eval().requires_grad_(False)
     calls: list[tuple[str, nn.Module, Tensor, Tensor | None]] = []
@@ -226,7 +228,10 @@ def assemble(
     try:
         with torch.no_grad():
             output = network(image if parameter is None else image.to(parameter.device))
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+    except (RuntimeError, MemoryError, ValueError, AssertionError, IndexError, TypeError) as error:
+        if ran_out(error):
+            device = torch.device("cpu") if parameter is None else parameter.device
+            raise OodcliError(too_short(device, preprocessing.input_size)) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{arch} does not run on {preprocessing.channels}x{height}x{width} images "

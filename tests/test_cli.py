@@ -1267,17 +1267,33 @@ def test_our_own_faults_keep_their_traceback(fitted, monkeypatch):
         oodcli("score", fitted / "digits.pt", "noise:uniform?n=3")
 
 
-def test_interrupting_leaves_nothing_behind(fitted, tmp_path, monkeypatch):
+def test_interrupting_loses_nothing(fitted, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("oodcli.inversion.quality.Quality.report", interrupted)
-    result = oodcli(
-        "invert", fitted / "digits.pt", "--per-class", 1, "--steps", 2, "-o", tmp_path / "v.h5"
-    )
+    words = ("invert", fitted / "digits.pt", "--per-class", 1, "--steps", 2, "-o")
+    whole = oodcli(*words, tmp_path / "v.h5")
+    assert whole.status == 0, whole.err
+    (tmp_path / "v.h5").rename(tmp_path / "whole.h5")
+    (tmp_path / "v.png").rename(tmp_path / "whole.png")
+    with monkeypatch.context() as patch:
+        patch.setattr("oodcli.inversion.quality.Quality.report", interrupted)
+        result = oodcli(*words, tmp_path / "v.h5")
     assert result.status == 130
-    assert os.listdir(tmp_path) == []
+    assert sorted(os.listdir(tmp_path)) == ["v.h5.partial", "whole.h5", "whole.png"]
     assert "Traceback" not in result.err
+    assert "v.h5.partial keeps 10 images: the same command goes on from there" in result.err
+    fails(
+        "was begun with --seed 0, but now it is 1: give the", *words, tmp_path / "v.h5", "--seed", 1
+    )
+    fails("v.h5.partial was begun with --per-class 1", *words[:2], *words[4:], tmp_path / "v.h5")
+    result = oodcli(*words, tmp_path / "v.h5")
+    assert result.status == 0, result.err
+    assert "going on after the 10 images that" in result.err
+    assert "for the 0 that are left" in result.err
+    assert (tmp_path / "v.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    assert (tmp_path / "v.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+    assert len(os.listdir(tmp_path)) == 4
 
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from benchmarks.bench_fuzz import PARSERS, SLOW, Parser, write_samples
 from benchmarks.mutations import mutated, rewritten
+from oodcli.architectures import build
 from oodcli.classifier import Preprocessing
 from oodcli.detectors.energy import Energy
 from oodcli.errors import FileError, OodcliError
@@ -471,13 +472,33 @@ def test_virtual_images_that_are_not_there(
     refused(oodcli("score", fitted / "digits.pt", path, "-d", "msp"), "c.h5", "oodcli invert")
 
 
+def test_code_that_a_model_card_names_is_not_run_unasked(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    network = "from oodcli.architectures import build\n\n\ndef make():\n"
+    network += "    return build('resnet8-cifar-w4', 3)\n"
+    (tmp_path / "net.py").write_text(f"open({str(canary)!r}, 'w').close()\n{network}")
+    arch = f"{tmp_path / 'net.py'}:make"
+    torch.save(build("resnet8-cifar-w4", 3).state_dict(), tmp_path / "net.pt")
+    (tmp_path / "net.toml").write_text(f'arch = "{arch}"\ninput_size = [8, 8]\n')
+    words = ("score", tmp_path / "net.pt", "noise:uniform?n=2", "-d", "msp")
+    refused(oodcli(*words), "net.toml names code, arch = ", "--arch", "--trust-pickle")
+    refused(oodcli("inspect", *words[1:2]), "net.toml names code")
+    refused(oodcli(*words, "--card", tmp_path / "net.toml"), "net.toml names code")
+    assert not canary.exists()
+    for asked in (("--trust-pickle",), ("--arch", arch)):
+        assert oodcli(*words, *asked).status == 0
+        assert canary.exists()
+        canary.unlink()
+
+
 def test_a_dataset_in_place_of_layers_is_not_searched(fitted: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.h5"
     for name in ("layers", "layers/layer1"):
         shutil.copy(fitted / "v.h5", path)
         with h5py.File(path, "a") as file:
             claim(file, name, (10**12,))
-        words = ("extract", fitted / "digits.pt", path, "-o", tmp_path / "out.h5")
+        out = ("-o", tmp_path / "out.h5", "--restart")
+        words = ("extract", fitted / "digits.pt", path, *out)
         refused(oodcli(*words), "c.h5", "no group")
         refused(oodcli("inspect", path), "c.h5", "no group")
         refused(oodcli("inspect", "--verify", path), "c.h5", "no group")

@@ -112,22 +112,24 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(total: int, what: str, per_image: int = 1) -> Iterator[Callable[[int], None]]:
+def progress(
+    total: int, what: str, per_image: int = 1, *, before: int = 0
+) -> Iterator[Callable[[int], None]]:
     """A bar with images/s and the time left on a terminal; elsewhere a line a minute.
 
     The yielded function is told how much more is done; total is in the same unit, of which an
-    image has per_image. It raises what a signal has asked for."""
-    with _shown(total, what, per_image) as advance, interrupts.loop(advance) as step:
+    image has per_image, and so is what was done before. It raises what a signal has asked for."""
+    with _shown(total, what, per_image, before) as advance, interrupts.loop(advance) as step:
         yield step
 
 
 @contextmanager
-def _shown(total: int, what: str, per_image: int) -> Iterator[Callable[[int], None]]:
+def _shown(total: int, what: str, per_image: int, before: int) -> Iterator[Callable[[int], None]]:
     if quiet:
         yield lambda count: None
         return
     if not sys.stderr.isatty():
-        yield _line_a_minute(total, what, per_image)
+        yield _line_a_minute(total, what, per_image, before)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -141,21 +143,24 @@ def _shown(total: int, what: str, per_image: int) -> Iterator[Callable[[int], No
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         start = time.monotonic()
-        task = bar.add_task("", total=total, done=0, images=total // per_image, rate="")
-        done = 0
+        images = total // per_image
+        task = bar.add_task(
+            "", total=total, completed=before, done=before // per_image, images=images, rate=""
+        )
+        done = before
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            rate = done / per_image / max(time.monotonic() - start, 1e-9)
+            rate = (done - before) / per_image / max(time.monotonic() - start, 1e-9)
             bar.update(task, completed=done, done=done // per_image, rate=f"{rate:.1f}/s")
 
         yield advance
 
 
-def _line_a_minute(total: int, what: str, per_image: int) -> Callable[[int], None]:
+def _line_a_minute(total: int, what: str, per_image: int, before: int) -> Callable[[int], None]:
     start = last = time.monotonic()
-    done = 0
+    done = before
 
     def advance(count: int) -> None:
         nonlocal done, last
@@ -163,8 +168,8 @@ def _line_a_minute(total: int, what: str, per_image: int) -> Callable[[int], Non
         now = time.monotonic()
         if now - last >= 60:
             last = now
-            left = (total - done) * (now - start) / max(done, 1)
-            rate = done / per_image / (now - start)
+            left = (total - done) * (now - start) / max(done - before, 1)
+            rate = (done - before) / per_image / (now - start)
             say(
                 f"{what}: {done // per_image} of {total // per_image} images, {rate:.1f}/s, "
                 f"{duration(left)} left"

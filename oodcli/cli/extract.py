@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,8 @@ from oodcli.cli.options import (
     ModelOptions,
     Parameters,
     Quiet,
+    Restart,
+    Timeout,
     complete_detectors,
     parameters,
     takes_model,
@@ -70,6 +73,8 @@ def command(
     param: Parameters = None,
     json: Json = False,
     force: Force = False,
+    restart: Restart = False,
+    timeout: Timeout = None,
     quiet: Quiet = False,
     *,
     model: ModelOptions,
@@ -78,18 +83,19 @@ def command(
     from oodcli import detectors
     from oodcli.errors import OodcliError
     from oodcli.features import KNOWN_RECORDS
-    from oodcli.files.atomic import refuse_existing, refuse_suffix
+    from oodcli.files.atomic import refuse_suffix
     from oodcli.files.hdf5 import format_of
+    from oodcli.files.journal import journal, refuse_output
     from oodcli.files.virtual import FORMAT
     from oodcli.images import open_images
     from oodcli.recording import CHEAP, Recorder, recordable
     from oodcli.stages.chosen import odin_step
     from oodcli.stages.extract import degrading, extract_to_file
-    from oodcli.stages.record import provenance
+    from oodcli.stages.record import job_of, listing, provenance
 
     path = output or Path(_stem(images) + ".features.h5")
     refuse_suffix(path, ".h5", ".hdf5")
-    refuse_existing(path, force=force)
+    refuse_output(path, force=force)
     classifier = model.load(checkpoint)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
     if source.note:
@@ -129,44 +135,58 @@ def command(
         what |= {"mirror"}
     precision = model.resolved_precision(fast=False)
     batch_size = model.resolved_batch_size(classifier)
-    change = None
-    if match_accuracy is not None:
-        if not virtual:
-            raise OodcliError(
-                f"--match-accuracy is for virtual images, made by invert, but {images} is not"
-            )
-        change, sigma, reached = degrading(
-            classifier,
-            source,
-            match_accuracy,
-            batch_size=batch_size,
-            precision=precision,
-        )
-        console.say(
-            f"a blur of {sigma:.3f} pixels brings the network down to {reached:.2%} of these "
-            f"{len(source)} virtual images"
+    if match_accuracy is not None and not virtual:
+        raise OodcliError(
+            f"--match-accuracy is for virtual images, made by invert, but {images} is not"
         )
     recorder = Recorder(classifier, what | {"logits"}, odin=step, precision=precision)
-    with console.progress(len(source), "extract") as advance:
+    made = provenance(
+        classifier,
+        source=images,
+        command=console.command_line(),
+        seed=model.seed,
+        precision=precision,
+        virtual=virtual,
+        matched_accuracy=match_accuracy,
+    )
+    settings = {
+        "the list of images": listing(source),
+        "--record": sorted(recorder.asked),
+        "odin": asdict(recorder.odin),
+        "--match-accuracy": match_accuracy,
+        "--batch-size": batch_size,
+    }
+    with ExitStack() as stack:
+        kept = stack.enter_context(
+            journal(path, job_of(made, **settings), made.command, restart=restart)
+        )
+        change = None
+        if match_accuracy is not None:
+            change, sigma, reached = degrading(
+                classifier,
+                source,
+                match_accuracy,
+                batch_size=batch_size,
+                precision=precision,
+            )
+            console.say(
+                f"a blur of {sigma:.3f} pixels brings the network down to {reached:.2%} of these "
+                f"{len(source)} virtual images"
+            )
+        advance = stack.enter_context(console.progress(len(source), "extract", before=kept.rows))
         summary = extract_to_file(
             classifier,
             source,
             recorder,
             path,
-            provenance(
-                classifier,
-                source=images,
-                command=console.command_line(),
-                seed=model.seed,
-                precision=precision,
-                virtual=virtual,
-                matched_accuracy=match_accuracy,
-            ),
+            made,
             batch_size=batch_size,
             change=change,
             sensitivity_from=Path(images) if virtual and "layers.gradient" in what else None,
             force=force,
             progress=advance,
+            timeout=timeout,
+            journal=kept,
         )
     if json:
         console.emit_json(summary)

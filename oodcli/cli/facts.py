@@ -14,12 +14,13 @@ WHAT = {
     "detector": "a fitted or calibrated detector",
     "scores": "scores",
     "metrics": "metrics",
+    "partial": "what is done of a job that was interrupted",
 }
 
 
 def of_file(found: dict[str, Any]) -> dict[str, Any]:
     """What a person is shown of what ``describe_file`` has found."""
-    about = {"detector": _detector, "scores": _scores, "metrics": _metrics}
+    about = {"detector": _detector, "scores": _scores, "metrics": _metrics, "partial": _partial}
     kind = found["kind"].partition(".")[0]
     facts = {"file": found["file"], "what it is": WHAT[kind], **about.get(kind, _rows)(found)}
     return {name: value for name, value in facts.items() if value not in (None, "")}
@@ -160,6 +161,16 @@ def _metrics(found: dict[str, Any]) -> dict[str, Any]:
         "made by": made.get("command") or "not said: metrics.json beside it says it",
         "versions": f"oodcli {made['oodcli_version']}" if made.get("oodcli_version") else None,
         "bootstrap": f"{found['resamples']} resamples, seed {made['seed']}" if made else None,
+    }
+
+
+def _partial(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "rows": found["rows"],
+        "begun by": found["command"],
+        "how to go on": "give that command again; with --restart it begins again",
+        **found["job"],
+        "decided": _pairs(found["decided"]),
     }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,9 +16,14 @@ from oodcli.cli.options import (
     Json,
     ModelOptions,
     Quiet,
+    Restart,
     beside,
     takes_model,
 )
+
+if TYPE_CHECKING:
+    from oodcli.inversion.invert import Plan
+    from oodcli.inversion.step import Step
 
 
 @takes_model
@@ -61,6 +67,7 @@ def command(
     ] = False,
     json: Json = False,
     force: Force = False,
+    restart: Restart = False,
     quiet: Quiet = False,
     *,
     model: ModelOptions,
@@ -68,15 +75,22 @@ def command(
     """Recall virtual images from the statistics of BatchNorm layers."""
     from oodcli.errors import OodcliError
     from oodcli.files.atomic import refuse_existing, refuse_suffix
-    from oodcli.inversion.invert import Plan, prepare, refuse_without_batchnorm, wanted_classes
+    from oodcli.files.journal import is_complete, journal, refuse_output
+    from oodcli.inversion.invert import (
+        Plan,
+        decisions,
+        prepare,
+        refuse_without_batchnorm,
+        wanted_classes,
+    )
     from oodcli.inversion.objective import OBJECTIVES
     from oodcli.stages.invert import invert_to_file
-    from oodcli.stages.record import provenance
+    from oodcli.stages.record import job_of, provenance
 
     path = output or beside(checkpoint, ".virtual.h5")
     refuse_suffix(path, ".h5", ".hdf5")
-    refuse_existing(path, force=force)
-    refuse_existing(path.with_suffix(".png"), force=force)
+    refuse_output(path, force=force)
+    refuse_existing(path.with_suffix(".png"), force=force or is_complete(path))
     if objective not in OBJECTIVES:
         raise OodcliError(f"--objective {objective}: expected one of {', '.join(OBJECTIVES)}")
     recipe = OBJECTIVES[objective]
@@ -99,33 +113,45 @@ def command(
             f"note: batches hold {len(plan.classes)} of {classifier.num_classes} classes, so their "
             "statistics match the network's less well"
         )
-    plan, step, seconds = prepare(classifier, plan, compiled=compiled)
-    batches = plan.batches()
-    count = len(plan.classes) * plan.per_class
-    halved = f" ({plan.half_steps} at half the side)" if plan.half_steps else ""
-    console.say(
-        f"{count} images of {len(plan.classes)} classes; steps: {plan.total_steps}{halved}, "
-        f"batches: {len(batches)} of {len(batches[0])}; {plan.precision} on {classifier.device}, "
-        f"{step.path}: about {console.duration(seconds)}"
-    )
     if dry_run:
+        _say_estimate(*prepare(classifier, plan, compiled=compiled))
         return
-    with console.progress(count * plan.total_steps, "invert", plan.total_steps) as advance:
+    made = provenance(
+        classifier,
+        source=str(checkpoint),
+        command=console.command_line(),
+        seed=model.seed,
+        precision=plan.precision,
+        virtual=True,
+    )
+    settings = {
+        "--objective": asdict(recipe),
+        "--steps": plan.total_steps,
+        "--per-class": per_class,
+        "--classes": plan.classes,
+        "--batch-size": plan.batch_size,
+        "--compile": compiled,
+    }
+    with ExitStack() as stack:
+        kept = stack.enter_context(
+            journal(path, job_of(made, **settings), made.command, restart=restart)
+        )
+        plan, step, seconds = prepare(
+            classifier, plan, compiled=compiled, decided=kept.about.decided
+        )
+        kept.about.decided.update(decisions(plan, step))
+        count = len(plan.classes) * plan.per_class
+        _say_estimate(plan, step, seconds, kept.rows)
+        advance = stack.enter_context(
+            console.progress(
+                count * plan.total_steps,
+                "invert",
+                plan.total_steps,
+                before=kept.rows * plan.total_steps,
+            )
+        )
         summary = invert_to_file(
-            classifier,
-            plan,
-            path,
-            provenance(
-                classifier,
-                source=str(checkpoint),
-                command=console.command_line(),
-                seed=model.seed,
-                precision=plan.precision,
-                virtual=True,
-            ),
-            step=step,
-            force=force,
-            progress=advance,
+            classifier, plan, path, made, step=step, force=force, progress=advance, journal=kept
         )
     if json:
         console.emit_json(summary)
@@ -138,3 +164,16 @@ def command(
         f"{sum(gaps.values()) / len(gaps):.3f} on average, {gaps[worst]:.3f} at worst ({worst})"
     )
     console.say(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+def _say_estimate(plan: Plan, step: Step, seconds: float, done: int = 0) -> None:
+    batches = plan.batches()
+    count = len(plan.classes) * plan.per_class
+    halved = f" ({plan.half_steps} at half the side)" if plan.half_steps else ""
+    console.say(
+        f"{count} images of {len(plan.classes)} classes; steps: {plan.total_steps}{halved}, "
+        f"batches: {len(batches)} of {len(batches[0])}; {plan.precision} on "
+        f"{step.classifier.device}, {step.path}: about "
+        f"{console.duration(seconds * (count - done) / count)}"
+        + (f" for the {count - done} that are left" if done else "")
+    )

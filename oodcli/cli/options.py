@@ -50,6 +50,21 @@ Images = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Begin again; without it, an interrupted job goes on.")
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout-per-image",
+        metavar="SECONDS",
+        min=0.001,
+        max=86400,
+        help="Decode images in processes of their own: one that takes longer, or ends its "
+        "process, is a row with an error.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[
     bool,
     typer.Option(
@@ -135,7 +150,7 @@ class ModelOptions:
         bool,
         typer.Option(
             "--trust-pickle",
-            help="Load a pickled module, which can run any code.",
+            help="Load a pickled module, or code that a model card names: both can do anything.",
             rich_help_panel=_MODEL,
         ),
     ] = False

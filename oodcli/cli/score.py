@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,8 @@ from oodcli.cli.options import (
     ModelOptions,
     Parameters,
     Quiet,
+    Restart,
+    Timeout,
     parameters,
     takes_model,
 )
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from oodcli.detectors.base import Detector
     from oodcli.features import Rows
     from oodcli.stages.chosen import Chosen, FitReference
+    from oodcli.stages.record import Progress
     from oodcli.stages.verdict import Rule, StreamRule
 
 _VERDICT = "Verdicts"
@@ -120,19 +123,21 @@ def command(
     ] = False,
     json: Json = False,
     force: Force = False,
+    restart: Restart = False,
+    timeout: Timeout = None,
     quiet: Quiet = False,
     *,
     model: ModelOptions,
 ) -> None:
     """Score images: higher = more out of distribution."""
     from oodcli.errors import OodcliError
-    from oodcli.files.atomic import refuse_existing
+    from oodcli.files.journal import journal, refuse_output
     from oodcli.files.scores import format_of
-    from oodcli.stages.chosen import choose_detectors, placed
+    from oodcli.stages.chosen import choose_detectors, fingerprint, placed
     from oodcli.stages.score import score_to_file
 
     if output is not None:
-        refuse_existing(output, force=force)
+        refuse_output(output, force=force)
         format_of(output)
     if json and output is None:
         raise OodcliError("--json prints the summary on standard output: name a file with -o")
@@ -149,7 +154,7 @@ def command(
         opened = (
             _from_cache(checkpoint, mirror, stack)
             if images is None
-            else _from_images(checkpoint, images, mirror, model, stack)
+            else _from_images(checkpoint, images, mirror, timeout, model)
         )
         wanted = detector or [_default(opened.available, images is not None)]
         chosen = choose_detectors(
@@ -162,10 +167,25 @@ def command(
         )
         if not chosen:
             raise OodcliError("no detector is possible with what was recorded")
-        chosen = placed(chosen, model.resolved_device())
         rules = _rules(chosen, fpr, threshold if stream_rule is None else None, mirror)
+        kept = None
+        if output is not None:
+            settings = {
+                **opened.job(),
+                "the detectors": [each.name for each in chosen],
+                **{f"the detector {each.name}": fingerprint(each) for each in chosen},
+                **{f"the verdict by {name}": rule.basis for name, rule in rules.items()},
+                "--mirror": mirror,
+                "--explain": explain,
+            }
+            kept = stack.enter_context(
+                journal(output, settings, console.command_line(), restart=restart)
+            )
+        chosen = placed(chosen, model.resolved_device())
+        before = 0 if kept is None else kept.rows
+        advance = stack.enter_context(console.progress(opened.count, "score", before=before))
         summary = score_to_file(
-            opened.record(chosen),
+            opened.record(chosen, advance),
             chosen,
             opened.class_names,
             sys.stdout if output is None else output,
@@ -174,6 +194,7 @@ def command(
             mirror=mirror,
             explain=explain,
             force=force,
+            journal=kept,
         )
     fractions = summary.ood_fraction
     if json:
@@ -208,14 +229,17 @@ def command(
 
 @dataclass(frozen=True)
 class Opened:
-    """Where rows come from. available: what can be recorded. record: rows for some detectors.
-    fit_reference: fits a detector on noise; None without the network."""
+    """Where rows come from. available: what can be recorded. record: rows for some detectors, from
+    a number on. job: what decides which rows those are. count: how many there are. fit_reference:
+    fits a detector on noise; None without the network."""
 
     available: frozenset[str]
     sha256: str
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
-    record: Callable[[Sequence[Chosen]], Iterable[Rows]]
+    record: Callable[[Sequence[Chosen], Progress], Callable[[int], Iterable[Rows]]]
+    job: Callable[[], dict[str, Any]]
+    count: int
     fit_reference: FitReference | None = None
 
 
@@ -224,30 +248,47 @@ def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
     from oodcli.files.cache import FORMAT, open_cache
     from oodcli.files.hdf5 import format_of
     from oodcli.stages.chosen import needs
+    from oodcli.stages.record import file_state, job_of
 
     if path.is_file() and format_of(path) != FORMAT and path.suffix not in (".h5", ".hdf5"):
         raise OodcliError(f"{path} is no cache: give IMAGES after a checkpoint")
     cache = stack.enter_context(open_cache(path))
 
-    def record(chosen: Sequence[Chosen]) -> Iterable[Rows]:
+    def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int], Iterable[Rows]]:
         views = {"mirror"} if mirror else set()
         for each in chosen:
             cache.require(each.detector.score_needs | views, each.detector.name)
-        return cache.blocks(needs(chosen, mirror=mirror))
+
+        def rows(start: int) -> Iterator[Rows]:
+            for block in cache.blocks(needs(chosen, mirror=mirror), start=start):
+                yield block
+                advance(len(block.paths))
+
+        return rows
 
     made = cache.provenance
     return Opened(
-        cache.recorded, made.checkpoint_sha256, made.preprocessing, made.class_names, record
+        cache.recorded,
+        made.checkpoint_sha256,
+        made.preprocessing,
+        made.class_names,
+        record,
+        lambda: {**job_of(made), "the cache": str(path), "the cache's state": file_state(path)},
+        cache.count,
     )
 
 
 def _from_images(
-    path: Path, images: str, mirror: bool, model: ModelOptions, stack: ExitStack
+    path: Path,
+    images: str,
+    mirror: bool,
+    timeout: float | None,
+    model: ModelOptions,
 ) -> Opened:
     from oodcli.images import open_images
     from oodcli.recording import Recorder, recordable
     from oodcli.stages.chosen import fit_on_noise, needs, odin_step
-    from oodcli.stages.record import record_images
+    from oodcli.stages.record import job_of, listing, provenance, record_images
 
     classifier = model.load(path)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
@@ -255,15 +296,34 @@ def _from_images(
         console.say(f"note: {source.note}")
     batch_size = model.resolved_batch_size(classifier)
 
-    def record(chosen: Sequence[Chosen]) -> Iterable[Rows]:
+    precision = model.resolved_precision(fast=False)
+
+    def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int], Iterable[Rows]]:
         recorder = Recorder(
             classifier,
             needs(chosen, mirror=mirror),
             odin=odin_step(each.detector for each in chosen),
-            precision=model.resolved_precision(fast=False),
+            precision=precision,
         )
-        advance = stack.enter_context(console.progress(len(source), "score"))
-        return record_images(classifier, source, recorder, batch_size, advance)
+
+        def rows(start: int) -> Iterable[Rows]:
+            return record_images(
+                classifier, source, recorder, batch_size, advance, start=start, timeout=timeout
+            )
+
+        return rows
+
+    def job() -> dict[str, Any]:
+        made = provenance(
+            classifier,
+            source=images,
+            command="",
+            seed=model.seed,
+            precision=precision,
+            virtual=False,
+        )
+        more = {"the list of images": listing(source), "--batch-size": batch_size}
+        return job_of(made, **more)
 
     def fit_reference(kind: type[Detector], given: Mapping[str, Any]) -> Detector:
         console.say(f"note: {kind.name} is standardised on {kind.reference_images} first")
@@ -275,6 +335,8 @@ def _from_images(
         classifier.preprocessing,
         classifier.class_names,
         record,
+        job,
+        len(source),
         fit_reference,
     )
 

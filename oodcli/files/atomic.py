@@ -1,14 +1,18 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and only one process at a time writes a file."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from oodcli.errors import FileError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 
 def refuse_existing(path: Path, *, force: bool = False) -> None:
@@ -38,30 +42,83 @@ def refuse_suffix(path: Path, *known: str) -> None:
 
 
 @contextmanager
+def claimed(path: Path, output: Path) -> Iterator[int]:
+    """A descriptor of the file at ``path``, made where there is none, for reading and writing. The
+    file is locked: the lock goes when the process does, however it ends. Raises FileError when
+    another process has it, which is writing ``output`` then; OSError when it cannot be opened."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            if not _lock(handle):
+                raise FileError(
+                    f"{output} is being written by another process: wait for that, or choose "
+                    "another -o"
+                )
+            if _is_at(handle, path):
+                yield handle
+                return
+            # Whoever had it has moved or removed it since: this is no longer the file at path.
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems know no locks
+        return True
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
 def atomic(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; moves it into place when the block ends well and
-    removes it when anything is raised. A symbolic link stays, what it points to is replaced. Raises
-    FileError as refuse_existing does, and when the disk refuses."""
+    """Yields a temporary path beside ``path``, which no other process gets; moves it into place
+    when the block ends well, once the disk has it, and removes it when anything is raised. What a
+    killed process leaves of it, the next one writes over. A symbolic link stays, what it points to
+    is replaced. Raises FileError as refuse_existing does, when another process is writing ``path``,
+    and when the disk refuses."""
     refuse_existing(path, force=force)
     target = path.resolve()
+    unfinished = target.with_name(f".{target.stem}.new{target.suffix}")
     try:
-        handle, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.stem[:40]}.partial-", suffix=target.suffix
-        )
+        with claimed(unfinished, path) as handle:
+            try:
+                yield unfinished
+                if path.exists() and not force:
+                    raise FileError(
+                        f"{path} appeared in the meantime: choose another -o, or use --force"
+                    )
+                os.fsync(handle)
+                unfinished.replace(target)
+            except BaseException:
+                unfinished.unlink(missing_ok=True)
+                raise
+        _sync_folder(target.parent)
     except OSError as error:
         raise FileError(f"{path} could not be written: {error.strerror or error}") from error
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        if path.exists() and not force:
-            raise FileError(f"{path} appeared in the meantime: choose another -o, or use --force")
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(target)
-    except OSError as error:
-        raise FileError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """What was renamed in it is so after a power failure, too."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError:  # some file systems cannot
+            pass
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -82,9 +139,3 @@ def make_folder(path: Path) -> Iterator[None]:
             except OSError:  # something else is in it
                 break
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -235,13 +235,13 @@ class FeatureCache:
                 labels = torch.from_numpy(self._file["label"][part])
             yield paths, labels, errors
 
-    def blocks(self, needs: Iterable[str] | None = None) -> Iterator[Rows]:
-        """All rows in order, with the records named by ``needs`` (None: all)."""
+    def blocks(self, needs: Iterable[str] | None = None, *, start: int = 0) -> Iterator[Rows]:
+        """The rows from ``start`` on, in order, with the records named by ``needs`` (None: all)."""
         constants = self._constants if needs is None else only(self._constants, frozenset(needs))
         width = sum(rows.shape[1] for rows in constants.rows().values() if rows.ndim == 2)
         size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * max(width, 1))))
-        for start in range(0, self.count, size):
-            yield self._block(constants, start, min(start + size, self.count))
+        for first in range(start, self.count, size):
+            yield self._block(constants, first, min(first + size, self.count))
 
     def _block(self, constants: Features, start: int, stop: int) -> Rows:
         with damage(self.path):

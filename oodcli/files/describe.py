@@ -23,10 +23,12 @@ Kind: TypeAlias = Literal[
     "scores.parquet",
     "metrics.csv",
     "metrics.json",
+    "partial",
 ]
 
 CHECKPOINTS = (".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2")
 
+PARTIAL = b"oodcli-partial "
 HDF5 = b"\x89HDF\r\n\x1a\n"
 START_BYTES = 1 << 16
 """As much of a file as must be seen to know it; the header of a safetensors file may be longer."""
@@ -50,8 +52,10 @@ def kind_of(path: Path) -> Kind:
         if path.suffix in CHECKPOINTS:
             return "checkpoint"  # whose loader says what is wrong
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    found = (
-        _of_hdf5(path)
+    found: Kind | None = (
+        "partial"
+        if start.startswith(PARTIAL)
+        else _of_hdf5(path)
         if start.startswith(HDF5)
         else _of_safetensors(header)
         if header
@@ -65,8 +69,8 @@ def kind_of(path: Path) -> Kind:
         found = "checkpoint"
     if found is None:
         raise FileError(
-            f"{path} is no checkpoint, virtual images, feature cache, detector, scores or metrics "
-            "file: oodcli can tell nothing about it"
+            f"{path} is no checkpoint, virtual images, feature cache, detector, scores, metrics or "
+            "partial file: oodcli can tell nothing about it"
         )
     return found
 
@@ -125,6 +129,7 @@ def describe_file(path: Path, kind: Kind) -> dict[str, Any]:
         "detector": _detector,
         "scores": _scores,
         "metrics": _metrics,
+        "partial": _partial,
     }[what]
     return {"file": str(path), "kind": kind, **about(path, suffix)}
 
@@ -240,6 +245,13 @@ def _metrics(path: Path, suffix: str) -> dict[str, Any]:
         }
     except (OSError, KeyError, TypeError, ValueError, RecursionError, csv.Error) as error:
         raise FileError(f"{path} is damaged ({error}): evaluate again") from error
+
+
+def _partial(path: Path, _: str) -> dict[str, Any]:
+    from oodcli.files.journal import read_about
+
+    about, rows, complete = read_about(path)
+    return {**about._asdict(), "rows": rows, "complete": complete}
 
 
 def _named(rows: list[dict[str, str]]) -> dict[str, Any]:

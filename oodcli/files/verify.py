@@ -42,7 +42,8 @@ def verify(path: Path, kind: Kind, checkpoint: Path | None = None) -> Checks:
         )
     else:
         raise FileError(
-            f"{path} has no checksums: only virtual images, feature caches and detectors have"
+            f"{path} has no checksums to be taken again: virtual images, feature caches and "
+            "detectors have"
         )
     if checkpoint is not None:
         recorded = describe_file(path, kind)["made"]["checkpoint_sha256"]

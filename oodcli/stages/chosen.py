@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from oodcli import detectors
 from oodcli.calibration import Calibration
 from oodcli.classifier import Classifier, Preprocessing
+from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, OdinStep
@@ -42,6 +44,17 @@ class Chosen:
     def name(self) -> str:
         """The column of its scores."""
         return self.column or self.detector.name
+
+
+def fingerprint(chosen: Chosen) -> str:
+    """Settings and SHA-256 of what was fitted: the same for the same scores, before ``placed``."""
+    found = hashlib.sha256()
+    for name, value in sorted(chosen.detector.state().items()):
+        found.update(name.encode())
+        for block in value.blocks() if isinstance(value, Bank) else [value]:
+            found.update(block.contiguous().numpy().tobytes())
+    settings = ", ".join(f"{key}={value}" for key, value in chosen.detector.settings().items())
+    return f"({settings}; {chosen.saw}; {found.hexdigest()})"
 
 
 FitReference = Callable[[type[Detector], Mapping[str, Any]], Detector]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from oodcli.classifier import Classifier
-from oodcli.features import Features, recorded
+from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
 from oodcli.files.cache import CacheWriter
 from oodcli.files.hdf5 import Provenance, writing
+from oodcli.files.journal import Journal, Record
 from oodcli.files.virtual import read_sensitivity
 from oodcli.images import ImageSource
 from oodcli.inversion.degrade import blurred, match_accuracy
 from oodcli.recording import Recorder
-from oodcli.stages.record import Change, Progress, no_progress, record_images
+from oodcli.stages.record import Change, Progress, no_progress, record_images, resumed
 
 
 def extract_to_file(
@@ -31,25 +35,37 @@ def extract_to_file(
     sensitivity_from: Path | None = None,
     force: bool = False,
     progress: Progress = no_progress,
+    timeout: float | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Records a source into a cache. sensitivity_from: the virtual file that the source reads, for
-    the sensitivities that inversion measured."""
+    the sensitivities that inversion measured. journal: goes on after the rows that it keeps."""
     unreadable = 0
     row = 0
     agreed = known = 0
-    with atomic(path, force=force) as unfinished, writing(unfinished) as new:
-        writer = CacheWriter(new.file, provenance, len(source))
-        for rows in record_images(classifier, source, recorder, batch_size, progress, change):
-            stop = row + len(rows.paths)
-            features = rows.features
-            if features is not None and sensitivity_from is not None:
-                features = _with_sensitivity(features, sensitivity_from, row, stop)
-            writer.append(replace(rows, features=features))
-            new.check()
-            unreadable += sum(error is not None for error in rows.errors)
-            right, labelled = _hits(features)
-            agreed, known = agreed + right, known + labelled
-            row = stop
+    make = partial(
+        record_images, classifier, source, recorder, batch_size, progress, change, timeout=timeout
+    )
+    if journal is not None:
+        force = force or journal.complete
+        provenance = replace(provenance, command=journal.about.command)
+    blocks = resumed(journal, Restored(recorder), kept, lambda start: make(start=start))
+    with atomic(path, force=force) as unfinished:
+        with writing(unfinished) as new:
+            writer = CacheWriter(new.file, provenance, len(source))
+            for rows in blocks:
+                stop = row + len(rows.paths)
+                features = rows.features
+                if features is not None and sensitivity_from is not None:
+                    features = _with_sensitivity(features, sensitivity_from, row, stop)
+                writer.append(replace(rows, features=features))
+                new.check()
+                unreadable += sum(error is not None for error in rows.errors)
+                right, labelled = _hits(features)
+                agreed, known = agreed + right, known + labelled
+                row = stop
+        if journal is not None:
+            journal.finish(path, force=force)
     return {
         "file": str(path),
         "images": len(source),
@@ -58,6 +74,44 @@ def extract_to_file(
         "labelled": known,
         "accuracy": agreed / known if known else None,
     }
+
+
+def kept(rows: Rows) -> Record:
+    """What a journal keeps of recorded rows, for ``Restored``."""
+    arrays = {"labels": rows.labels.numpy()}
+    if rows.features is not None:
+        for name, tensor in rows.features.rows().items():
+            plain = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+            arrays[f"rows/{name}"] = plain.numpy()
+    return Record(len(rows.paths), arrays, {"paths": rows.paths, "errors": rows.errors})
+
+
+class Restored:
+    """Recorded rows from what a journal keeps of them; what is not of one image, the recorder
+    knows."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    @cached_property
+    def _nothing(self) -> Features:
+        preprocessing = self._recorder.classifier.preprocessing
+        blank = torch.zeros(1, preprocessing.channels, *preprocessing.input_size)
+        features = self._recorder(blank, torch.tensor([-1]))
+        return features.to(torch.device("cpu")).select(torch.zeros(0, dtype=torch.int64))
+
+    def __call__(self, record: Record) -> Rows:
+        paths, errors = tuple(record.words["paths"]), tuple(record.words["errors"])
+        labels = torch.from_numpy(record.arrays["labels"])
+        if not len(paths) == len(errors) == len(labels) == record.rows:
+            raise ValueError("rows of different numbers")
+        count = sum(error is None for error in errors)
+
+        def read(name: str, rows: Tensor) -> Tensor:
+            return torch.from_numpy(record.arrays[f"rows/{name}"]).to(rows.dtype)
+
+        features = self._nothing.map_rows(read, count) if count else None
+        return Rows(paths, labels, errors, features)
 
 
 def degrading(

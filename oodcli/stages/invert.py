@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from oodcli.classifier import Classifier
 from oodcli.files.atomic import atomic
 from oodcli.files.hdf5 import Provenance, writing
+from oodcli.files.journal import Journal, Record
 from oodcli.files.virtual import VirtualWriter
-from oodcli.inversion.invert import Plan, invert
+from oodcli.inversion.invert import Plan, VirtualBatch, invert
 from oodcli.inversion.quality import Quality
 from oodcli.inversion.step import Step
 from oodcli.report.contact_sheet import contact_sheet
@@ -30,9 +32,10 @@ def invert_to_file(
     step: Step | None = None,
     force: bool = False,
     progress: Progress = no_progress,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Virtual images into ``path`` and a contact sheet beside it; returns the quality report.
-    step: as ``prepare`` makes it."""
+    step: as ``prepare`` makes it. journal: goes on after the batches that it keeps."""
     step = step or Step(classifier, plan.objective, plan.precision)
     sheet_path = path.with_suffix(".png")
     settings = {
@@ -46,12 +49,26 @@ def invert_to_file(
     count = len(plan.classes) * plan.per_class
     quality = Quality(classifier)
     shown: list[tuple[Tensor, Tensor]] = []
+    if journal is not None:
+        force = force or journal.complete
+        provenance = replace(provenance, command=journal.about.command)
+
+    def batches() -> Iterator[VirtualBatch]:
+        first = 0
+        if journal is not None:
+            yield from journal.kept(_restored)
+            first = journal.records
+        for batch in invert(classifier, plan, first=first, step=step, progress=progress):
+            if journal is not None:
+                journal.append(_kept(batch))
+            yield batch
+
     with ExitStack() as stack:
         unfinished = stack.enter_context(atomic(path, force=force))
         sheet = stack.enter_context(atomic(sheet_path, force=force))
         with writing(unfinished) as new:
             writer = VirtualWriter(new.file, provenance, count, settings)
-            for batch in invert(classifier, plan, step=step, progress=progress):
+            for batch in batches():
                 writer.append(batch.images, batch.label, batch.sensitivity)
                 new.check()
                 quality.add(batch.images, batch.label)
@@ -62,6 +79,8 @@ def invert_to_file(
         images, labels = (torch.cat(parts) for parts in zip(*shown, strict=True))
         pixels = classifier.preprocessing.to_pixels(images.float()).clamp(0, 1)
         contact_sheet(pixels, labels, classifier.class_names, sheet)
+        if journal is not None:
+            journal.finish(path, sheet_path, force=force)
     return {
         "file": str(path),
         "contact_sheet": str(sheet_path),
@@ -74,3 +93,15 @@ def invert_to_file(
         "path": step.path,
         **report,
     }
+
+
+def _kept(batch: VirtualBatch) -> Record:
+    layers = {f"layers/{name}": rows.numpy() for name, rows in batch.sensitivity.items()}
+    arrays = {"images": batch.images.numpy(), "label": batch.label.numpy(), **layers}
+    return Record(len(batch.label), arrays, {"layers": list(batch.sensitivity)})
+
+
+def _restored(record: Record) -> VirtualBatch:
+    tensors = {name: torch.from_numpy(array) for name, array in record.arrays.items()}
+    layers = {name: tensors[f"layers/{name}"] for name in record.words["layers"]}
+    return VirtualBatch(tensors["images"], tensors["label"], layers)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from oodcli.detectors.base import Detector
 from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
+from oodcli.files.journal import Journal, Record
 from oodcli.files.scores import ScoreBlock, ScoresWriter
 from oodcli.stages.chosen import Chosen, score_views
+from oodcli.stages.record import resumed
 from oodcli.stages.verdict import Rule, StreamRule
 
 
@@ -39,7 +41,7 @@ class ScoreSummary:
 
 
 def score_to_file(
-    rows: Iterable[Rows],
+    rows: Callable[[int], Iterable[Rows]],
     chosen: Sequence[Chosen],
     class_names: Sequence[str],
     target: Path | TextIO,
@@ -49,8 +51,10 @@ def score_to_file(
     mirror: bool = False,
     explain: bool = False,
     force: bool = False,
+    journal: Journal | None = None,
 ) -> ScoreSummary:
-    """Scores rows as they come. rules: detector → how it decides, which adds ``<detector>.ood`` and
+    """Scores rows as they come. rows: from a number on. journal: goes on after the rows that it
+    keeps. rules: detector → how it decides, which adds ``<detector>.ood`` and
     with a calibration ``<detector>.p``. stream_rule: thresholds from the whole stream, which is
     then kept in memory. explain: adds ``<detector>.why``. A detector that has learnt from OOD data
     has ``<detector>.saw``. ``<detector>`` is the name of the chosen one, such as ``knn[real]``."""
@@ -70,11 +74,14 @@ def score_to_file(
     flagged = dict.fromkeys(rules, 0)
     thresholds: dict[str, float] = {}
 
+    def score(start: int) -> Iterator[ScoreBlock]:
+        for block in rows(start):
+            yield _score_block(
+                block, columns, chosen, class_names, rules, mirror=mirror, explain=explain
+            )
+
     def blocks() -> Iterator[ScoreBlock]:
-        scored = (
-            _score_block(block, columns, chosen, class_names, rules, mirror=mirror, explain=explain)
-            for block in rows
-        )
+        scored = resumed(journal, _restored, _kept, score)
         if stream_rule is None:
             yield from scored
             return
@@ -89,18 +96,45 @@ def score_to_file(
             yield replace(block, scores=found)
 
     with ExitStack() as stack:
+        unfinished = target
+        force = force or (journal is not None and journal.complete)
         if isinstance(target, Path):
-            target = stack.enter_context(atomic(target, force=force))
-        writer = stack.enter_context(ScoresWriter(target, columns))
-        for block in blocks():
-            writer.write(block)
-            total += len(block.paths)
-            unreadable += sum(map(bool, block.errors))
-            finite = [np.isfinite(block.scores[each.name]) for each in chosen]
-            infinite += int((~np.all(finite, axis=0)).sum())
-            for name in flagged:
-                flagged[name] += int(np.sum(block.scores[f"{name}.ood"]))
+            unfinished = stack.enter_context(atomic(target, force=force))
+        with ScoresWriter(unfinished, columns) as writer:
+            for block in blocks():
+                writer.write(block)
+                total += len(block.paths)
+                unreadable += sum(map(bool, block.errors))
+                finite = [np.isfinite(block.scores[each.name]) for each in chosen]
+                infinite += int((~np.all(finite, axis=0)).sum())
+                for name in flagged:
+                    flagged[name] += int(np.sum(block.scores[f"{name}.ood"]))
+        if journal is not None and isinstance(target, Path):
+            journal.finish(target, force=force)
     return ScoreSummary(total, unreadable, infinite, flagged, thresholds)
+
+
+def _kept(block: ScoreBlock) -> Record:
+    arrays = {"confidence": block.confidence}
+    words: dict[str, Any] = {}
+    for name, cells in block.scores.items():
+        if isinstance(cells, np.ndarray):
+            arrays[f"scores/{name}"] = cells
+        else:
+            words[name] = list(cells)
+    texts = {name: list(getattr(block, name)) for name in _TEXTS}
+    return Record(len(block.paths), arrays, {**texts, "scores": words})
+
+
+_TEXTS = ("paths", "labels", "errors", "predicted")
+
+
+def _restored(record: Record) -> ScoreBlock:
+    arrays = dict(record.arrays)
+    confidence = arrays.pop("confidence")
+    scores = {name.removeprefix("scores/"): cells for name, cells in arrays.items()}
+    texts = {name: record.words[name] for name in _TEXTS}
+    return ScoreBlock(**texts, confidence=confidence, scores={**scores, **record.words["scores"]})
 
 
 def _explained(detector: Detector, wanted: bool) -> bool:
