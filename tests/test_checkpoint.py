@@ -402,6 +402,17 @@ def test_timm_is_optional(
     fails(tmp_path / "net.pt", "oodcli[timm]", overrides=Overrides(arch="timm:resnet18"))
 
 
+def test_timm_where_it_is_installed(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("resnet18", num_classes=5)
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    given = Overrides(arch="timm:resnet18", input_size=(64, 64))
+    found = load_classifier(tmp_path / "net.pt", given)
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(found.network(image), network.eval()(image))
+
+
 # --- model card ---------------------------------------------------------------------------------
 
 CARD = """
