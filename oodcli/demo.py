@@ -20,7 +20,7 @@ TRAINED_ON = 1200
 EPOCHS = 12
 
 CARD = f"""\
-# Found by oodcli because it lies beside digits.pt.
+# Found by oodcli because it lies beside digits.safetensors.
 arch = "{ARCH}"
 class_names = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
 input_size = [8, 8]

@@ -28,5 +28,5 @@ def too_short(device: torch.device, size: tuple[int, int]) -> str:
     elsewhere = "" if device.type == "cpu" else "--device cpu, "
     return (
         f"the memory of {device} is too short for one image of {size[0]}×{size[1]}: try "
-        f"{elsewhere}a smaller --input-size, or fewer detectors or records"
+        f"{elsewhere}a smaller --input-size, or less at once"
     )

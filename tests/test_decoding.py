@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -27,6 +28,7 @@ from oodcli.errors import ImagesError
 from oodcli.images import ImageSource, batches, decoding, open_images
 from oodcli.images.decoding import Encoded
 from oodcli.images.pixels import load_bytes
+from oodcli.images.worker import Fault, read_answer, write_answer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such processes there")
 
@@ -451,6 +453,34 @@ def test_no_process_outlives_the_program(tmp_path, loads, number):
         assert complained == ""
     # Of one that nobody waits for, the entry stays.
     until(lambda: all((state_and_parent(child) or "Z")[0] in "ZX" for child in children))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"", ""),
+        (b"P" + bytes(10), ""),
+        (b"T" + bytes([255] * 12), "an answer b'T' of"),
+        (struct.pack("<cIII", b"P", 1 << 20, 1 << 20, 3), "an answer b'P' of"),
+        (pickle.dumps([1]) + bytes(20), "an answer"),
+    ],
+)
+def test_nonsense_for_an_answer(answer, words):
+    """Of a process that an image has taken over: nothing is run, no memory is taken for it."""
+    with pytest.raises(ValueError if words else EOFError, match=words or None):
+        read_answer(io.BytesIO(answer), 1 << 20)
+
+
+def test_answers_arrive_as_they_were_given():
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    for answer in (pixels, pixels[:, ::2], "it is ä bad image", "", Fault("a\ntraceback")):
+        stream = io.BytesIO()
+        write_answer(stream, answer)
+        stream.seek(0)
+        found = read_answer(stream, 1000)
+        assert type(found) is type(answer)
+        assert np.array_equal(found, answer)
+        assert stream.read() == b""
 
 
 def test_the_option(trained, tmp_path):

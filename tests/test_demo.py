@@ -39,7 +39,8 @@ def test_its_checkpoint_is_the_same_every_time(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     demo._prepare(tmp_path / "a")
     demo._prepare(tmp_path / "b")
-    assert (tmp_path / "a/digits.pt").read_bytes() == (tmp_path / "b/digits.pt").read_bytes()
+    one, other = (tmp_path / name / "digits.safetensors" for name in "ab")
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_lines_on_a_terminal_break_between_words(monkeypatch):

@@ -29,7 +29,8 @@ def command(
     with make_folder(output):
         _prepare(output)
     checkpoint, virtual, cache = (
-        str(output / name) for name in ("digits.pt", "digits.virtual.h5", "digits.features.h5")
+        str(output / name)
+        for name in ("digits.safetensors", "digits.virtual.h5", "digits.features.h5")
     )
     artefacts = output / "detectors"
     detectors = [
@@ -112,7 +113,7 @@ def command(
 
 def _prepare(output: Path) -> None:
     import numpy as np
-    import torch
+    from safetensors.torch import save_file
 
     from oodcli.demo import CARD, EPOCHS, TRAINED_ON, digits, photograph_crops, train
     from oodcli.files.atomic import atomic
@@ -121,9 +122,8 @@ def _prepare(output: Path) -> None:
     console.say(f"Training a small network on {TRAINED_ON} of scikit-learn's digits.")
     with console.progress(EPOCHS * TRAINED_ON, "train", EPOCHS) as advance:
         state = train(images[:TRAINED_ON], labels[:TRAINED_ON], advance)
-    # To an open file: of a path, torch saves the name too, and the hash would differ each time.
-    with atomic(output / "digits.pt", force=True) as partial, partial.open("wb") as file:
-        torch.save(state, file)
+    with atomic(output / "digits.safetensors", force=True) as partial:
+        save_file(state, partial)
     (output / "digits.toml").write_text(CARD, encoding="utf-8")
     np.savez_compressed(
         output / "digits-test.npz",
@@ -133,8 +133,8 @@ def _prepare(output: Path) -> None:
     )
     count = photograph_crops(output / "photographs")
     console.say(
-        f"Wrote {output}: the checkpoint digits.pt and its model card, {len(labels) - TRAINED_ON} "
-        f"held-out digits, {count} crops of photographs."
+        f"Wrote {output}: the checkpoint digits.safetensors and its model card, "
+        f"{len(labels) - TRAINED_ON} held-out digits, {count} crops of photographs."
     )
 
 

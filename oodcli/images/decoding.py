@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import socket
@@ -26,7 +27,7 @@ from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
 from oodcli.images.pixels import Load, Target, UnreadableError, fit
 from oodcli.images.source import Rows, unreadable_file
-from oodcli.images.worker import Fault, Start, send
+from oodcli.images.worker import Answer, Fault, Start, read_answer
 
 LONGEST_TIMEOUT = 86400.0
 """Seconds. Sockets take a few weeks at most."""
@@ -37,8 +38,12 @@ SECONDS_TO_END = 1.0
 GRACE = 10.0
 """Seconds after its time by which a process ends of itself: whoever started it has been killed."""
 
-LOST = (OSError, EOFError, pickle.UnpicklingError)
-"""What asking a process raises that has died, maybe in the middle of an answer."""
+LOST = (OSError, EOFError, ValueError)
+"""What asking a process raises that has died, maybe in the middle of an answer, or that an image
+has made to answer nonsense."""
+
+LONGEST_TEXT = 1 << 20
+"""Bytes of an answer that is no image."""
 
 COMMAND = (
     "-P",  # nothing is imported from the working directory, where anything may lie
@@ -95,6 +100,7 @@ class Crew:
             preprocessing.resize,
             preprocessing.interpolation,
         )
+        self._shape = (*preprocessing.input_size, preprocessing.channels)
         self._timeout = timeout
         self._idle: list[_Process] = []
         self._busy: set[_Process] = set()
@@ -130,7 +136,7 @@ class Crew:
         for take in (self._any, self._new):
             process = take()
             try:
-                answer = process.ask(load, self._timeout)
+                answer = process.ask(load, self._timeout, self._shape)
             except TimeoutError:
                 self._end(process)
                 raise UnreadableError(f"took longer than {self._timeout:g} s") from None
@@ -144,9 +150,9 @@ class Crew:
                 self._end(process)
                 raise RuntimeError(f"a process that decodes images failed:\n{answer.traceback}")
             self._give_back(process)
-            if isinstance(answer, np.ndarray):
-                return answer
-            raise UnreadableError(str(answer))
+            if isinstance(answer, str):
+                raise UnreadableError(answer)
+            return answer
         raise UnreadableError(f"its decoder died ({how})")
 
     def _any(self) -> _Process:
@@ -226,14 +232,18 @@ class _Process:
 
     def start(self, first: Start) -> None:
         """Waits until it is ready. Raises one of LOST; TimeoutError after SECONDS_TO_START."""
-        self.ask(first, SECONDS_TO_START)
+        self.ask(first, SECONDS_TO_START, ())
         self._stderr.close()
 
-    def ask(self, request: Load | Start, timeout: float) -> object:
-        """Its answer. Raises one of LOST; TimeoutError after so many seconds."""
+    def ask(self, request: Load | Start, timeout: float, shape: tuple[int, ...]) -> Answer:
+        """Its answer. shape: of the pixels that may be asked for. Raises one of LOST; TimeoutError
+        after so many seconds."""
         self._socket.settimeout(timeout)
-        send(self._requests, request)
-        answer: object = pickle.load(self._answers)
+        pickle.dump(request, self._requests, pickle.HIGHEST_PROTOCOL)
+        self._requests.flush()
+        answer = read_answer(self._answers, max(math.prod(shape), LONGEST_TEXT))
+        if isinstance(answer, np.ndarray) and answer.shape != shape:
+            raise ValueError(f"pixels of shape {answer.shape}")
         return answer
 
     def runs(self) -> bool:

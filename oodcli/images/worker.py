@@ -1,19 +1,22 @@
 """What runs in a process that decodes images one at a time, for ``decoding.Crew``. Without torch:
 importing that would take the process seconds.
 
-Requests come pickled through the socket that is its standard input, answers go back through it.
+Requests come pickled through the socket that is its standard input. Answers go back through it as
+plain bytes: an image may have taken this process over, and shall not get further.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
 import socket
+import struct
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +39,54 @@ class Fault(NamedTuple):
     traceback: str
 
 
+Answer = NDArray[np.uint8] | str | Fault
+"""The pixels (H, W, C); or why there are none: a text if the image is at fault, else a Fault."""
+
+_FRAME = struct.Struct("<cIII")
+"""Before an answer: what it is, and the shape of its bytes."""
+
+
+def write_answer(stream: IO[bytes], answer: Answer) -> None:
+    """What ``read_answer`` reads. Large arrays are not copied."""
+    if isinstance(answer, np.ndarray):
+        stream.write(_FRAME.pack(b"P", *answer.shape))
+        stream.write(np.ascontiguousarray(answer).data)
+    else:
+        kind, text = (b"F", answer.traceback) if isinstance(answer, Fault) else (b"T", answer)
+        words = text.encode("utf-8", "backslashreplace")
+        stream.write(_FRAME.pack(kind, len(words), 1, 1) + words)
+    stream.flush()
+
+
+def read_answer(stream: IO[bytes], most: int) -> Answer:
+    """most: bytes that it may have. Raises EOFError when it breaks off, ValueError when it is
+    none."""
+    kind, *shape = _FRAME.unpack(_exactly(stream, _FRAME.size))
+    size = math.prod(shape)
+    if kind not in (b"P", b"F", b"T") or size > most:
+        raise ValueError(f"an answer {kind!r} of {size} bytes")
+    data = _exactly(stream, size)
+    if kind == b"P":
+        return np.frombuffer(data, np.uint8).reshape(shape)
+    text = data.decode("utf-8", "replace")
+    return Fault(text) if kind == b"F" else text
+
+
+def _exactly(stream: IO[bytes], size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = stream.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return data
+
+
 def main() -> None:
     """Answers until the socket is closed, which it is when whoever started this has died.
 
-    The first answer is None: ready. The answer to a Load is the pixels (H, W, C) uint8, or why
-    there are none: a text if the image is at fault, a Fault if the program is.
+    The first answer is an empty text: ready.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this
     with suppress(OSError):  # where memory runs out, the kernel should rather end this, not that
@@ -52,12 +98,12 @@ def main() -> None:
         Image.MAX_IMAGE_PIXELS = start.most_pixels
         # Start-up is over: nobody reads what libraries say of damaged images.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        send(answers, None)
+        write_answer(answers, "")
         while True:
-            send(answers, _answer(requests, start))
+            write_answer(answers, _answer(requests, start))
 
 
-def _answer(requests: IO[bytes], start: Start) -> NDArray[np.uint8] | str | Fault:
+def _answer(requests: IO[bytes], start: Start) -> Answer:
     """To the next request. Raises EOFError or OSError when there is none."""
     try:
         load: Load = pickle.load(requests)
@@ -75,9 +121,3 @@ def _answer(requests: IO[bytes], start: Start) -> NDArray[np.uint8] | str | Faul
         return Fault(traceback.format_exc())
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def send(stream: IO[bytes], message: Any) -> None:
-    """Large arrays and bytes are not copied for it, as they would be by pickle.dumps."""
-    pickle.dump(message, stream, pickle.HIGHEST_PROTOCOL)
-    stream.flush()

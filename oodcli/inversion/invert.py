@@ -20,7 +20,7 @@ from oodcli.errors import CheckpointError, OodcliError
 from oodcli.inversion.mgi import Sensitivity
 from oodcli.inversion.objective import OBJECTIVES, Objective, multiscale_start
 from oodcli.inversion.step import Step
-from oodcli.memory import ran_out
+from oodcli.memory import let_go, ran_out, too_short
 
 log = logging.getLogger(__name__)
 
@@ -207,10 +207,10 @@ def _that_fits(step: Step, plan: Plan) -> tuple[Plan, float]:
                 raise
             size = len(plan.batches()[0])
             if size == 1:
-                raise OodcliError(
-                    f"the memory of {step.classifier.device} is too short for one image"
-                ) from error
-        # Outside of the handler, whose error holds on to what was allocated.
+                here = step.classifier
+                words = too_short(here.device, here.preprocessing.input_size)
+                raise OodcliError(words) from error
+        let_go(step.classifier.device)
         plan = replace(plan, batch_size=size // 2)
         log.info("the memory is short of batches of %d: taking %d", size, plan.batch_size)
 
