@@ -4,8 +4,8 @@
 
 Each of invert, extract and score (as CSV and as Parquet) runs undisturbed first. Then it is begun,
 killed after a random time of up to a tenth more than that took, and started again with the same
-words; when it is done, its output must have the bytes of the undisturbed run, and it begins anew. At
-every kill, an output that is there must be whole. Exits with 1 when anything differs.
+words; when it is done, its output must have the bytes of the undisturbed run, and it begins anew.
+At every kill, an output that is there must be whole. Exits with 1 when anything differs.
 """
 
 from __future__ import annotations

@@ -262,7 +262,7 @@ def test_every_kind_of_broken_image_is_a_row(trained: Path, tmp_path: Path) -> N
     assert {name for name, row in rows.items() if row["error"]} == {*bad, "me.png"}
     assert {*good, "wrong.gif", "moving.gif"} <= rows.keys()
     assert all(row["error"] or math.isfinite(float(row["msp"])) for row in rows.values())
-    assert sorted(os.listdir(tmp_path)) == ["in", "out.csv"]
+    assert sorted(os.listdir(tmp_path)) == ["in", "out.csv", "out.csv.json"]
 
 
 def test_paths_that_lead_out_of_an_archive_are_names(trained: Path, tmp_path: Path) -> None:
@@ -288,6 +288,7 @@ def test_paths_that_lead_out_of_an_archive_are_names(trained: Path, tmp_path: Pa
         scores = read_scores(output)
         assert {path.split(name, 1)[1][1:] for path in scores.paths} >= set(names)
         output.unlink()
+        output.with_name("scores.csv.json").unlink()
     assert sorted(tmp_path.rglob("*")) == before
 
 

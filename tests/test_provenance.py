@@ -129,7 +129,11 @@ def fails(*words: object, says: tuple[str, ...]) -> None:
         ),
         ("real/energy.safetensors", "detector", ("needs no fitting", "60 real images")),
         *(
-            (name, f"scores{Path(name).suffix}", ("5, 1 unreadable", "c2ir-z, energy", "no place"))
+            (
+                name,
+                f"scores{Path(name).suffix}",
+                ("5, 1 unreadable", "c2ir-z, energy", "oodcli score"),
+            )
             for name in SCORES
         ),
         ("r/metrics.json", "metrics.json", ("evaluate --id", "auroc", "p: photos.csv, 5 rows")),
@@ -147,6 +151,8 @@ def test_every_kind_of_file_is_inspected(made, tmp_path, name, kind, shown):
     assert found["kind"] == kind
     # By its content, whatever its name is.
     renamed = Path(shutil.copy(made / name, tmp_path / "file.txt"))
+    if kind.startswith("scores."):  # what says how they were made goes along
+        shutil.copy(made / f"{name}.json", tmp_path / "file.txt.json")
     again = json.loads(oodcli("inspect", renamed, "--json").out)
     assert {**again, "file": found["file"]} == found
 
@@ -372,8 +378,7 @@ def test_another_checkpoint_is_refused(others, name):
 
 
 def test_what_has_no_checksums(made):
-    for name in ("photos.csv", "r/metrics.json"):
-        fails("inspect", "--verify", made / name, says=("has no checksums",))
+    fails("inspect", "--verify", made / "r/metrics.json", says=("has no checksums",))
     fails("inspect", "--verify", made / "digits.pt", says=("is a checkpoint, which has no",))
     fails("inspect", "--verify", made / "v.h5", made / "none.pt", says=("none.pt cannot be read",))
 

@@ -145,7 +145,20 @@ def _scores(found: dict[str, Any]) -> dict[str, Any]:
             for name, each in found["verdicts"].items()
         ),
         "OOD data": "; ".join(f"{name}: {words}" for name, words in found["saw_ood"].items()),
-        "made by": "not said: scores have no place for it",
+        **_scored(found["made"]),
+    }
+
+
+def _scored(made: dict[str, Any] | None) -> dict[str, Any]:
+    """What the file beside the scores says."""
+    if made is None:
+        return {"made by": "not said: there is no file beside it that does"}
+    return {
+        "images from": made["source"],
+        **_how(made, made),
+        "extracted by": made["extracted_by"],
+        "settings": _pairs(made["detectors"]),
+        "paths_sha256": made["paths_sha256"],
     }
 
 

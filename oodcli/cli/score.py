@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,9 +27,9 @@ from oodcli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from oodcli.classifier import Preprocessing
     from oodcli.detectors.base import Detector
     from oodcli.features import Rows
+    from oodcli.files.hdf5 import Provenance
     from oodcli.stages.chosen import Chosen, FitReference
     from oodcli.stages.record import Progress
     from oodcli.stages.verdict import Rule, StreamRule
@@ -161,33 +161,43 @@ def command(
             wanted,
             given,
             opened.available,
-            opened.sha256,
+            opened.made.checkpoint_sha256,
             opened.fit_reference,
-            opened.preprocessing,
+            opened.made.preprocessing,
         )
         if not chosen:
             raise OodcliError("no detector is possible with what was recorded")
         rules = _rules(chosen, fpr, threshold if stream_rule is None else None, mirror)
         kept = None
+        made: dict[str, Any] = {}
         if output is not None:
+            fingerprints = {each.name: fingerprint(each) for each in chosen}
             settings = {
                 **opened.job(),
-                "the detectors": [each.name for each in chosen],
-                **{f"the detector {each.name}": fingerprint(each) for each in chosen},
+                "the detectors": list(fingerprints),
+                **{f"the detector {name}": words for name, words in fingerprints.items()},
                 **{f"the verdict by {name}": rule.basis for name, rule in rules.items()},
                 "--mirror": mirror,
                 "--explain": explain,
             }
             kept = stack.enter_context(
-                journal(output, settings, console.command_line(), restart=restart)
+                journal(output, settings, opened.made.command, restart=restart)
             )
+            made = {
+                **asdict(opened.made),
+                "command": kept.about.command,
+                "extracted_by": opened.extracted_by,
+                "detectors": fingerprints,
+                "verdicts": {name: rule.basis for name, rule in rules.items()},
+                "mirror": mirror,
+            }
         chosen = placed(chosen, model.resolved_device())
         before = 0 if kept is None else kept.rows
         advance = stack.enter_context(console.progress(opened.count, "score", before=before))
         summary = score_to_file(
             opened.record(chosen, advance),
             chosen,
-            opened.class_names,
+            opened.made.class_names,
             sys.stdout if output is None else output,
             rules=rules,
             stream_rule=stream_rule,
@@ -195,6 +205,7 @@ def command(
             explain=explain,
             force=force,
             journal=kept,
+            made=made,
         )
     fractions = summary.ood_fraction
     if json:
@@ -229,21 +240,24 @@ def command(
 
 @dataclass(frozen=True)
 class Opened:
-    """Where rows come from. available: what can be recorded. record: rows for some detectors, from
-    a number on. job: what decides which rows those are. count: how many there are. fit_reference:
-    fits a detector on noise; None without the network."""
+    """Where rows come from. made: how scores of them are made. available: what can be recorded.
+    record: rows for some detectors, from a number on. job: what decides which rows those are.
+    count: how many there are. fit_reference: fits a detector on noise; None without the network.
+    extracted_by: the command that made a cache."""
 
+    made: Provenance
     available: frozenset[str]
-    sha256: str
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...]
     record: Callable[[Sequence[Chosen], Progress], Callable[[int], Iterable[Rows]]]
     job: Callable[[], dict[str, Any]]
     count: int
     fit_reference: FitReference | None = None
+    extracted_by: str | None = None
 
 
 def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
+    import torch
+
+    from oodcli import __version__
     from oodcli.errors import OodcliError
     from oodcli.files.cache import FORMAT, open_cache
     from oodcli.files.hdf5 import format_of
@@ -266,15 +280,20 @@ def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
 
         return rows
 
-    made = cache.provenance
+    made = replace(
+        cache.provenance,
+        source=str(path),
+        command=console.command_line(),
+        oodcli_version=__version__,
+        torch_version=str(torch.__version__),
+    )
     return Opened(
+        made,
         cache.recorded,
-        made.checkpoint_sha256,
-        made.preprocessing,
-        made.class_names,
         record,
-        lambda: {**job_of(made), "the cache": str(path), "the cache's state": file_state(path)},
+        lambda: {**job_of(made), "the cache's state": file_state(path)},
         cache.count,
+        extracted_by=cache.provenance.command,
     )
 
 
@@ -285,6 +304,8 @@ def _from_images(
     timeout: float | None,
     model: ModelOptions,
 ) -> Opened:
+    from oodcli.files.hdf5 import format_of
+    from oodcli.files.virtual import FORMAT
     from oodcli.images import open_images
     from oodcli.recording import Recorder, recordable
     from oodcli.stages.chosen import fit_on_noise, needs, odin_step
@@ -313,15 +334,16 @@ def _from_images(
 
         return rows
 
+    made = provenance(
+        classifier,
+        source=images,
+        command=console.command_line(),
+        seed=model.seed,
+        precision=precision,
+        virtual=format_of(Path(images)) == FORMAT,
+    )
+
     def job() -> dict[str, Any]:
-        made = provenance(
-            classifier,
-            source=images,
-            command="",
-            seed=model.seed,
-            precision=precision,
-            virtual=False,
-        )
         more = {"the list of images": listing(source), "--batch-size": batch_size}
         return job_of(made, **more)
 
@@ -330,10 +352,8 @@ def _from_images(
         return fit_on_noise(classifier, kind, given, batch_size)
 
     return Opened(
+        made,
         recordable(classifier),
-        classifier.sha256,
-        classifier.preprocessing,
-        classifier.class_names,
         record,
         job,
         len(source),

@@ -59,7 +59,7 @@ def kind_of(path: Path) -> Kind:
         if start.startswith(HDF5)
         else _of_safetensors(header)
         if header
-        else _of_text(start)
+        else _of_text(path, start)
     )
     if found is None and start.startswith(b"PAR1"):
         found = "scores.parquet"
@@ -97,7 +97,7 @@ def _of_safetensors(header: bytes) -> Kind | None:
     return "detector" if ours else "checkpoint"
 
 
-def _of_text(start: bytes) -> Kind | None:
+def _of_text(path: Path, start: bytes) -> Kind | None:
     try:
         text = start.decode("utf-8-sig", "ignore" if len(start) == START_BYTES else "strict")
     except UnicodeDecodeError:
@@ -106,6 +106,10 @@ def _of_text(start: bytes) -> Kind | None:
     if text.startswith("{"):
         if '"format": "oodcli-metrics"' in text:
             return "metrics.json"
+        if '"format": "oodcli-scores"' in text:
+            raise FileError(
+                f"{path} says how {path.stem} was made: 'oodcli inspect {path.with_suffix('')}'"
+            )
         try:
             return "scores.jsonl" if json.loads(first).keys() >= _LEADING else None
         except (ValueError, RecursionError):
@@ -215,6 +219,7 @@ def _scores(path: Path, suffix: str) -> dict[str, Any]:
     kind: Format = next(each for each in get_args(Format) if each == suffix)
     scores = read_scores(path, kind)
     return {
+        "made": scores.made,
         "rows": len(scores.paths),
         "unreadable": scores.unreadable,
         "labelled": sum(map(bool, scores.labels)),

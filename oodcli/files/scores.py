@@ -38,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oodcli.errors import FileError
+from oodcli.files.made import read_made
 
 Format: TypeAlias = Literal["csv", "jsonl", "parquet"]
 
@@ -352,8 +353,10 @@ class Scores:
     paths, labels, predicted, errors: N strings. confidence: (N,) float64, NaN where there is none.
     detectors: for each name the (R,) float64 scores of the R readable rows alone, those without an
     error; ``readable`` says which they are. verdicts: for each name with a column ``.ood`` how many
-    of those rows it calls OOD, and what that rests on. saw: for each name that has learnt from OOD
-    data, from which. columns: the file's header.
+    of those rows it calls OOD, and what that rests on. p_values: for each name with a column
+    ``.p`` the (R,) float64 p-values of those rows, NaN where there is none. saw: for each name that
+    has learnt from OOD data, from which. columns: the file's header. made: how the file was made,
+    if it is known.
     """
 
     source: str
@@ -364,8 +367,10 @@ class Scores:
     detectors: Mapping[str, NDArray[np.float64]]
     errors: tuple[str, ...]
     verdicts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    p_values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     saw: Mapping[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
+    made: Mapping[str, Any] | None = None
 
     def only(self, detectors: Sequence[str]) -> Scores:
         """The same rows with these detectors, in this order. Raises FileError when one is not in
@@ -436,6 +441,7 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
 
     flagged = {name: 0 for name in detectors if f"{name}.ood" in place}
     basis = dict.fromkeys(flagged, "")
+    chances: dict[str, array[float]] = {n: array("d") for n in detectors if f"{n}.p" in place}
     saw: dict[str, dict[str, None]] = {n: {} for n in detectors if f"{n}.saw" in place}
     texts: dict[str, list[str]] = {name: [] for name in ("path", "label", "predicted", "error")}
     confidence = array("d")
@@ -460,6 +466,13 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
                 )
                 if f"{name}.basis" in place:
                     basis[name] = _text(cells[place[f"{name}.basis"]])
+            for name, p_values in chances.items():
+                cell = cells[place[f"{name}.p"]]
+                blank = cell is None or cell == ""
+                chance = math.nan if blank else _number(path, where, f"{name}.p", cell)
+                if not (blank or 0 <= chance <= 1):
+                    raise FileError(f"{path}, {where}: {name}.p is {chance:g}, expected 0 to 1")
+                p_values.append(chance)
             for name, found in saw.items():
                 if text := _text(cells[place[f"{name}.saw"]]):
                     found[text] = None
@@ -474,8 +487,10 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
         detectors={name: np.array(scores, dtype=np.float64) for name, scores in detectors.items()},
         errors=tuple(texts["error"]),
         verdicts={name: (count, basis[name]) for name, count in flagged.items()},
+        p_values={name: np.array(column, dtype=np.float64) for name, column in chances.items()},
         saw={name: " | ".join(found) for name, found in saw.items() if found},
         columns=tuple(header),
+        made=read_made(path),
     )
 
 

@@ -18,6 +18,8 @@ from oodcli.files import cache, virtual
 from oodcli.files.artefact import TENSORS_SHA256, read_artefact, read_header, tensors_sha256
 from oodcli.files.describe import Kind, describe_file
 from oodcli.files.hdf5 import ROWS_SHA256, SHA256, damage, dataset, reading
+from oodcli.files.made import SHA256 as SCORES_SHA256
+from oodcli.files.made import made_path, read_made
 
 BLOCK_BYTES = 1 << 25
 UNKNOWN = "not checked: no checksum was stored when the file was written"
@@ -35,6 +37,8 @@ def verify(path: Path, kind: Kind, checkpoint: Path | None = None) -> Checks:
         yield from _features(path)
     elif kind == "detector":
         yield from _detector(path)
+    elif kind.startswith("scores."):
+        yield from _scores(path)
     elif kind == "checkpoint":
         raise FileError(
             f"{path} is a checkpoint, which has no checksums of its own: 'oodcli inspect --verify "
@@ -42,11 +46,14 @@ def verify(path: Path, kind: Kind, checkpoint: Path | None = None) -> Checks:
         )
     else:
         raise FileError(
-            f"{path} has no checksums to be taken again: virtual images, feature caches and "
-            "detectors have"
+            f"{path} has no checksums to be taken again: virtual images, feature caches, "
+            "detectors and scores have"
         )
     if checkpoint is not None:
-        recorded = describe_file(path, kind)["made"]["checkpoint_sha256"]
+        made = describe_file(path, kind)["made"]
+        if made is None:
+            raise FileError(f"{path} does not say which checkpoint it was made from")
+        recorded = made["checkpoint_sha256"]
         try:
             found = file_sha256(checkpoint)
         except OSError as error:
@@ -183,3 +190,17 @@ def _detector(path: Path) -> Checks:
         yield "tensors", f"{TENSORS_SHA256} {found[:12]}… is that of its {len(shapes)} tensors"
     artefact = read_artefact(path)
     yield "detector", f"{artefact.detector.name} is made of them"
+
+
+def _scores(path: Path) -> Checks:
+    made = read_made(path)
+    if made is None:
+        yield "scores", f"not checked: no {made_path(path).name} beside it says how it was made"
+        return
+    found = file_sha256(path)
+    if found != made[SCORES_SHA256]:
+        raise FileError(
+            f"{path}: {SCORES_SHA256} is {made[SCORES_SHA256][:12]}… in {made_path(path).name}, "
+            f"but the file has {found[:12]}…: it was edited or damaged; score again"
+        )
+    yield "scores", f"{SCORES_SHA256} {found[:12]}… is that of the file"

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from oodcli.errors import FileError
+from oodcli.files.made import require_same_origin
 from oodcli.files.scores import Scores
 from oodcli.metrics import CONVENTIONS, LOWER_IS_BETTER, MEAN, Estimate, evaluate_sets
 
@@ -125,7 +126,8 @@ def evaluate_files(
     The rows are resampled alike for all detectors (``metrics.evaluate_sets``).
 
     Raises FileError when no detector is in all files, when a file has no readable row, when there
-    is no set, and when a set is called ``mean`` or ``ID``.
+    is no set, when a set is called ``mean`` or ``ID``, and when two files were scored with
+    different checkpoints, preprocessing or fits of a detector.
     """
     if not ood_scores:
         raise FileError("no OOD set: give at least one, --ood NAME=F")
@@ -133,6 +135,7 @@ def evaluate_files(
         if name in ood_scores:
             raise FileError(f"--ood {name}=…: the report uses that name itself; choose another")
     files = {ID: id_scores, **ood_scores}
+    require_same_origin({scores.source: scores.made for scores in files.values()})
     for scores in files.values():
         if scores.unreadable == len(scores.paths):
             raise FileError(

@@ -30,7 +30,7 @@ class Chosen:
     """A detector to score with, and what its artefact knows beyond it. trained_on: virtual, real
     or noise; empty when it needs no fitting. saw: OOD data that it has learnt from, in words.
     column: its name among the scores, where that is not the detector's. device: where it is, if
-    not in the processor's memory."""
+    not in the processor's memory. artefact: the file that it comes from, if it does."""
 
     detector: Detector
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
@@ -39,6 +39,7 @@ class Chosen:
     saw: str = ""
     column: str = ""
     device: torch.device | None = None
+    artefact: str = ""
 
     @property
     def name(self) -> str:
@@ -47,14 +48,19 @@ class Chosen:
 
 
 def fingerprint(chosen: Chosen) -> str:
-    """Settings and SHA-256 of what was fitted: the same for the same scores, before ``placed``."""
+    """Settings of a detector and, where it comes from an artefact, SHA-256 of what was fitted: the
+    same for the same scores, before ``placed``. What is fitted here differs in last digits with the
+    batch size."""
+    settings = ", ".join(f"{key}={value}" for key, value in chosen.detector.settings().items())
+    if not chosen.artefact:
+        return settings or "as it is"
     found = hashlib.sha256()
     for name, value in sorted(chosen.detector.state().items()):
         found.update(name.encode())
         for block in value.blocks() if isinstance(value, Bank) else [value]:
             found.update(block.contiguous().numpy().tobytes())
-    settings = ", ".join(f"{key}={value}" for key, value in chosen.detector.settings().items())
-    return f"({settings}; {chosen.saw}; {found.hexdigest()})"
+    words = (settings, f"fitted on {chosen.trained_on}" if chosen.trained_on else "", chosen.saw)
+    return ", ".join(filter(None, (*words, f"state {found.hexdigest()[:16]}")))
 
 
 FitReference = Callable[[type[Detector], Mapping[str, Any]], Detector]
@@ -168,7 +174,12 @@ def _belonging(path: Path, sha256: str, preprocessing: Preprocessing | None) -> 
     if trained_on and artefact.detector.reference_images is not None:
         trained_on = "noise" if trained_on == "real" else trained_on
     return Chosen(
-        artefact.detector, artefact.calibrations, artefact.threshold, trained_on, artefact.saw
+        artefact.detector,
+        artefact.calibrations,
+        artefact.threshold,
+        trained_on,
+        artefact.saw,
+        artefact=str(path),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from oodcli.detectors.base import Detector
 from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
 from oodcli.files.journal import Journal, Record
+from oodcli.files.made import made_path, write_made
 from oodcli.files.scores import ScoreBlock, ScoresWriter
 from oodcli.stages.chosen import Chosen, score_views
 from oodcli.stages.record import resumed
@@ -52,12 +54,14 @@ def score_to_file(
     explain: bool = False,
     force: bool = False,
     journal: Journal | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> ScoreSummary:
     """Scores rows as they come. rows: from a number on. journal: goes on after the rows that it
-    keeps. rules: detector → how it decides, which adds ``<detector>.ood`` and
-    with a calibration ``<detector>.p``. stream_rule: thresholds from the whole stream, which is
-    then kept in memory. explain: adds ``<detector>.why``. A detector that has learnt from OOD data
-    has ``<detector>.saw``. ``<detector>`` is the name of the chosen one, such as ``knn[real]``."""
+    keeps. made: how the scores are made, for the file beside them. rules: detector → how it
+    decides, which adds ``<detector>.ood`` and with a calibration ``<detector>.p``. stream_rule:
+    thresholds from the whole stream, which is then kept in memory. explain: adds
+    ``<detector>.why``. A detector that has learnt from OOD data has ``<detector>.saw``.
+    ``<detector>`` is the name of the chosen one, such as ``knn[real]``."""
     rules = dict(rules or {})
     if stream_rule is not None:
         rules |= {each.name: Rule() for each in chosen}
@@ -71,6 +75,7 @@ def score_to_file(
         if _explained(each.detector, explain):
             columns.append(f"{each.name}.why")
     total = unreadable = infinite = 0
+    paths = hashlib.sha256()
     flagged = dict.fromkeys(rules, 0)
     thresholds: dict[str, float] = {}
 
@@ -109,6 +114,11 @@ def score_to_file(
                 infinite += int((~np.all(finite, axis=0)).sum())
                 for name in flagged:
                     flagged[name] += int(np.sum(block.scores[f"{name}.ood"]))
+                paths.update("".join(f"{path}\0" for path in block.paths).encode())
+        if made is not None and isinstance(target, Path) and isinstance(unfinished, Path):
+            beside = stack.enter_context(atomic(made_path(target), force=True))
+            about = {**made, "rows": total, "paths_sha256": paths.hexdigest()}
+            write_made(about, unfinished, beside)
         if journal is not None and isinstance(target, Path):
             journal.finish(target, force=force)
     return ScoreSummary(total, unreadable, infinite, flagged, thresholds)

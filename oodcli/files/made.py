@@ -1,0 +1,118 @@
+"""How a scores file was made: beside it as ``SCORES.json``, because it has no place for that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+from oodcli.errors import FileError
+
+FORMAT = "oodcli-scores"
+VERSION = 1
+SHA256 = "scores_sha256"
+LARGEST = 1 << 24
+"""Bytes of such a file: names of a thousand classes are 20 kB."""
+
+
+def made_path(scores: Path) -> Path:
+    """``s.csv`` → ``s.csv.json``, beside the file that a symbolic link points to."""
+    target = scores.resolve() if scores.is_symlink() else scores
+    return target.with_name(f"{target.name}.json")
+
+
+def write_made(made: Mapping[str, Any], scores: Path, path: Path) -> None:
+    """Writes where ``atomic`` says. made: what JSON can hold. scores: the finished file, whose
+    SHA-256 is added. Raises OSError when the disk refuses."""
+    from oodcli.checkpoint import file_sha256  # imports torch, which reading does not need
+
+    about = {"format": FORMAT, "version": VERSION, **made, SHA256: file_sha256(scores)}
+    path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_made(scores: Path) -> dict[str, Any] | None:
+    """What is known of how a scores file was made; None where nothing is beside it. Raises
+    FileError when that is damaged, or of a newer version."""
+    path = made_path(scores)
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        found = json.loads(data) if len(data) <= LARGEST else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise FileError(f"{path} does not say how {scores.name} was made: move it away")
+    if found.get("version") != VERSION:
+        raise FileError(
+            f"{path} has format version {found.get('version')}, this oodcli reads {VERSION}: use a "
+            "newer oodcli, or score again"
+        )
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]
+    if wrong or not _is_preprocessing(found["preprocessing"]):
+        what = wrong[0] if wrong else "preprocessing"
+        raise FileError(f"{path} is damaged ({what}): score again, or remove it")
+    return found
+
+
+_KINDS: Mapping[str, type | UnionType] = {
+    **dict.fromkeys(
+        (
+            *("command", "oodcli_version", "torch_version", "checkpoint_sha256", "arch", "source"),
+            *("device", "precision", "paths_sha256", SHA256),
+        ),
+        str,
+    ),
+    **dict.fromkeys(("seed", "rows"), int),
+    **dict.fromkeys(("detectors", "verdicts", "preprocessing"), dict),
+    "extracted_by": str | NoneType,
+}
+
+
+def _is_preprocessing(found: Mapping[str, Any]) -> bool:
+    lists = [found.get(name) for name in ("input_size", "mean", "std")]
+    numbers = all(
+        isinstance(each, list) and all(isinstance(number, int | float) for number in each)
+        for each in lists
+    )
+    return numbers and len(found["input_size"]) == 2 and {"resize", "interpolation"} <= found.keys()
+
+
+def require_same_origin(made: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Raises FileError when of files that are compared, by their names, two come from different
+    checkpoints or preprocessing, or a detector that both have is not the same; what has nothing
+    beside it may be anything."""
+    known = {name: about for name, about in made.items() if about is not None}
+    for (one, first), (other, second) in _pairs(known):
+        for key, words in (("checkpoint_sha256", "checkpoint"), ("preprocessing", "preprocessing")):
+            if first.get(key) != second.get(key):
+                raise FileError(
+                    f"{one} was scored with the {words} {_shown(first.get(key))}, but {other} with "
+                    f"{_shown(second.get(key))}: score both alike"
+                )
+        for detector in first["detectors"].keys() & second["detectors"].keys():
+            mine, theirs = first["detectors"][detector], second["detectors"][detector]
+            if mine != theirs:
+                raise FileError(
+                    f"{one} was scored with {detector} {_shown(mine)}, but {other} with "
+                    f"{_shown(theirs)}: score both with the same artefact and parameters"
+                )
+
+
+def _pairs(
+    known: Mapping[str, Mapping[str, Any]],
+) -> list[tuple[tuple[str, Mapping[str, Any]], tuple[str, Mapping[str, Any]]]]:
+    """The first with each of the others."""
+    items = list(known.items())
+    return [(items[0], each) for each in items[1:]]
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:79]}…"
