@@ -1,3 +1,24 @@
 """Tells which inputs a trained image classifier should not be trusted on, from its checkpoint."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from oodcli.errors import OodcliError
+
+if TYPE_CHECKING:
+    from oodcli.api import load_classifier, load_detector, record
+
 __version__ = "0.1.0"
+
+__all__ = ["OodcliError", "__version__", "load_classifier", "load_detector", "record"]
+
+if not TYPE_CHECKING:  # or mypy would take any name for one of these
+
+    def __getattr__(name: str) -> Any:
+        """Imports what is asked for, when it is: torch takes a second, and ``--help`` none."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module("oodcli.api"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from oodcli.cli import (
+    completions,
     console,
     demo,
     detectors,
@@ -29,9 +30,45 @@ from oodcli.cli import (
 )
 from oodcli.errors import OodcliError
 
+EXAMPLES = {
+    "inspect": """\
+oodcli inspect ckpt.pt
+oodcli inspect --verify v.features.h5 ckpt.pt
+""",
+    "invert": """\
+oodcli invert ckpt.pt --per-class 50 -o v.h5
+oodcli invert ckpt.pt --per-class 2500 --dry-run
+""",
+    "extract": """\
+oodcli extract ckpt.pt v.h5 -o v.features.h5
+oodcli extract ckpt.pt w.h5 --match-accuracy 0.917 -o pool.h5
+""",
+    "fit": """\
+oodcli fit v.features.h5 -d c2ir-z -d knn -p knn.k=20 -o detectors
+oodcli fit -d detectors/c2ir-z.safetensors --calibrate pool.h5 -o calibrated
+""",
+    "score": """\
+oodcli score ckpt.pt photos/ -d detectors/c2ir-z.safetensors -d energy
+oodcli score ckpt.pt incoming/ -d calibrated/c2ir-z.safetensors \\
+    --fpr 0.01 --max-ood-fraction 0.05 -o scores.csv
+""",
+    "evaluate": """\
+oodcli evaluate --id id.csv --ood far=far.csv --ood blobs=blobs.csv -o report
+oodcli evaluate --id id.csv --ood far=far.csv --min-auroc 0.9
+""",
+    "detectors": """\
+oodcli detectors --json
+""",
+    "demo": """\
+oodcli demo -o oodcli-demo
+""",
+}
+"""What stands at the end of each command's help."""
+
 
 class Command(TyperCommand):
-    """A subcommand whose options stand in sections, as its parameters' help panels say."""
+    """A subcommand whose options stand in sections, as its parameters' help panels say, and whose
+    help ends with examples."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Typer's own plain help puts all options into one section."""
@@ -46,6 +83,12 @@ class Command(TyperCommand):
             with formatter.section(title):
                 formatter.write_dl(rows)
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """As they are: nothing is filled."""
+        with formatter.section("Examples"):
+            for line in EXAMPLES[str(self.name)].splitlines():
+                formatter.write(f"  {line}\n")
+
 
 app = typer.Typer(
     name="oodcli",
@@ -54,26 +97,46 @@ app = typer.Typer(
         "checkpoint; with the training data or without."
     ),
     no_args_is_help=True,
+    add_completion=False,  # ours know which files to offer
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # to import rich takes longer than all the rest of --help
     context_settings={
         "help_option_names": ["-h", "--help"],
-        # Where they are None, typer imports pydantic to convert that to a bool.
-        "default_map": {"help": False, "install_completion": False, "show_completion": False},
+        # Where it is None, typer imports pydantic to convert that to a bool.
+        "default_map": {"help": False},
     },
 )
 for module in (inspect, invert, extract, fit, score, evaluate, detectors, demo):
     # As a short_help, the docstring is not cut where the list of commands is narrow.
     app.command(module.__name__.rpartition(".")[2], cls=Command, short_help=module.command.__doc__)(
-        module.command
+        completions.completing(module.command)
     )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from oodcli import __version__
+def _show_version(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from oodcli.cli import versions
 
-        print(f"oodcli {__version__}")
+        for line in versions.lines():
+            print(line, flush=True)
+        raise typer.Exit
+
+
+def _show_completion(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from shellingham import detect_shell  # type: ignore[import-untyped]
+
+        from oodcli.cli import shells
+
+        print(shells.script(detect_shell()[0]), end="")
+        raise typer.Exit
+
+
+def _install_completion(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from oodcli.cli import shells
+
+        console.say(f"completion is in {shells.install()}: it begins with the next shell")
         raise typer.Exit
 
 
@@ -81,7 +144,28 @@ def _show_version(wanted: bool) -> None:
 def root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Print the versions and the devices.",
+        ),
+    ] = False,
+    install_completion: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion",
+            callback=_install_completion,
+            help="Complete commands, options, detectors and files in the shell in use.",
+        ),
+    ] = False,
+    show_completion: Annotated[
+        bool,
+        typer.Option(
+            "--show-completion",
+            callback=_show_completion,
+            help="Print the script for that instead.",
+        ),
     ] = False,
 ) -> None:
     """Options of oodcli itself."""
@@ -102,9 +186,7 @@ def main() -> None:
     keeps its traceback."""
     interrupts.listen()
     if "_OODCLI_COMPLETE" in os.environ:
-        # Typer converts the values before the word to be completed and passes over what fails.
-        # Nobody reads them, and pydantic, which converts them, takes longer than all the rest.
-        sys.modules.setdefault("pydantic", None)  # type: ignore[arg-type]
+        completions.prepare()
     try:
         app()
     except KeyboardInterrupt:

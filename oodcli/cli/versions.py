@@ -1,0 +1,55 @@
+"""``oodcli --version``: what a report of a fault should begin with."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from oodcli import __version__
+
+
+def lines() -> Iterator[str]:
+    """The first at once, for programs; the devices take the second that it takes to import
+    torch."""
+    yield f"oodcli {__version__}"
+    yield f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield f"torch {_installed('torch')}, torchvision {_installed('torchvision')}"
+    try:
+        yield from _devices()
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        yield f"torch cannot be used: {reason}"
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "is not installed"
+
+
+def _devices() -> Iterator[str]:
+    import torch
+
+    from oodcli.cli.options import _multiplies_bfloat16
+
+    how = "in hardware" if _multiplies_bfloat16("cpu") else "emulated"
+    yield f"cpu: {_processor()}, {torch.get_num_threads()} threads, bfloat16 {how}"
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}: {found.name}, {found.total_memory / 2**30:.1f} GiB"
+    if torch.backends.mps.is_available():
+        yield "mps: Apple's GPU"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            key, _, name = line.partition(":")
+            if key.strip() == "model name":
+                return name.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
