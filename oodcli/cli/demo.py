@@ -107,7 +107,8 @@ def command(
     )
     console.say(
         f"\nEverything is in {output}: the contact sheet digits.virtual.png shows what the network "
-        "remembers, report/ has tables and figures, photographs.csv a score for every image."
+        "remembers, report/report.html what the detectors can do, photographs.csv a score for "
+        "every image."
     )
 
 

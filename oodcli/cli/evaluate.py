@@ -38,7 +38,11 @@ def command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="For tables and figures.", show_default=False
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="For report.html, tables, figures.",
+            show_default=False,
         ),
     ] = None,
     resamples: Annotated[
@@ -53,6 +57,10 @@ def command(
             show_default=False,
         ),
     ] = None,
+    thumbnails: Annotated[
+        bool,
+        typer.Option("--thumbnails/--no-thumbnails", help="Small images in the page of -o."),
+    ] = True,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: Json = False,
     force: Force = False,
@@ -78,7 +86,9 @@ def command(
     )
     written = []
     if output is not None:
-        written = write_report(evaluation, id_scores, ood_scores, output, force=force)
+        written = write_report(
+            evaluation, id_scores, ood_scores, output, force=force, thumbnails=thumbnails
+        )
     for note in evaluation.notes:
         console.say(f"note: {note}")
     if json:
@@ -86,7 +96,7 @@ def command(
     else:
         _print(evaluation)
     if written:
-        console.say(f"wrote {len(written)} files into {output}")
+        console.say(f"wrote {len(written)} files into {output}: report.html shows them")
     if min_auroc is not None:
         _gate(evaluation, min_auroc)
 

@@ -1,4 +1,4 @@
-"""From scores files to metrics, tables and figures."""
+"""From scores files to metrics, tables, figures, and a page that shows them."""
 
 from oodcli.report.files import refuse_existing_report, write_report
 
