@@ -304,7 +304,7 @@ def lacking(missing: Sequence[str], who: str) -> str:
     if "mirror" in missing:
         hints.append("record the mirror images with: oodcli extract … --mirror")
     others = {"head", "label", "layers.sensitivity", "batchnorm.running", "mirror"}
-    if set(missing) - others:
+    if set(missing) - others and "layers.sensitivity" not in missing:  # else that is the way
         hints.append(f"record it with: oodcli extract CHECKPOINT IMAGES --for {who}")
     if "label" in missing:
         hints.append("labels come from sub-folders, lists, or an .npz with labels")

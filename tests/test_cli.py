@@ -1092,7 +1092,7 @@ def test_list_of_detectors():
     found = json.loads(oodcli("detectors", "--json").out)
     assert [row["name"] for row in found] == list(detectors.names())
     for row in found:
-        assert set(row) == {"name", "source", "needs", "fitted", "about"}
+        assert set(row) == {"name", "source", "needs", "fitted", "fitted_on", "about"}
     shown = oodcli("detectors").out
     assert all(name in shown for name in detectors.names())
     assert max(map(len, shown.splitlines())) <= 80

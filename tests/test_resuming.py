@@ -306,7 +306,7 @@ def test_the_same_command_goes_on_after_a_fault_in_any_write(small, process, tmp
                 assert first["status"] in (0, 1), where
                 assert "Traceback" not in first["err"], where
                 assert "standard output" not in first["err"], where
-                assert not [name for name in left if name.endswith((".new.h5", ".new.csv"))]
+                assert first["status"] == 0 or not [name for name in left if ".new." in name]
             if first["status"] != 0 or left.keys() != expected.keys():
                 again = process(words, folder, "warm")
                 assert again["status"] == 0, f"{where}\n{again}"

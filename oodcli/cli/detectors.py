@@ -24,6 +24,7 @@ def command(json: Json = False) -> None:
                     "source": kind.source,
                     "needs": sorted(kind.needs | kind.fit_needs()),
                     "fitted": kind.fitted,
+                    "fitted_on": _fitted_on(kind),
                     "about": kind.about,
                 }
                 for kind in kinds
@@ -48,4 +49,6 @@ def _fitted_on(kind: type[Detector]) -> str:
         return "noise"
     if kind.needs_ood:
         return "ID and OOD images"
+    if "layers.sensitivity" in kind.fit_needs():  # which is measured while images are inverted
+        return "virtual images"
     return "virtual or real images" + (", OOD if given" if kind.uses_ood else "")

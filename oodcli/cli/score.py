@@ -348,6 +348,7 @@ def _from_images(
         return job_of(made, **more)
 
     def fit_reference(kind: type[Detector], given: Mapping[str, Any]) -> Detector:
+        Recorder(classifier, kind.fit_needs(**given))  # raises where that is not possible
         console.say(f"note: {kind.name} is standardised on {kind.reference_images} first")
         return fit_on_noise(classifier, kind, given, batch_size)
 

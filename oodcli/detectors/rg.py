@@ -59,8 +59,9 @@ class RGAdd(Detector):
     """Free energy minus α times the sum of the embedding clipped at k > 0.
 
     α = ``ratio`` · α_s, where α_s makes the two terms vary alike: std(logsumexp z)/std(Σ min(u, k))
-    over the first ``rows`` rows fitted on, 1,000 as in the paper. Where rows are sorted by class
-    those are of few classes, whose spread differs: more ``rows`` make it that of all.
+    over the first ``rows`` rows fitted on. The paper draws 1,000 at random (§4.2). Where rows are
+    sorted by class the first ones are of few classes, whose spread differs: more ``rows`` make it
+    that of all.
     """
 
     name = "rg-add"

@@ -69,6 +69,9 @@ class VirtualWriter:
         self._row = stop
 
     def finish(self, quality: Mapping[str, Any]) -> None:
+        """Raises ValueError when not all images are there."""
+        if self._row != len(self._label):
+            raise ValueError(f"{self._row} of {len(self._label)} images were made")
         self._file.attrs["quality"] = json.dumps(quality)
         self._file.attrs[ROWS_SHA256] = self._list.hexdigest()
         for where, content in self._contents.items():
