@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import math
+import pathlib
 import pickle
 import re
 import reprlib
@@ -402,8 +403,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, trust_pickle: bool) -> Any:
     try:
-        # A Namespace of command line arguments, which many training scripts save, is inert.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Arguments of a command line and paths, which many training scripts save, are inert.
+        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
             return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:  # a damaged pickle can raise almost anything
         text = str(error)

@@ -102,7 +102,18 @@ def load_program(path: Path, *, trust: bool = False) -> tuple[nn.Module, tuple[i
         ) from error
     if not same:
         raise CheckpointError(f"{path} mixes the images of a batch of {batch}: {REEXPORT}")
+    _forget_examples(network)
     return network, (int(shape[1]), int(shape[2]), int(shape[3]))
+
+
+def _forget_examples(network: nn.Module) -> None:
+    """Without the values that each step had in the example: these have sizes and no memory, and
+    cannot be copied, as the network will be."""
+    for module in network.modules():
+        graph = getattr(module, "graph", None)
+        for node in graph.nodes if isinstance(graph, torch.fx.Graph) else ():
+            for name in ("val", "tensor_meta", "example_value"):
+                node.meta.pop(name, None)
 
 
 def _load(path: Path, trust: bool) -> torch.export.ExportedProgram:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import oodcli
 from test_architectures import randomised
 from torch import Tensor, nn
 
@@ -71,6 +72,21 @@ def test_a_program_is_an_ordinary_network(
         assert found.batchnorms[key].eps == norm.eps
     if name != "attention":  # whose layer is one module, fused by torch outside an export
         assert found.taps == plain.taps
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_program_is_recorded_and_inverted(dynamic: bool, tmp_path: Path) -> None:
+    """Both copy it."""
+    network = randomised(build("resnet8-cifar-w8", 4))
+    save(network, tmp_path / "net.pt2", 2, dynamic=dynamic)
+    for words in (
+        ("score", "noise:uniform?n=3", "-d", "all", "--explain"),
+        ("score", "noise:uniform?n=3", "-d", "energy", "--precision", "bfloat16"),
+        ("invert", "--per-class", 1, "--steps", 1, "-o", tmp_path / "v.h5"),
+    ):
+        result = oodcli(words[0], tmp_path / "net.pt2", *words[1:])
+        assert result.status == 0, result.err
+        assert "Warning" not in result.err
 
 
 def test_a_card_beside_a_program(tmp_path: Path) -> None:

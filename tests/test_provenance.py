@@ -17,6 +17,7 @@ from commands import oodcli
 from PIL import Image
 
 from oodcli import __version__
+from oodcli.architectures import build
 from oodcli.files.scores import read_scores
 
 CACHES = ("v.features.h5", "photos.h5", "id.h5")
@@ -155,6 +156,16 @@ def test_every_kind_of_file_is_inspected(made, tmp_path, name, kind, shown):
         shutil.copy(made / f"{name}.json", tmp_path / "file.txt.json")
     again = json.loads(oodcli("inspect", renamed, "--json").out)
     assert {**again, "file": found["file"]} == found
+
+
+def test_checkpoints_that_look_like_text_to_some_point(tmp_path):
+    """In a zip archive, "ckpt/data.pkl" is 13 letters long, which as a byte ends a line."""
+    state = build("resnet8-cifar-w4", 3).state_dict()
+    for name in ("a.pt", "net.pt", "ckpt.pt", "model.pt", "script.pt", "check\npoint.pt"):
+        torch.save(state, tmp_path / name)
+        assert oodcli("inspect", tmp_path / name, "--input-size", 8).status == 0, name
+    torch.save({"state_dict": state, "args": Path("a/b")}, tmp_path / "path.pt")
+    assert oodcli("inspect", tmp_path / "path.pt", "--input-size", 8).status == 0
 
 
 @pytest.mark.parametrize("name", VERIFIABLE)

@@ -1,8 +1,10 @@
-"""``oodcli evaluate``: metrics, tables and figures from scores files."""
+"""``oodcli evaluate``: metrics, tables and figures from scores files; figures from caches."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,27 +12,38 @@ import typer
 
 from oodcli.cli import console
 from oodcli.cli.options import Force, Json, Quiet, complete_detectors
+from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
     from oodcli.report.evaluation import Evaluation
 
+_LAYERS = "Figures of layers, from what extract wrote"
+
 
 def command(
+    *,
     id_file: Annotated[
-        Path,
-        typer.Option("--id", metavar="F", help="Scores of in-distribution images."),
-    ],
+        Path | None,
+        typer.Option(
+            "--id", metavar="F", help="Scores of in-distribution images.", show_default=False
+        ),
+    ] = None,
     ood: Annotated[
         list[str],
-        typer.Option("--ood", metavar="NAME=F", help="Scores of an OOD set. Repeatable."),
+        typer.Option(
+            "--ood",
+            metavar="NAME=F",
+            help="Scores of an OOD set; with --layers, its features. Repeatable.",
+        ),
     ],
     detector: Annotated[
         list[str] | None,
         typer.Option(
             "--detector",
             "-d",
-            metavar="NAME",
-            help="Only this column. Repeatable.",
+            metavar="NAME|FILE",
+            help="Only this column. Repeatable. With --layers, an artefact of lsgm, whose "
+            "transitions are drawn.",
             autocompletion=complete_detectors,
             show_default="all",
         ),
@@ -65,14 +78,95 @@ def command(
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
+    layers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F.h5",
+            help="Features of in-distribution images: draw the papers' figures instead.",
+            show_default=False,
+            rich_help_panel=_LAYERS,
+        ),
+    ] = None,
+    virtual: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F.h5",
+            help="Features of virtual images.",
+            show_default=False,
+            rich_help_panel=_LAYERS,
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F.h5",
+            help="The virtual images themselves, to be shown beside real ones.",
+            show_default=False,
+            rich_help_panel=_LAYERS,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--map",
+            help="Of the features: pca or tsne.",
+            show_default="pca",
+            rich_help_panel=_LAYERS,
+        ),
+    ] = None,
 ) -> None:
     """Compare how well scores tell in-distribution from OOD images."""
+    if layers is not None:
+        _refuse("--layers", {"--id": id_file, "--min-auroc": min_auroc})
+        artefacts = [Path(name) for name in detector or ()]
+        caches = _Caches(layers, _named(ood), virtual, images, artefacts)
+        _draw(caches, output, method=method or "pca", seed=seed, json=json, force=force)
+    elif id_file is not None:
+        _refuse("--id", {"--virtual": virtual, "--images": images, "--map": method})
+        _compare(
+            id_file,
+            _named(ood),
+            detector,
+            output,
+            resamples=resamples,
+            min_auroc=min_auroc,
+            thumbnails=thumbnails,
+            seed=seed,
+            json=json,
+            force=force,
+        )
+    else:
+        raise typer.BadParameter("give scores with --id, or features with --layers")
+
+
+def _refuse(mode: str, others: Mapping[str, object]) -> None:
+    """Raises OodcliError for an option that does not go with ``mode``."""
+    for option, value in others.items():
+        if value is not None:
+            raise OodcliError(
+                f"{option} does not go with {mode}: --id compares scores, --layers draws figures "
+                "of feature caches"
+            )
+
+
+def _compare(
+    id_file: Path,
+    named: Mapping[str, Path],
+    detector: list[str] | None,
+    output: Path | None,
+    *,
+    resamples: int,
+    min_auroc: float | None,
+    thumbnails: bool,
+    seed: int,
+    json: bool,
+    force: bool,
+) -> None:
     from oodcli.files.scores import read_scores
     from oodcli.report import refuse_existing_report, write_report
     from oodcli.report.evaluation import evaluate_files
     from oodcli.report.tables import as_json
 
-    named = _named(ood)
     if output is not None:
         refuse_existing_report(output, force=force)
     id_scores = read_scores(id_file)
@@ -101,9 +195,54 @@ def command(
         _gate(evaluation, min_auroc)
 
 
-def _named(ood: list[str]) -> dict[str, Path]:
-    from oodcli.errors import OodcliError
+@dataclass(frozen=True)
+class _Caches:
+    """Files that figures of layers are drawn from. artefacts: of lsgm, at most one."""
 
+    id: Path
+    ood: Mapping[str, Path]
+    virtual: Path | None
+    images: Path | None
+    artefacts: Sequence[Path]
+
+
+def _draw(
+    caches: _Caches, output: Path | None, *, method: str, seed: int, json: bool, force: bool
+) -> None:
+    from oodcli.files.artefact import read_artefact
+    from oodcli.files.cache import open_cache
+    from oodcli.report.layer_figures import refuse_existing_figures, write_layer_figures
+    from oodcli.report.layers import LayerInputs
+
+    if output is None:
+        raise OodcliError("--layers draws figures: say where they go, with -o DIR")
+    if len(caches.artefacts) > 1:
+        raise OodcliError("--layers draws the transitions of one artefact: give -d once")
+    refuse_existing_figures(output, force=force)
+    with ExitStack() as stack:
+        inputs = LayerInputs(
+            id=stack.enter_context(open_cache(caches.id)),
+            ood={name: stack.enter_context(open_cache(path)) for name, path in caches.ood.items()},
+            virtual=stack.enter_context(open_cache(caches.virtual)) if caches.virtual else None,
+            images=caches.images,
+            lsgm=read_artefact(caches.artefacts[0]) if caches.artefacts else None,
+        )
+        report = write_layer_figures(inputs, output, method=method, seed=seed, force=force)
+    for note in report.notes:
+        console.say(f"note: {note}")
+    if json:
+        console.emit_json(
+            {
+                "files": [str(path) for path in report.paths],
+                "notes": report.notes,
+                "distance_from_batchnorm": report.curves and report.curves.from_batchnorm,
+                "distance_from_id_class": report.curves and report.curves.from_id_class,
+            }
+        )
+    console.say(f"wrote {len(report.paths)} files into {output}")
+
+
+def _named(ood: list[str]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for text in ood:
         name, equals, path = text.partition("=")

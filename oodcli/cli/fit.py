@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oodcli.cli import console
-from oodcli.cli.options import Detectors, Force, Json, Parameters, Quiet, parameters
+from oodcli.cli.options import Force, Json, Parameters, Quiet, complete_detectors, parameters
 
 if TYPE_CHECKING:
     from oodcli.stages.fit import FitInputs
@@ -24,7 +24,18 @@ def command(
             show_default=False,
         ),
     ] = None,
-    detector: Detectors = None,
+    detector: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--detector",
+            "-d",
+            metavar="NAME|FILE",
+            help="A detector's name or an artefact's path; 'all' for every one that can be fitted "
+            "on CACHE.h5. Repeatable.",
+            autocompletion=complete_detectors,
+            show_default=False,
+        ),
+    ] = None,
     param: Parameters = None,
     calibrate: Annotated[
         list[Path] | None,
@@ -108,21 +119,29 @@ def _is_artefact(word: str) -> bool:
 
 
 def _possible(inputs: FitInputs, given: dict[str, dict[str, str]]) -> list[str]:
-    """Detectors that can be fitted on the cache as it is, without more files."""
+    """Detectors that can be fitted on the cache as it is, without more files; what the others lack
+    is said."""
     from oodcli import detectors
 
     if inputs.train is None:
         return []
     recorded = inputs.train.recorded
-    kinds = [detectors.get(name) for name in detectors.names()]
-    return [
-        kind.name
-        for kind in kinds
-        if kind.fitted
-        and kind.reference_images is None
-        and (not kind.needs_ood or inputs.ood is not None)
-        and kind.fit_needs(**kind.parse(given.get(kind.name, {}))) <= recorded
-    ]
+    possible, lacking = [], []
+    for kind in map(detectors.get, detectors.names()):
+        if not kind.fitted:
+            continue
+        needs = kind.fit_needs(**kind.parse(given.get(kind.name, {})))
+        if kind.reference_images is not None:
+            lacking.append(f"{kind.name} (noise: score fits it on the spot)")
+        elif kind.needs_ood and inputs.ood is None:
+            lacking.append(f"{kind.name} (--ood)")
+        elif not needs <= recorded:
+            lacking.append(f"{kind.name} ({', '.join(sorted(needs - recorded))})")
+        else:
+            possible.append(kind.name)
+    if lacking:
+        console.say(f"note: left out, with what they lack: {', '.join(lacking)}")
+    return possible
 
 
 def _sentence(artefact: dict[str, Any]) -> str:

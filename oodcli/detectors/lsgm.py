@@ -221,7 +221,7 @@ class LSGM(Detector):
         blocks = partial(finite_rows, train, cls.needs, cls.name)
         sample = _sample(blocks, layers, rows, seed)
         fitted = _fit_mixtures(sample, components, pca, Recipe(mixture, covariance, seed))
-        counts = _count_steps(blocks(), fitted)
+        counts = count_steps(blocks(), fitted)
         later = list(fitted)[1:]
         projected = {
             name: each.projection for name, each in fitted.items() if each.projection is not None
@@ -462,7 +462,7 @@ def _fit_mixture(rows: Tensor, components: int, recipe: Recipe) -> tuple[Mixture
     return found, words
 
 
-def _count_steps(blocks: Iterator[Features], mixtures: Mapping[str, Mixture]) -> dict[str, Tensor]:
+def count_steps(blocks: Iterator[Features], mixtures: Mapping[str, Mixture]) -> dict[str, Tensor]:
     """Layer → (K', K) how often a row went from which component to which; for the first layer
     (1, K) how often it began where."""
     counts: dict[str, Tensor] = {}

@@ -114,7 +114,10 @@ def _of_text(path: Path, start: bytes) -> Kind | None:
             return "scores.jsonl" if json.loads(first).keys() >= _LEADING else None
         except (ValueError, RecursionError):
             return None
-    header = set(next(csv.reader([first]), ()))
+    try:
+        header = set(next(csv.reader([first]), ()))
+    except csv.Error:  # a zip archive may look like text to this point
+        return None
     if header >= {"detector", "set", "metric", "value"}:
         return "metrics.csv"
     return "scores.csv" if header >= _LEADING else None

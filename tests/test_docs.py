@@ -1,0 +1,729 @@
+"""README and docs/: every command runs, every option is listed, every link leads somewhere.
+
+A fenced block ``sh`` is run line by line in a folder of its page, as a shell would; ``text`` after
+it is what it prints, with other numbers; ``python`` is run, too, or written to the file that its
+first line names (``# FILE.py``). A page of docs/ begins with what docs/index.md's commands leave.
+
+In the pages stands ``<!-- not run: REASON -->`` before a block that is not run, ``<!-- needs:
+MODULE -->`` before one that is run where that can be imported, and ``# exit status N`` behind a
+command.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from commands import oodcli
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from oodcli import detectors
+from oodcli.cli import app
+from oodcli.demo import photograph_crops
+from oodcli.files.scores import DERIVED
+from oodcli.metrics import CONVENTIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+ALL = sorted(DOCS.rglob("*.md"))
+GUIDE = [page for page in ALL if DOCS / "detectors" not in page.parents]
+"""The pages of docs/detectors/ have tests of their own."""
+
+START = DOCS / "index.md"
+COMMANDS = [command.callback.__module__.rpartition(".")[2] for command in app.registered_commands]
+
+SMALLER = (
+    (r"--per-class \d+", "--per-class 4"),
+    (r"(n=)\d{3,}", r"\g<1>40"),
+    (r"--steps \d{2,}", "--steps 8"),
+    (r"--resamples \d+", "--resamples 20"),
+    (r"^(oodcli evaluate (?!.*--resamples).*)$", r"\1 --resamples 20"),
+)
+"""What is made smaller in every command, so that it takes less time."""
+
+README_NOT_RUN = {
+    "python3 -m venv .venv": "installs packages",
+}
+"""Commands of README.md, by their beginning, that are not run."""
+
+PRESUPPOSED = {
+    "README.md": {
+        "oodcli evaluate --id id.csv --ood photos": "oodcli score ckpt.pt digits-test.npz "
+        "-d detectors/c2ir-z.safetensors -d energy -o id.csv",
+        "oodcli evaluate --id id.csv --ood far": "oodcli score ckpt.pt 'noise:blob?n=50' "
+        "-d detectors/c2ir-z.safetensors -d energy -o far.csv",
+    },
+}
+"""By page: before a command that begins so, this one is run, for what the page presupposes."""
+
+SHELL = ("cat", "cp", "cut", "find", "grep", "head", "ls", "mkdir", "sort", "tail")
+"""Programs besides oodcli that a block may run."""
+
+UNLIKE = (
+    (r"\b(?:bfloat16|float32) on \w+(?::\d+)?", "PRECISION on DEVICE"),
+    (r"\beager|compiled\b", "PATH"),
+    (r"\b[0-9a-f]{12,}…?", "HASH"),
+    (r"about [\d.]+ (?:s|min|h)\b", "about TIME"),
+    (r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?", "0"),
+    (r"[─\s]+", " "),
+)
+"""What may differ between a page and a run: numbers, and what depends on the machine."""
+
+
+# --- pages ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """line: of the page, where it begins. mark: the comment right before it."""
+
+    line: int
+    kind: str
+    text: str
+    mark: str = ""
+
+
+FENCE = re.compile(
+    r"(?:^[ ]*<!--[ ](?P<mark>[^\n]*?)[ ]-->\n\s*?)?"
+    r"^(?P<indent>[ ]*)```(?P<kind>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$",
+    re.M | re.S,
+)
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(
+            text.count("\n", 0, found.start("kind")) + 1,
+            found["kind"],
+            re.sub(f"^{found['indent']}", "", found["text"], flags=re.M),
+            found["mark"] or "",
+        )
+        for found in FENCE.finditer(text)
+    ]
+
+
+def lines_of(text: str) -> list[str]:
+    joined = text.replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip()]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
+
+
+PAGES = [page for page in (ROOT / "README.md", *GUIDE) if any(b.kind == "sh" for b in blocks(page))]
+
+
+# --- running ----------------------------------------------------------------------------------
+
+
+def statuses(line: str) -> set[int]:
+    found = re.search(r"#.*\bexit status (\d)(.*)$", line)
+    if found is None:
+        return {0}
+    return {int(found[1]), *([0] if found[2].strip() else [])}
+
+
+def shell(words: list[str], folder: Path, stdin: str) -> str:
+    assert words[0] in SHELL, f"{words[0]}: mark the block <!-- not run: why --> or add it to SHELL"
+    done = subprocess.run(
+        ["sh", "-c", shlex.join(words)], cwd=folder, input=stdin, text=True, capture_output=True
+    )
+    assert done.returncode == 0, (words, done.stderr)
+    return done.stdout
+
+
+def run(line: str, folder: Path) -> str:
+    """Everything that a line prints. Raises AssertionError when its status is not the page's."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|>")
+    lexer.wordchars += ":?=&%,+@[]{}"
+    lexer.whitespace_split = True
+    words, target = list(lexer), None
+    if ">" in words:
+        words, target = words[: words.index(">")], words[words.index(">") + 1]
+    stages: list[list[str]] = [[]]
+    for word in words:
+        if word == "|":
+            stages.append([])
+        else:
+            stages[-1].append(word)
+    stdout, told = "", ""
+    for stage in stages:
+        if stage[0] == "oodcli":
+            result = oodcli(*stage[1:], stdin=stdout)
+            assert result.status in statuses(line), (line, result.status, result.err)
+            assert "Traceback" not in result.err
+            stdout, told = result.out, told + result.err
+        else:
+            stdout = shell(stage, folder, stdout)
+    if target is not None:
+        (folder / target).write_text(stdout, encoding="utf-8")
+        stdout = ""
+    return told + stdout
+
+
+def alike(text: str) -> set[str]:
+    """The lines of what is printed, without what may differ."""
+    found = set()
+    for line in text.splitlines():
+        for pattern, other in UNLIKE:
+            line = re.sub(pattern, other, line)
+        found.add(line.strip(" |"))
+    return found - {"", "…"}
+
+
+def smaller(line: str) -> str:
+    for pattern, other in SMALLER:
+        line = re.sub(pattern, other, line)
+    return line
+
+
+def missing(mark: str) -> str:
+    """The module that a block needs and that is not there."""
+    module = mark.removeprefix("needs: ") if mark.startswith("needs: ") else ""
+    return module if module and importlib.util.find_spec(module) is None else ""
+
+
+def skipped(page: Path, block: Block) -> bool:
+    if page.name == "README.md":
+        return any(block.text.startswith(each) for each in README_NOT_RUN)
+    return block.mark.startswith("not run:") or bool(missing(block.mark))
+
+
+def run_page(page: Path, folder: Path) -> None:
+    before = PRESUPPOSED.get(name_of(page), {})
+    printed: str | None = None
+    for block in blocks(page):
+        if block.kind == "text":
+            if printed is not None:
+                unseen = alike(block.text) - alike(printed)
+                assert not unseen, (name_of(page), block.line, unseen, printed)
+            continue
+        printed = None
+        if skipped(page, block):
+            continue
+        if block.kind == "sh":
+            printed = ""
+            for line in lines_of(block.text):
+                if line.startswith("#"):
+                    continue
+                for beginning, needed in before.items():
+                    if line.startswith(beginning):
+                        run(needed, folder)
+                uncommented = re.sub(r"\s+# (?!.*exit status).*$", "", line)
+                code, comment = re.fullmatch(r"(.*?)(\s+#.*)?", uncommented).groups()
+                try:
+                    printed += run(smaller(code) + (comment or ""), folder)
+                except AssertionError as error:
+                    raise AssertionError(f"{name_of(page)}, line {block.line}: {error}") from error
+        elif block.kind == "python":
+            file = re.match(r"# (\S+\.py)\n", block.text)
+            if file is not None:
+                (folder / file[1]).write_text(block.text, encoding="utf-8")
+            else:
+                execute(compile(block.text, f"{name_of(page)}:{block.line}", "exec"), folder)
+
+
+def execute(code: types.CodeType, folder: Path) -> None:
+    """As a script that lies in the folder."""
+    known = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(folder), *sys.path])
+        exec(code, {})
+    for name in sys.modules.keys() - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+            del sys.modules[name]
+
+
+def link(source: Path, folder: Path) -> None:
+    for path in source.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, symlinks=True)
+        else:
+            shutil.copy(path, folder / path.name)
+
+
+@pytest.fixture(scope="session")
+def desk(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``oodcli demo`` leaves and the quick start needs; for README.md the same under the names
+    that it has there."""
+    folder = tmp_path_factory.mktemp("desk")
+    state = torch.load(trained / "digits.pt", weights_only=True)
+    card = (trained / "digits.toml").read_text(encoding="utf-8")
+    save_file(state, folder / "digits.safetensors")
+    (folder / "digits.toml").write_text(card, encoding="utf-8")
+    torch.save(state, folder / "ckpt.pt")
+    (folder / "ckpt.toml").write_text(card, encoding="utf-8")
+    shutil.copy(trained / "test.npz", folder / "digits-test.npz")
+    photograph_crops(folder / "photographs")
+    for path in sorted(folder.glob("photographs/*/*.png"))[12:]:
+        path.unlink()
+    for name in ("photos", "incoming"):
+        shutil.copytree(folder / "photographs", folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def started(desk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands of docs/index.md leave."""
+    folder = tmp_path_factory.mktemp("started")
+    link(desk, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_page(START, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != START], ids=lambda page: name_of(page)
+)
+def test_commands_run_and_print_what_the_page_says(page, desk, started, folder, monkeypatch):
+    link(desk if page.name == "README.md" else started, folder)
+    if page.name == "checkpoints.md":
+        write_checkpoints(folder)
+        if importlib.util.find_spec("transformers") is None:
+            monkeypatch.setitem(sys.modules, "transformers", stand_in())
+        else:
+            write_hugging_face(folder / "hf_resnet")
+    run_page(page, folder)
+
+
+def test_the_quick_start_runs(started):
+    assert (started / "photos.csv").is_file()
+
+
+def test_a_reason_is_given_for_what_is_not_run():
+    for page in GUIDE:
+        for block in blocks(page):
+            if block.mark.startswith("not run"):
+                reason = block.mark.removeprefix("not run:").strip()
+                assert len(reason.split()) >= 3, (page, block)
+    assert all(README_NOT_RUN.values())
+    readme = [block.text for block in blocks(ROOT / "README.md")]
+    assert all(any(text.startswith(each) for text in readme) for each in README_NOT_RUN)
+
+
+@pytest.mark.parametrize(
+    ("text", "noticed"),
+    [
+        ("```sh\noodcli inspect missing.pt\n```\n", "page.md, line 1: .*missing.pt does not exist"),
+        ("```sh\noodcli inspect digits.toml  # exit status 4\n```\n", "page.md, line 1"),
+        ("```sh\noodcli detectors\n```\n\n```text\nmsp nothing at all\n```\n", "nothing at all"),
+        ("```sh\ncurl example.org\n```\n", "not run: why"),
+        ("<!-- not run -->\n\n```sh\noodcli inspect missing.pt\n```\n", "missing.pt"),
+    ],
+)
+def test_a_wrong_page_is_noticed(text, noticed, desk, folder):
+    link(desk, folder)
+    (folder / "page.md").write_text(text, encoding="utf-8")
+    with pytest.raises(AssertionError, match=noticed):
+        run_page(folder / "page.md", folder)
+
+
+# --- links ------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    plain = (re.sub(r"[^\w\- ]", "", title.lower()).strip() for title in titles)
+    return {re.sub(r"[\s]+", "-", title) for title in plain}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *ALL], ids=lambda page: name_of(page))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+://|mailto:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (page.parent / file).resolve() if file else page
+        assert found.exists(), target
+        if page in GUIDE and file:
+            assert DOCS in found.parents, f"{target} leaves docs/, which MkDocs does not build"
+        if anchor:
+            assert anchor in anchors(found), target
+
+
+def test_every_page_is_in_the_navigation():
+    yaml = pytest.importorskip("yaml", exc_type=ImportError)
+    found = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = set(leaves(found["nav"]))
+    folders = {name.rpartition("/")[0] for name in named if name.endswith("/index.md")}
+    for page in GUIDE:
+        assert page.relative_to(DOCS).as_posix() in named, page
+    for name in named:
+        assert (DOCS / name).is_file() or name.rpartition("/")[0] in folders, name
+
+
+def leaves(nav: object) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    elif isinstance(nav, dict):
+        yield from (leaf for each in nav.values() for leaf in leaves(each))
+    elif isinstance(nav, list):
+        yield from (leaf for each in nav for leaf in leaves(each))
+
+
+# --- options ----------------------------------------------------------------------------------
+
+OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
+
+
+def help_sections(command: str) -> dict[str, dict[str, str]]:
+    """Title of a section → names of an option, joined → what stands there."""
+    text = oodcli(command, "--help").out
+    sections: dict[str, dict[str, str]] = {}
+    title = name = ""
+    for line in text.splitlines():
+        if re.match(r"\S.*:$", line):
+            title, name = line[:-1], ""
+        elif re.match(r" {2}-", line):
+            name = " ".join(OPTION.findall(re.split(r" {2,}", line.strip())[0]))
+            sections.setdefault(title, {})[name] = line
+        elif re.match(r" {3,}\S", line) and name:
+            sections[title][name] += " " + line.strip()
+    return sections
+
+
+def page_sections(command: str) -> dict[str, dict[str, str]]:
+    text = (DOCS / "commands" / f"{command}.md").read_text(encoding="utf-8")
+    sections: dict[str, dict[str, str]] = {}
+    title, listing = "", False
+    for line in text.splitlines():
+        if line.startswith("#"):
+            title = line.lstrip("#").strip()
+        elif not line.startswith("|"):
+            listing = False
+        elif line.startswith("| option |"):
+            listing = True
+        elif listing and line.startswith("| `-"):
+            first = re.split(r"(?<!\\)\|", line)[1]
+            sections.setdefault(title, {})[" ".join(OPTION.findall(first))] = line
+    return sections
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_of_a_command_lists_its_options(command):
+    expected, found = help_sections(command), page_sections(command)
+    assert {title: set(rows) for title, rows in found.items()} == {
+        title: set(rows) for title, rows in expected.items()
+    }
+    for title, rows in expected.items():
+        for name, row in rows.items():
+            default = re.search(r"\[default: ([^\]();]+?)(?:;.*)?\]", " ".join(row.split()))
+            if default:
+                assert default[1] in found[title][name].replace("`", ""), (name, default[1])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_of_a_command_names_exit_statuses(command):
+    text = (DOCS / "commands" / f"{command}.md").read_text(encoding="utf-8")
+    assert "## Exit status" in text
+
+
+def test_every_command_has_a_page():
+    assert {page.stem for page in (DOCS / "commands").glob("*.md")} == set(COMMANDS)
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def section(page: str, title: str) -> str:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    parts = re.split(r"^## (.+)$", text, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))[title]
+
+
+def unnamed(words: set[str], title: str) -> set[str]:
+    named = set(re.findall(r"`([^`\n]+)`", section("files.md", title)))
+    return words - named
+
+
+def hdf5_words(path: Path) -> tuple[set[str], set[str]]:
+    """Names of datasets, with <name> for a layer's, and of attributes."""
+    with h5py.File(path) as file:
+        names, attributes = set(), set(file.attrs)
+        nodes: list[tuple[str, h5py.Group | h5py.Dataset]] = []
+        file.visititems(lambda name, node: nodes.append((name, node)))
+        for name, node in nodes:
+            attributes |= set(node.attrs)
+            if isinstance(node, h5py.Dataset):
+                names.add("/" + re.sub(r"(layers|batchnorm)/.+(?=/)", r"\1/<name>", name))
+        return names, attributes
+
+
+@pytest.fixture(scope="session")
+def richest(started: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files with all that can be in them."""
+    folder = tmp_path_factory.mktemp("richest")
+    network = started / "digits.safetensors"
+    steps = (
+        f"invert {network} --per-class 6 -o v.h5",
+        f"extract {network} v.h5 --record all --mirror -o v.features.h5",
+        f"extract {network} v.h5 --match-accuracy 0.9 --mirror -o pool.h5",
+        f"extract {network} noise:blob?n=12 -o ood.h5",
+        f"extract {network} {started / 'digits-test.npz'} -o id.h5",
+        "fit v.features.h5 -d c2ir-z -d knn --calibrate pool.h5 -o fitted",
+        "fit id.h5 -d supervised --ood ood.h5 -o fitted",
+        f"score {network} {started / 'photographs'} -d fitted/knn.safetensors --fpr 0.05 "
+        "-d fitted/supervised.safetensors -d fitted/c2ir-z.safetensors --explain -o s.csv",
+        f"score {network} {started / 'digits-test.npz'} -d fitted/knn.safetensors "
+        "--fpr 0.05 -o id.csv",
+        "evaluate --id id.csv --ood far=s.csv --resamples 20 -o report",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for step in steps:
+            result = oodcli(*step.split())
+            assert result.status == 0, (step, result.err)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("title", "file"),
+    [("Feature cache", "v.features.h5"), ("Feature cache", "pool.h5"), ("Virtual images", "v.h5")],
+)
+def test_what_is_in_an_hdf5_file_is_on_the_page(title, file, richest):
+    names, attributes = hdf5_words(richest / file)
+    assert not unnamed({name.replace("/mirror/", "/") for name in names} | attributes, title)
+
+
+def test_what_is_in_settings_and_quality_is_on_the_page(richest):
+    with h5py.File(richest / "v.h5") as file:
+        words = {*json.loads(file.attrs["settings"]), *json.loads(file.attrs["quality"])}
+        prep = set(json.loads(file.attrs["preprocessing"]))
+    assert not unnamed(words | prep, "Virtual images")
+
+
+def test_what_is_in_an_artefact_is_on_the_page(richest):
+    with safe_open(richest / "fitted" / "knn.safetensors", "pt") as file:
+        metadata = file.metadata()
+        tensors = {name for name in file.keys() if name.startswith("calibration/")}  # noqa: SIM118
+    words = {*metadata, *json.loads(metadata["fitted_on"]), *json.loads(metadata["recorded"])}
+    words |= {name.replace("/mirror/", "/plain/") for name in tensors}
+    assert not unnamed(words | set(json.loads(metadata["calibration"])["plain"]), "Artefact")
+
+
+def test_the_columns_of_scores_are_on_the_page(richest):
+    with (richest / "s.csv").open(encoding="utf-8", newline="") as stream:
+        columns = next(csv.reader(stream))
+    names = sorted(detectors.names(), key=len, reverse=True)
+    words = set()
+    for column in columns:
+        name = next((name for name in names if column.startswith(name)), None)
+        words.add(column if name is None else f"<detector>{column.removeprefix(name)}")
+    assert {f"<detector>{end}" for end in DERIVED} <= words, "the file of this test has not all"
+    assert not unnamed(words, "Scores")
+
+
+def test_what_is_beside_scores_is_on_the_page(richest):
+    made = json.loads((richest / "s.csv.json").read_text(encoding="utf-8"))
+    assert not unnamed(set(made), "Beside scores")
+
+
+def test_what_is_in_a_report_is_on_the_page(richest):
+    found = json.loads((richest / "report" / "metrics.json").read_text(encoding="utf-8"))
+    with (richest / "report" / "metrics.csv").open(encoding="utf-8", newline="") as stream:
+        words = set(next(csv.reader(stream)))
+    words |= {*found, *found["interval"], *found["counts"][0], *found["metrics"][0]}
+    words |= {path.name for path in (richest / "report").iterdir()}
+    assert not unnamed(words, "Report")
+
+
+def test_the_keys_of_a_model_card_are_on_the_page(desk, folder):
+    link(desk, folder)
+    (folder / "ckpt.toml").write_text("unknown = 1\n", encoding="utf-8")
+    refused = oodcli("inspect", "digits.safetensors", "--card", "ckpt.toml")
+    keys = re.search(r"use (.*)$", refused.err.strip())
+    assert keys is not None
+    assert not unnamed(set(keys[1].split(", ")), "Model card")
+
+
+def test_what_is_in_a_partial_file_is_on_the_page(desk, folder, monkeypatch):
+    link(desk, folder)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("oodcli.files.journal.Journal.finish", interrupted)
+    assert oodcli("extract", "digits.safetensors", "digits-test.npz", "-o", "id.h5").status == 130
+    data = (folder / "id.h5.partial").read_bytes()
+    start = data.index(b"\n") + 1
+    length = int.from_bytes(data[start : start + 8], "little")
+    first = json.loads(data[start + 16 : start + 16 + length])
+    assert not unnamed(set(first), "OUTPUT.partial")
+
+
+def test_every_metric_is_on_its_page():
+    text = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in text for name in CONVENTIONS)
+
+
+def test_every_detector_of_the_guide_exists():
+    text = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    named = set(re.findall(r"`([a-z0-9][a-z0-9+-]+)`", tables)) - set(COMMANDS)
+    assert named <= set(detectors.names())
+
+
+# --- continuous integration -------------------------------------------------------------------
+
+
+def test_workflows_are_valid():
+    found = [block for block in blocks(DOCS / "ci.md") if block.kind == "yaml"]
+    assert found
+    for block in found:
+        assert "\t" not in block.text
+        assert all(f"{key}:" in block.text for key in ("on", "jobs", "runs-on", "steps"))
+        yaml = pytest.importorskip("yaml", exc_type=ImportError)
+        workflow = yaml.safe_load(block.text)
+        for job in workflow["jobs"].values():
+            assert job["runs-on"]
+            assert all(("uses" in step) != ("run" in step) for step in job["steps"])
+
+
+def test_commands_of_workflows_run(started, folder):
+    """Those of ``run:``, on one line or several, in order."""
+    link(started, folder)
+    run_page(DOCS / "ci.md", folder)
+    for block in blocks(DOCS / "ci.md"):
+        if block.kind != "yaml":
+            continue
+        yaml = pytest.importorskip("yaml", exc_type=ImportError)
+        for job in yaml.safe_load(block.text)["jobs"].values():
+            for step in job["steps"]:
+                for line in lines_of(step.get("run", "")):
+                    if line.startswith("oodcli"):
+                        run(smaller(line) + "  # exit status 4 when it fails", folder)
+
+
+# --- checkpoints as other libraries write them --------------------------------------------------
+
+
+def write_checkpoints(folder: Path) -> None:
+    """By hand, in the layouts of torchvision's, timm's and Lightning's training scripts."""
+    import argparse
+
+    from torchvision.models import resnet18
+
+    state = resnet18(num_classes=3).state_dict()
+    optimizer: dict[str, object] = {"state": {}, "param_groups": []}
+    torch.save(state, folder / "resnet18.pth")
+    torch.save(
+        {
+            "model": state,
+            "optimizer": optimizer,
+            "lr_scheduler": {},
+            "epoch": 89,
+            "args": argparse.Namespace(model="resnet18"),
+            "model_ema": {
+                "n_averaged": torch.tensor(7),
+                **{f"module.{key}": value for key, value in state.items()},
+            },
+        },
+        folder / "checkpoint.pth",
+    )
+    torch.save(
+        {
+            "epoch": 3,
+            "global_step": 100,
+            "pytorch-lightning_version": "2.6.6",
+            "state_dict": {
+                **{f"model.{key}": value for key, value in state.items()},
+                "criterion.weight": torch.ones(3),
+            },
+            "loops": {},
+            "callbacks": {},
+            "optimizer_states": [optimizer],
+            "lr_schedulers": [],
+            "hparams_name": "kwargs",
+            "hyper_parameters": {"lr": 0.1},
+        },
+        folder / "lightning.ckpt",
+    )
+    torch.save(
+        {
+            "epoch": 3,
+            "arch": "resnet18",
+            "state_dict": state,
+            "optimizer": optimizer,
+            "version": 2,
+            "args": argparse.Namespace(model="resnet18"),
+            "state_dict_ema": state,
+            "metric": 71.2,
+        },
+        folder / "model_best.pth.tar",
+    )
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save(resnet18(num_classes=3), folder / "whole.pt")
+
+
+def write_hugging_face(folder: Path) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        num_labels=3, depths=[1, 1], hidden_sizes=[8, 8], embedding_size=8, layer_type="basic"
+    )
+    ResNetForImageClassification(config).save_pretrained(folder)
+
+
+def stand_in() -> types.ModuleType:
+    """As much of transformers as the page uses: names of layers, and an output with ``logits``."""
+
+    class Output:
+        def __init__(self, logits: torch.Tensor) -> None:
+            self.logits = logits
+
+    class ResNetForImageClassification(nn.Module):
+        def __init__(self, config: object = None) -> None:
+            super().__init__()
+            self.resnet = nn.Sequential(
+                nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+            )
+            self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(8, 3))
+
+        def forward(self, pixel_values: torch.Tensor) -> Output:
+            return Output(self.classifier(self.resnet(pixel_values)))
+
+        @classmethod
+        def from_pretrained(cls, name: str) -> nn.Module:
+            return cls()
+
+    class AutoConfig:
+        @staticmethod
+        def from_pretrained(name: str) -> None:
+            return None
+
+    module = types.ModuleType("transformers")
+    module.ResNetForImageClassification = ResNetForImageClassification
+    module.AutoConfig = AutoConfig
+    return module
+
+
+def test_shapes_of_the_digits_are_those_of_the_pages(desk):
+    with np.load(desk / "digits-test.npz") as file:
+        assert file["images"].shape == (597, 8, 8, 1)
