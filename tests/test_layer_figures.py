@@ -387,7 +387,7 @@ def test_scores_take_no_option_of_the_layers(option, tmp_path, monkeypatch):
     assert result.status == 1
     assert f"{option} does not go with --id" in result.err
     result = oodcli("evaluate", "--ood", "b=b.csv")
-    assert result.status == 1
+    assert result.status == 2
     assert "give scores with --id, or features with --layers" in result.err
 
 
