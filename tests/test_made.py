@@ -132,6 +132,14 @@ def test_values_of_the_wrong_kind_are_refused(folder, change):
     assert f"s.csv.json is damaged ({next(iter(change))})" in refused("inspect", "s.csv")
 
 
+def test_a_file_of_somebody_elses_is_not_written_over(folder):
+    Path("s.csv.json").write_text("my notes")
+    assert "s.csv.json does not say how s.csv was made: move it away" in refused(
+        "score", "digits.pt", NOISE, "-d", "msp", "-o", "s.csv", "--force"
+    )
+    assert Path("s.csv.json").read_text() == "my notes"
+
+
 def test_it_is_written_over_with_the_scores(folder):
     score("digits.pt", NOISE, "-d", "msp", "-o", "s.csv")
     first = Path("s.csv.json").read_text()

@@ -132,6 +132,7 @@ def command(
     """Score images: higher = more out of distribution."""
     from oodcli.errors import OodcliError
     from oodcli.files.journal import journal, refuse_output
+    from oodcli.files.made import read_made
     from oodcli.files.scores import format_of
     from oodcli.stages.chosen import choose_detectors, fingerprint, placed
     from oodcli.stages.score import score_to_file
@@ -139,6 +140,7 @@ def command(
     if output is not None:
         refuse_output(output, force=force)
         format_of(output)
+        read_made(output)  # raises where what is beside it is somebody else's
     if json and output is None:
         raise OodcliError("--json prints the summary on standard output: name a file with -o")
     stream_rule = _stream_rule(threshold, contamination)
