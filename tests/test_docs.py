@@ -78,9 +78,9 @@ SHELL = ("cat", "cp", "cut", "find", "grep", "head", "ls", "mkdir", "sort", "tai
 UNLIKE = (
     (r"\b(?:bfloat16|float32) on \w+(?::\d+)?", "PRECISION on DEVICE"),
     (r"\beager|compiled\b", "PATH"),
-    (r"\b[0-9a-f]{12,}…?", "HASH"),
+    (r"(?<![.\w])(?=\d*[a-f])[0-9a-f]{12,}…?", "HASH"),
     (r"about [\d.]+ (?:s|min|h)\b", "about TIME"),
-    (r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?", "0"),
+    (r"-?\d+(?:,\d{3}\b)*(?:\.\d+)?(?:e[-+]?\d+)?", "0"),
     (r"[─\s]+", " "),
 )
 """What may differ between a page and a run: numbers, and what depends on the machine."""
