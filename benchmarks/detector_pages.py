@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.bench_startup import MAIN
 from oodcli import detectors
-from oodcli.detectors.base import Detector
+from oodcli.cli.detectors import fitted_on
 
 PAGES = Path(__file__).parents[1] / "docs" / "detectors"
 
@@ -261,17 +261,6 @@ def _marks(text: str) -> Iterator[tuple[str, list[str]]]:
     for match in MARK.finditer(text):
         kind, *names = match["words"].split()
         yield kind, names
-
-
-def fitted_on(kind: type[Detector]) -> str:
-    """As ``oodcli detectors`` has it."""
-    if not kind.fitted:
-        return "nothing"
-    if kind.reference_images is not None:
-        return "noise"
-    if kind.needs_ood:
-        return "ID and OOD images"
-    return "virtual or real images" + (", OOD if given" if kind.uses_ood else "")
 
 
 def _facts(names: Sequence[str], figures: Mapping[str, Any]) -> list[str]:

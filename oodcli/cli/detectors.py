@@ -24,7 +24,7 @@ def command(json: Json = False) -> None:
                     "source": kind.source,
                     "needs": sorted(kind.needs | kind.fit_needs()),
                     "fitted": kind.fitted,
-                    "fitted_on": _fitted_on(kind),
+                    "fitted_on": fitted_on(kind),
                     "about": kind.about,
                 }
                 for kind in kinds
@@ -38,11 +38,12 @@ def command(json: Json = False) -> None:
         table.add_column(column, overflow="fold", width=width)
     for kind in kinds:
         needs = sorted(kind.needs | kind.fit_needs())
-        table.add_row(kind.name, _fitted_on(kind), " ".join(needs), f"{kind.about} ({kind.source})")
+        table.add_row(kind.name, fitted_on(kind), " ".join(needs), f"{kind.about} ({kind.source})")
     console.emit_table(table)
 
 
-def _fitted_on(kind: type[Detector]) -> str:
+def fitted_on(kind: type[Detector]) -> str:
+    """In words, for a table."""
     if not kind.fitted:
         return "nothing"
     if kind.reference_images is not None:
