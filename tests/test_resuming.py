@@ -395,6 +395,36 @@ def test_other_images_are_refused(small, photos, monkeypatch):
     assert not partial_path(Path("other.h5")).exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "more", "difference"),
+    [
+        ("score net.pt photos -d energy --contamination 0.2", ("--contamination", "0.3"), "--cont"),
+        ("score net.pt photos -d energy", ("--threshold", "energy=1"), "--threshold"),
+        ("score net.pt photos -d energy", ("--ema",), "--ema"),
+        ("score c.h5 -d energy", ("--threshold", "split"), "--threshold"),
+        ("extract net.pt photos", ("--layers", "layer1"), "--layers"),
+        ("invert net.pt --per-class 3", ("--ema",), "--ema"),
+    ],
+)
+def test_other_options_are_refused(small, photos, monkeypatch, tmp_path, words, more, difference):
+    """Of the network and of the verdict."""
+    monkeypatch.chdir(small)
+    suffix = "csv" if words.startswith("score") else "h5"
+    command = (*words.split(), "--batch-size", "4", "-o", tmp_path / f"out.{suffix}")
+    append = Journal.append
+
+    def once(self, record):
+        append(self, record)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", once)
+        assert oodcli(*command).status == 130
+    result = oodcli(*command, *more)
+    assert result.status == 1
+    assert f"was begun with {difference}" in result.err
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

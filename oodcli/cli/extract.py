@@ -150,6 +150,7 @@ def command(
         matched_accuracy=match_accuracy,
     )
     settings = {
+        **model.job(),
         "the list of images": listing(source),
         "--record": sorted(recorder.asked),
         "odin": asdict(recorder.odin),

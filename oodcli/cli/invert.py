@@ -125,6 +125,7 @@ def command(
         virtual=True,
     )
     settings = {
+        **model.job(),
         "--objective": asdict(recipe),
         "--steps": plan.total_steps,
         "--per-class": per_class,

@@ -192,6 +192,10 @@ class ModelOptions:
             console.say(f"assumed: {assumption}")
         return classifier
 
+    def job(self) -> dict[str, Any]:
+        """What else decides which network that is, for a journal."""
+        return {"--layers": self.layers, "--ema": self.ema}
+
     def resolved_device(self) -> str:
         """``auto`` is the first GPU where there is one. Raises OodcliError for an unusable one."""
         import torch

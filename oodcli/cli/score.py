@@ -135,6 +135,7 @@ def command(
     from oodcli.files.made import read_made
     from oodcli.files.scores import format_of
     from oodcli.stages.chosen import choose_detectors, fingerprint, placed
+    from oodcli.stages.record import file_state
     from oodcli.stages.score import score_to_file
 
     if output is not None:
@@ -178,7 +179,14 @@ def command(
                 **opened.job(),
                 "the detectors": list(fingerprints),
                 **{f"the detector {name}": words for name, words in fingerprints.items()},
-                **{f"the verdict by {name}": rule.basis for name, rule in rules.items()},
+                **{
+                    f"the artefact of {each.name}": file_state(Path(each.artefact))
+                    for each in chosen
+                    if each.artefact  # its calibration, too
+                },
+                "--fpr": fpr,
+                "--threshold": threshold,
+                "--contamination": contamination,
                 "--mirror": mirror,
                 "--explain": explain,
             }
@@ -346,7 +354,11 @@ def _from_images(
     )
 
     def job() -> dict[str, Any]:
-        more = {"the list of images": listing(source), "--batch-size": batch_size}
+        more = {
+            **model.job(),
+            "the list of images": listing(source),
+            "--batch-size": batch_size,
+        }
         return job_of(made, **more)
 
     def fit_reference(kind: type[Detector], given: Mapping[str, Any]) -> Detector:
