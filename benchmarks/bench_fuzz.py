@@ -153,8 +153,8 @@ def write_samples(folder: Path) -> None:
             write_artefact(artefact, folder / f"{name}.safetensors")
         chosen = [Chosen(detectors.get(name)()) for name in ("msp", "energy")]
 
-        def again(start: int) -> Iterator[Rows]:
-            return opened.blocks({"logits"}, start=start)
+        def again() -> Iterator[Rows]:
+            return opened.blocks({"logits"})
 
         for suffix in ("csv", "jsonl", "parquet"):
             score_to_file(again, chosen, classifier.class_names, folder / f"scores.{suffix}")
@@ -197,17 +197,18 @@ def write_partial(classifier: Any, output: Path) -> None:
     from oodcli.images import open_images
     from oodcli.recording import Recorder
     from oodcli.stages.extract import Restored, kept
-    from oodcli.stages.record import record_images, resumed
+    from oodcli.stages.record import Work, no_progress, record_images
 
     source = open_images("noise:uniform?n=24", classifier.preprocessing, classifier.class_names)
     recorder = Recorder(classifier, frozenset({"logits", "embedding"}))
     with contextlib.suppress(StopIteration), journal(output, {"--seed": 0}, "oodcli") as partial:
-        blocks = resumed(
-            partial,
+        blocks = Work(partial).blocks(
             Restored(recorder),
             kept,
-            lambda start: record_images(classifier, source, recorder, 8, start=start),
+            lambda: record_images(classifier, source, recorder, 8),
+            no_progress,
         )
+        assert blocks is not None
         for _ in range(2):
             next(blocks)
         raise StopIteration
@@ -294,7 +295,7 @@ class Parser:
         with open_cache(path) as cache:
             names = cache.provenance.class_names
             chosen = choose_detectors(["all"], {}, cache.recorded, "")
-            score_to_file(lambda start: cache.blocks(needs(chosen)), chosen, names, io.StringIO())
+            score_to_file(lambda: cache.blocks(needs(chosen)), chosen, names, io.StringIO())
             for name in ("mds", "knn"):
                 kind = detectors.get(name)
                 cache.require(kind.needs, name)
@@ -325,7 +326,7 @@ class Parser:
         about, rows, _ = read_about(path)
         handle = os.open(path, os.O_RDWR)
         try:
-            journal = Journal(path, handle, about, restart=False)
+            journal = Journal(path, path, handle, about, restart=False)
             restored = Restored(Recorder(self.classifier, frozenset({"logits", "embedding"})))
             assert sum(len(block.paths) for block in journal.kept(restored)) <= rows
         finally:

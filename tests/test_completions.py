@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from commands import oodcli
 
 from oodcli import __version__, checkpoint, detectors
 from oodcli.cli import EXAMPLES, app, completions, shells
+from oodcli.features import ROW_RECORDS
 from oodcli.files import scores
 from oodcli.images import generated
 from oodcli.inversion.objective import OBJECTIVES
@@ -74,6 +77,14 @@ def answered(line):
         ),
         ("oodcli score x.pt -o s", ["s<files>"]),
         ("oodcli extract x.pt y --for c2ir-z,odi", ["c2ir-z,odin"]),
+        ("oodcli extract x.pt y --for odin,odi", [""]),
+        ("oodcli extract x.pt y --record emb", ["embedding"]),
+        ("oodcli extract x.pt y --record al", ["all"]),
+        (
+            "oodcli extract x.pt y --record=logits,layers.mean,l",
+            [f"logits,layers.mean,layers.{word}" for word in ("std", "gram", "gradient")],
+        ),
+        ("oodcli extract x.pt y --record logits,al", [""]),
         ("oodcli score x.pt --arch torchvision:alex", ["torchvision:alexnet"]),
         (
             "oodcli score x.pt --arch=resnet20-cifar-",
@@ -82,7 +93,8 @@ def answered(line):
         ("oodcli fit c.h5 -o ", ["<files>\t/"]),
         ("oodcli fit c", ["c<files>\t.h5 .hdf5"]),
         ("oodcli evaluate --id s", ["s<files>\t.csv .jsonl .parquet"]),
-        ("oodcli evaluate --ood far=s", ["far=s<files>\t= .csv .jsonl .parquet"]),
+        ("oodcli evaluate --ood far=s", ["far=s<files>\t= .csv .jsonl .parquet .h5 .hdf5"]),
+        ("oodcli merge a.h5 b", ["b<files>\t.h5 .hdf5 .csv .jsonl .parquet"]),
         ("oodcli invert x.pt --objective p", ["paper"]),
         ("oodcli invert x.pt --per-class ", [""]),
     ],
@@ -120,6 +132,8 @@ def test_the_words_are_those_that_are_taken():
     datasets = [word.partition(":")[2] for word in completions.images("torchvision:")]
     assert {"CIFAR10", "SVHN"} <= set(datasets) <= set(torchvision.datasets.__all__)
     assert tuple(scores._SUFFIXES) == completions.SCORES
+    # Sensitivities are measured while images are inverted, and cannot be asked for.
+    assert set(completions.RECORDS) == set(ROW_RECORDS) - {"layers.sensitivity"}
 
 
 # ---------------------------------------------------------------------------- in the shells
@@ -136,7 +150,15 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     files = tmp_path / "files"
     (files / "my images").mkdir(parents=True)
-    for name in ("my net.pt", "my notes.txt", "a:b.pt", "e*.safetensors", "noise.txt", "s.csv"):
+    for name in (
+        "my net.pt",
+        "my notes.txt",
+        "a:b.pt",
+        "e*.safetensors",
+        "noise.txt",
+        "s.csv",
+        "f.h5",
+    ):
         (files / name).touch()
     monkeypatch.chdir(files)
     return tmp_path
@@ -178,6 +200,12 @@ def bash(line, word):
         ("oodcli score x.pt --arch torchvision:alex", "alex", ["alexnet"]),
         ("oodcli score x.pt -d e", "e", ["e\\*.safetensors", *WITH_E]),
         ("oodcli evaluate --ood far=s", "s", ["s.csv"]),
+        ("oodcli evaluate --ood far=", "", ["f.h5", "my images", "s.csv"]),
+        ("oodcli evaluate --ood far=~/files/f", "~/files/f", ["~/files/f.h5"]),
+        ("oodcli evaluate --layers f.h5 --ood=far=f", "f", ["f.h5"]),
+        ("oodcli extract x.pt y --record lo", "lo", ["logits"]),
+        ("oodcli extract x.pt y --record logits,odi", "logits,odi", ["logits,odin.logits"]),
+        ("oodcli extract x.pt y --for msp,odi", "msp,odi", ["msp,odin"]),
         ("oodcli evaluate --id=s", "s", ["s.csv"]),
         ("oodcli fit c.h5 -o my", "my", ["my images"]),
     ],
@@ -198,6 +226,10 @@ def test_bash(folder, line, word, offered):
         ("oodcli score x.pt --forc", ["--force\tOverwrite an existing output."]),
         ("oodcli score x.pt --arch=resnet20-cifar-", ["--arch=resnet20-cifar-b"]),
         ("oodcli evaluate --ood far=s", ["far=s.csv"]),
+        ("oodcli evaluate --ood far=", ["far=f.h5", "far=my images/", "far=s.csv"]),
+        ("oodcli evaluate --ood=far=f", ["--ood=far=f.h5"]),
+        ("oodcli extract x.pt y --record logits,odi", ["logits,odin.logits"]),
+        ("oodcli extract x.pt y --for msp,odi", ["msp,odin"]),
         ("oodcli fit c.h5 -o my", ["my images/"]),
     ],
 )
@@ -212,6 +244,74 @@ def test_fish(folder, line, offered):
 @pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh")
 def test_zsh_can_read_its_script():
     subprocess.run(["zsh", "-n", SCRIPTS / "_oodcli"], check=True)
+
+
+ZSH = r"""
+PS1='ready> '
+fpath=("$COMPLETIONS" $fpath)
+autoload -Uz compinit
+compinit -u -d "$HOME/zcompdump"
+typed() {
+    LISTMAX=0
+    zle complete-word
+    print -r -- "$BUFFER" >"$HOME/typed"
+    exit
+}
+zle -N typed
+bindkey '^T' typed
+"""
+
+
+def zsh(line, home):
+    """The line after Tab was typed behind it, in a zsh on a terminal of its own."""
+    (home / ".zshrc").write_text(ZSH, encoding="utf-8")
+    terminal, other = os.openpty()
+    environment = {**os.environ, "ZDOTDIR": str(home), "COMPLETIONS": str(SCRIPTS), "TERM": "dumb"}
+    started = subprocess.Popen(
+        ["zsh", "-i", "-d"],  # -d: no files of the system's
+        stdin=other,
+        stdout=other,
+        stderr=other,
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(other)
+    alarm = threading.Timer(60, started.kill)
+    alarm.start()
+    shown = b""
+    with contextlib.suppress(OSError):  # which ends it: nobody has the other end any longer
+        while b"ready> " not in shown:
+            shown += os.read(terminal, 1000)
+        os.write(terminal, line.encode() + b"\x14")
+        while os.read(terminal, 1000):
+            pass
+    assert started.wait() == 0, shown
+    alarm.cancel()
+    os.close(terminal)
+    return (home / "typed").read_text(encoding="utf-8").rstrip("\n")
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("oodcli sco", "oodcli score "),
+        ("oodcli invert my\\ n", "oodcli invert my\\ net.pt "),
+        ("oodcli evaluate --ood far=s", "oodcli evaluate --ood far=s.csv "),
+        (
+            "oodcli evaluate --layers f.h5 --ood far=f",
+            "oodcli evaluate --layers f.h5 --ood far=f.h5 ",
+        ),
+        ("oodcli extract x.pt y --record emb", "oodcli extract x.pt y --record embedding "),
+        (
+            "oodcli extract x.pt y --record logits,odi",
+            "oodcli extract x.pt y --record logits,odin.logits ",
+        ),
+        ("oodcli extract x.pt y --for=msp,odi", "oodcli extract x.pt y --for=msp,odin "),
+    ],
+)
+def test_zsh(folder, line, completed):
+    assert zsh(line, folder) == completed
 
 
 def test_the_scripts_are_those_of_the_code(tmp_path):

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +33,10 @@ def test_it_stops_with_the_command_that_stopped(fault, status, tmp_path, monkeyp
 def test_quiet_is_handed_on(tmp_path, monkeypatch):
     handed = []
     monkeypatch.setattr(demo, "_prepare", lambda output: None)
-    monkeypatch.setattr(demo, "_run", lambda story, words, quiet: handed.append(quiet))
+    monkeypatch.setattr(demo, "_run", lambda story, words, volume: handed.append(volume))
     assert oodcli("demo", "-q", "-o", tmp_path / "demo").err == ""
     assert len(handed) >= 6
-    assert all(handed)
+    assert all(volume == ["--quiet"] for volume in handed)
 
 
 def test_its_checkpoint_is_the_same_every_time(tmp_path, monkeypatch):
@@ -41,6 +48,89 @@ def test_its_checkpoint_is_the_same_every_time(tmp_path, monkeypatch):
     demo._prepare(tmp_path / "b")
     one, other = (tmp_path / name / "digits.safetensors" for name in "ab")
     assert one.read_bytes() == other.read_bytes()
+
+
+FILES = {
+    "digits.safetensors",
+    "digits.toml",
+    "digits-test.npz",
+    "digits.virtual.h5",
+    "digits.virtual.png",
+    "digits.features.h5",
+    "detectors",
+    "photographs",
+    "report",
+    *(f"{name}.csv" for name in ("digits", "photographs", "noise", "blobs")),
+    *(f"{name}.csv.json" for name in ("digits", "photographs", "noise", "blobs")),
+}
+COMMANDS = ("inspect", "invert", "extract", "fit", *["score"] * 4, "evaluate")
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """As a user runs it, its output in pipes."""
+    return subprocess.run(
+        [sys.executable, "-m", "oodcli", "demo", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files in which no command line stands: that has --force the second time."""
+    without = (".h5", ".json", ".html")
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix not in without and path.parent.name != "detectors"
+    }
+
+
+@pytest.mark.slow
+def test_all_of_it(tmp_path):
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "oodcli-demo"
+    assert os.listdir(tmp_path) == ["oodcli-demo"]
+    assert set(os.listdir(folder)) == FILES
+    assert set(os.listdir(folder / "detectors")) == {"c2ir.safetensors", "c2ir-z.safetensors"}
+    assert {"report.html", "metrics.csv", "roc.png"} <= set(os.listdir(folder / "report"))
+    assert len(list((folder / "photographs").glob("*/*.png"))) == 120
+
+    # On standard error the story, with commands that can be repeated; on standard output results.
+    commands = [shlex.split(line[2:]) for line in done.stderr.splitlines() if line[:2] == "$ "]
+    assert tuple(words[1] for words in commands) == COMMANDS
+    assert done.stderr.startswith("Training a small network on 1200 of scikit-learn's digits.\n")
+    assert "note: sub-folders (china, flower) are not the network's classes" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("Everything is in oodcli-demo: ")
+    assert "\x1b" not in done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["checkpoint", "oodcli-demo/digits.safetensors"]
+    table = lines[next(k for k, line in enumerate(lines) if line.startswith("percent")) :]
+    means = {words[0]: float(words[-2]) for words in map(str.split, table[4:9])}
+    assert list(means) == ["c2ir", "c2ir-z", "msp", "energy", "odin"]
+    assert min(means["c2ir"], means["c2ir-z"]) > 85 > max(means["msp"], means["energy"])
+    assert re.match(r"Accuracy on the 597 labelled ID rows: 9[5-9]\.\d\d %\.", table[9])
+    for name, count in (("digits", 597), ("photographs", 120), ("noise", 500), ("blobs", 500)):
+        with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        assert len(rows) == count
+        assert not any(row["error"] for row in rows)
+
+    # In the same place it refuses, and with --force makes the same again.
+    before = contents(folder)
+    refused = run(tmp_path)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == (
+        "oodcli: oodcli-demo exists: choose another -o, or overwrite it with --force\n"
+    )
+    assert contents(folder) == before
+    again = run(tmp_path, "--force", "--quiet")
+    assert (again.returncode, again.stderr, again.stdout) == (0, "", done.stdout)
+    assert set(os.listdir(folder)) == FILES
+    assert contents(folder) == before
 
 
 def test_lines_on_a_terminal_break_between_words(monkeypatch):

@@ -55,6 +55,10 @@ def fitted(name, train, **hyperparameters):
     if kind.uses_ood:  # the same rows, some way off
         blocks = [train] if isinstance(train, Features) else train
         hyperparameters["ood"] = [block.map_rows(far_off, len(block)) for block in blocks]
+    if kind.noise_images is not None:
+        hyperparameters["noise"] = train
+    if kind.needs_pool:
+        hyperparameters["pool"] = train
     return kind.fit(train, **hyperparameters)
 
 

@@ -37,17 +37,18 @@ RETRAINED = {"godin": "+deconf-cosine", "mos": "+mos:2,1"}
 
 VIRTUAL = ("c2ir", "c2ir-z")
 NOISE = ("1c-sum",)
+POOL = ("duo",)
 PLAIN = tuple(
     name for name in detectors.names() if not (detectors.get(name).fitted or name in RETRAINED)
 )
 REAL = tuple(
     name
     for name in detectors.names()
-    if detectors.get(name).fitted and name not in (*VIRTUAL, *NOISE)
+    if detectors.get(name).fitted and name not in (*VIRTUAL, *NOISE, *POOL)
 )
 ARTEFACTS = tuple(
     f"{folder}/{name}.safetensors"
-    for folder, names in (("virtual", VIRTUAL), ("noise", NOISE), ("real", REAL))
+    for folder, names in (("virtual", VIRTUAL), ("noise", NOISE), ("pool", POOL), ("real", REAL))
     for name in names
 )
 
@@ -77,6 +78,7 @@ PIPELINE = (
     step("extract net.pt photos --record all --mirror --batch-size 6 -o photos.h5", status=3),
     step("fit v.features.h5 -o virtual", *choose(VIRTUAL)),
     step("fit noise.h5 -o noise", *choose(NOISE)),
+    step("fit v.features.h5 --noise noise.h5 --calibrate id.h5 -o pool", *choose(POOL)),
     step("fit id.h5 --ood blobs.h5 -p lsgm.components=4 -p lsgm.pca=8 -o real", *choose(REAL)),
     step("score id.h5 -o id.csv", *EVERY),
     step("score net.pt photos --batch-size 6 -o photos.csv", *EVERY, status=3),

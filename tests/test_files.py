@@ -256,6 +256,8 @@ def test_an_artefact_is_the_detector(tmp_path, features, name):
     settings = {"weights": "uniform"} if name.startswith("c2ir") else {}
     if detectors.get(name).uses_ood:
         settings["ood"] = features.select(LABELS < 0)
+    if detectors.get(name).needs_pool:
+        settings |= {"noise": train, "pool": features}
     detector = detectors.get(name).fit(train, **settings)
     artefact = Artefact(detector, "abc", {"file": "c.h5", "rows": 4, "kind": "virtual"})
     path = tmp_path / f"{name}.safetensors"

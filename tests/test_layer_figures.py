@@ -15,21 +15,28 @@ from commands import oodcli
 from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
+from oodcli import detectors
+from oodcli.detectors.c2ir import C2IR
+from oodcli.detectors.one_class_sum import SUMMED
 from oodcli.features import BatchNorm
 from oodcli.files import cache as cache_file
 from oodcli.files.artefact import read_artefact
 from oodcli.files.cache import open_cache
+from oodcli.metrics import MEAN, auroc
 from oodcli.report import layers
+from oodcli.report.ablation import STATISTICS, WEIGHTS, ablate, ablation_figure
 from oodcli.report.evaluation import ID
+from oodcli.report.indicators import QUANTILES, indicator_boxes, indicators_figure
 from oodcli.report.layer_figures import (
     FIGURES,
+    SUFFIXES,
     layers_figure,
     map_figure,
     transitions_figure,
 )
 from oodcli.report.layers import BATCHNORM, VIRTUAL, LayerInputs, Map
 
-ALWAYS = ["layers.png", "layers.svg", "map.png", "map.svg"]
+ALWAYS = [name + end for name in ("indicators", "layers", "map") for end in (".png", ".svg")]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +55,11 @@ def folder(fitted, tmp_path_factory) -> Path:
         ("extract", network, "noise:blob?n=40", "-o", made / "far.h5"),
         ("extract", network, "noise:uniform?n=30", "-o", made / "near.h5"),
         ("extract", network, "noise:blob?n=9", "--record", "logits", "-o", made / "logits.h5"),
+        (
+            *("extract", network, fitted / "v.h5", "--record", "logits,layers.mean"),
+            *("-o", made / "v.plain.h5"),
+        ),
+        ("extract", network, fitted / "v.h5", "--record", "logits", "-o", made / "v.logits.h5"),
         (
             *("fit", made / "id.h5", "-d", "lsgm", "-d", "mds", "-p", "lsgm.components=3"),
             *("-p", "lsgm.mixture=em", "-p", "lsgm.pca=4", "-o", made),
@@ -245,6 +257,179 @@ def test_images_beside_each_other_are_of_one_class(folder, inputs):
             assert made == [f"{folder / 'v.h5'}[{row}]" for row in theirs]
 
 
+def by_hand(file: h5py.File, name: str) -> np.ndarray:
+    """An indicator of all rows, in float64."""
+    if name == "msp":
+        logits = file["logits"][()].astype(np.float64)
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        return 1 - odds.max(1) / odds.sum(1)
+    if name == "norm":
+        return -np.sqrt((file["embedding"][()].astype(np.float64) ** 2).sum(1))
+    assert name == "dms"
+    channels = []
+    for norm in file["batchnorm"].values():
+        mean, running, variance = (
+            norm[part][()].astype(np.float64) for part in ("mean", "running_mean", "running_var")
+        )
+        channels.append((mean - running) ** 2 / (variance + float(norm["eps"][()])))
+    return np.concatenate(channels, 1).mean(1)
+
+
+def quantile(scores: np.ndarray, share: float) -> float:
+    """Between the two rows beside it, linearly."""
+    ordered = sorted(scores.tolist())
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+@pytest.mark.parametrize("rows", [7, 8192])
+def test_boxes_are_quantiles_of_the_indicators(folder, inputs, monkeypatch, rows):
+    monkeypatch.setattr(cache_file, "BLOCK_ROWS", rows)
+    boxes, notes = indicator_boxes(inputs)
+    assert notes == []
+    assert tuple(boxes) == SUMMED
+    figure = indicators_figure(boxes)
+    for panel, (name, box) in zip(figure.axes, boxes.items(), strict=False):
+        assert panel.get_title() == name
+        assert list(box) == list(FILES)
+        bars = [bar for bar in panel.patches if bar.get_height() < 1]  # the band is as high as all
+        for k, (set_, path) in enumerate(FILES.items()):
+            if name in ("msp", "norm", "dms"):
+                with h5py.File(folder / path) as file:
+                    scores = by_hand(file, name)
+            else:
+                kind = detectors.get(name)
+                with open_cache(folder / path) as cache:
+                    scores = np.concatenate([kind().score(b) for b in cache.rows(kind.needs)])
+            expected = [quantile(scores, share) for share in QUANTILES]
+            assert list(box[set_]) == [str(share) for share in QUANTILES]
+            assert list(box[set_].values()) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+            assert bars[k].get_y() == pytest.approx(k - 0.3)
+            assert bars[k].get_x() == box[set_]["0.25"]
+            assert bars[k].get_x() + bars[k].get_width() == pytest.approx(box[set_]["0.75"])
+        assert len(bars) == len(FILES)
+    # the first panel, first set: both whiskers, their ends, and the median
+    low, first, middle, third, high = boxes[SUMMED[0]][ID].values()
+    whiskers, ends, median = (lines.get_segments() for lines in figure.axes[0].collections[:3])
+    assert [line[:, 0].tolist() for line in whiskers] == [[low, first], [third, high]]
+    assert [line[0, 0] for line in ends] == [low, high]
+    assert [line[0, 0] for line in median] == [middle]
+
+
+def test_only_means_of_squares_that_are_far_apart_have_a_logarithmic_axis():
+    def box(low: float, high: float) -> dict[str, float]:
+        return dict(zip(map(str, QUANTILES), np.linspace(low, high, 5).tolist(), strict=True))
+
+    far = {ID: box(0.1, 0.2), "far": box(3, 5)}
+    figure = indicators_figure({"msp": far, "dms": far, "dss": {ID: box(0, 0.1), "far": box(3, 5)}})
+    assert [panel.get_xscale() for panel in figure.axes] == ["linear", "log", "linear"]
+    for panel, least in zip(figure.axes, (0.1, 0.1, 0), strict=True):
+        low, high = panel.get_xlim()
+        assert low < least < 5 < high
+    figure = indicators_figure({"dss-ext": {ID: box(0.5, 0.9), "far": box(1, 1)}})
+    assert figure.axes[0].get_xlim()[1] > 1
+
+
+def softmax(numbers: np.ndarray) -> np.ndarray:
+    powers = np.exp(numbers - numbers.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def naive_c2ir(folder: Path, path: str, weights: str, statistics: str) -> np.ndarray:
+    """Σ_l α_l |Σ_k β_k A_k − centre| of each row of a cache, in float64."""
+    with h5py.File(folder / "v.features.h5") as file:
+        norms = {
+            name: one for name, one in file["layers"].items() if one.attrs["kind"] == "batchnorm"
+        }
+        names = sorted(norms, key=lambda name: norms[name].attrs["order"])
+        labels = file["label"][()]
+
+        def of_classes(rows: np.ndarray) -> np.ndarray:
+            return np.stack([rows[labels == k].astype(np.float64).mean(0) for k in range(10)])
+
+        beta, delta, centre = {}, [], {}
+        for name in names:
+            mean = of_classes(norms[name]["mean"][()])
+            if statistics == "batchnorm":
+                mean = file[f"batchnorm/{name}/bias"][()].astype(np.float64)[None]
+            gradient = of_classes(norms[name]["gradient"][()])
+            beta[name] = softmax(gradient if weights == "mgi" else 0 * gradient)
+            delta.append((beta[name] * of_classes(norms[name]["sensitivity"][()])).sum(1))
+            centre[name] = (beta[name] * mean).sum(1)
+    alpha = softmax(np.stack(delta, 1))
+    if weights == "uniform":
+        alpha = np.full_like(alpha, 1 / len(names))
+    elif weights == "penultimate":
+        alpha = np.eye(len(names))[-1:].repeat(10, 0)
+    with h5py.File(folder / path) as file:
+        classes = file["logits"][()].argmax(1)
+        total = np.zeros(len(classes))
+        for k, name in enumerate(names):
+            mean = (file[f"layers/{name}/mean"][()] * beta[name][classes]).sum(1)
+            total += alpha[classes, k] * abs(mean - centre[name][classes])
+    return total
+
+
+@pytest.mark.parametrize("rows", [7, 8192])
+def test_the_ablation_is_that_of_a_naive_computation(folder, inputs, monkeypatch, rows):
+    monkeypatch.setattr(cache_file, "BLOCK_ROWS", rows)
+    found, notes = ablate(inputs, 0)
+    assert notes == []
+    assert tuple(found) == STATISTICS
+    for statistics, by_weights in found.items():
+        assert tuple(by_weights) == WEIGHTS
+        for weights, areas in by_weights.items():
+            assert list(areas) == ["far", "near", MEAN]
+            assert areas[MEAN] == pytest.approx((areas["far"] + areas["near"]) / 2)
+            if weights == "random":
+                continue
+            ours = naive_c2ir(folder, "id.h5", weights, statistics)
+            for name in ("far", "near"):
+                theirs = naive_c2ir(folder, FILES[name], weights, statistics)
+                area = np.mean(theirs[:, None] > ours) + np.mean(theirs[:, None] == ours) / 2
+                assert areas[name] == pytest.approx(area, abs=1e-6), (statistics, weights)
+
+
+def test_random_weights_are_those_of_the_seed(inputs):
+    found = {seed: ablate(inputs, seed)[0] for seed in (0, 1)}
+    for seed, by_statistics in found.items():
+        for statistics, by_weights in by_statistics.items():
+            detector = C2IR.fit(
+                inputs.virtual.rows(C2IR.fit_needs(weights="random")),
+                weights="random",
+                statistics=statistics,
+                seed=seed,
+            )
+            ours, theirs = (
+                np.concatenate([detector.score(block) for block in cache.rows(C2IR.needs)])
+                for cache in (inputs.id, inputs.ood["near"])
+            )
+            assert by_weights["random"]["near"] == auroc(ours, theirs)
+    assert found[0]["virtual"]["random"] != found[1]["virtual"]["random"]
+    assert found[0]["virtual"]["mgi"] == found[1]["virtual"]["mgi"]
+
+
+@pytest.mark.parametrize("sets", [["one"], ["one", "two"]])
+def test_bars_of_the_ablation_end_at_the_mean(sets):
+    def areas(mean: float) -> dict[str, float]:
+        return {name: mean + 0.1 * (k % 2) for k, name in enumerate(sets)} | {MEAN: mean}
+
+    found = {"virtual": {"mgi": areas(0.875), "random": areas(0.25)}}
+    found["batchnorm"] = {"mgi": areas(0.5), "random": areas(0.75)}
+    figure = ablation_figure(found)
+    panel = figure.axes[0]
+    assert [bar.get_y() for bar in panel.patches] == [50] * 4
+    assert [bar.get_height() for bar in panel.patches] == [37.5, -25, 0, 25]
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["mgi", "random"]
+    minor = [text.get_text() for text in panel.get_xticklabels(minor=True)]
+    assert sorted(minor) == ["25.0", "50.0", "75.0", "87.5"]
+    heights = [line.get_ydata()[0] for line in panel.lines if line.get_marker() != "None"]
+    marked = [100 * areas(mean)[name] for mean in (0.875, 0.25, 0.5, 0.75) for name in sets]
+    assert heights == (marked if len(sets) > 1 else [])
+
+
 # ---------------------------------------------------------------------------- files
 
 
@@ -263,6 +448,10 @@ def test_all_figures_appear_and_are_the_same_again(folder, tmp_path):
     assert summary["notes"] == []
     assert list(summary["distance_from_batchnorm"]) == list(FILES)
     assert summary["distance_from_batchnorm"][ID]["bn1"] > 0
+    assert tuple(summary["indicators"]) == SUMMED
+    assert summary["indicators"]["msp"][VIRTUAL]["0.5"] < summary["indicators"]["msp"]["far"]["0.5"]
+    assert list(summary["ablation"]) == ["virtual", "batchnorm"]
+    assert list(summary["ablation"]["batchnorm"]["penultimate"]) == ["far", "near", "mean"]
 
 
 def test_what_is_not_asked_for_is_not_drawn(folder, tmp_path):
@@ -297,12 +486,80 @@ def test_what_a_cache_lacks_is_a_note(folder, tmp_path):
     assert result.status == 0, result.err
     assert "note: no figure 'layers': " in result.err
     assert "logits.h5 has no batchnorm.mean" in result.err
+    assert "extract CHECKPOINT IMAGES --for dms" in result.err
     assert "logits.h5 has no embedding" in result.err
-    assert sorted(os.listdir(tmp_path / "a")) == ["impressions.png", "impressions.svg"]
-    result = oodcli(*only, "-o", tmp_path / "b")
+    assert "extract CHECKPOINT IMAGES --for knn" in result.err
+    assert "no BatchNorm layer" not in result.err
+    assert (
+        "note: figure 'indicators' without norm, norm+, act, act+, proj, ang, ang++, " in result.err
+    )
+    assert "extract CHECKPOINT IMAGES --for 1c-sum" in result.err
+    drawn = [name + suffix for name in ("impressions", "indicators") for suffix in SUFFIXES]
+    assert sorted(os.listdir(tmp_path / "a")) == drawn
+    text = (tmp_path / "a" / "indicators.svg").read_text(encoding="utf-8")
+    assert ">entropy</text>" in text
+    assert ">norm</text>" not in text
+    result = oodcli(*only, "--virtual", folder / "v.features.h5", "-o", tmp_path / "b", "--json")
+    assert result.status == 0, result.err
+    summary = json.loads(result.out)
+    assert list(summary["indicators"]) == ["t1000", "msp", "entropy"]
+    assert summary["ablation"] is None
+    assert summary["notes"] == [line[6:] for line in result.err.splitlines()[:4]]
+    assert "note: no figure 'ablation': " in result.err
+    assert "logits.h5 has no layers.mean" in result.err
+    assert "extract CHECKPOINT IMAGES --for c2ir" in result.err
+
+
+def test_a_figure_takes_some_record(folder, tmp_path):
+    bare = tmp_path / "bare.h5"
+    bare.write_bytes((folder / "logits.h5").read_bytes())
+    with h5py.File(bare, "r+") as file:
+        del file["logits"]
+    result = oodcli("evaluate", "--layers", bare, "--ood", f"a={bare}", "-o", tmp_path / "new")
     assert result.status == 1
     assert "nothing can be drawn" in result.err
-    assert not (tmp_path / "b").exists()
+    assert "no figure 'indicators': " in result.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_gradients_the_ablation_has_no_mgi(folder, tmp_path):
+    command = words(folder, "--virtual", folder / "v.plain.h5", "-o", tmp_path / "a", "--json")
+    result = oodcli(*command)
+    assert result.status == 0, result.err
+    assert "note: figure 'ablation' without mgi: " in result.err
+    assert "v.plain.h5 has no layers.gradient" in result.err
+    assert "oodcli extract CHECKPOINT VIRTUAL.h5 --for c2ir" in result.err
+    assert list(json.loads(result.out)["ablation"]["virtual"]) == list(WEIGHTS[1:])
+    text = (tmp_path / "a" / "ablation.svg").read_text(encoding="utf-8")
+    assert ">uniform</text>" in text
+    assert ">mgi</text>" not in text
+    result = oodcli(*words(folder, "--virtual", folder / "v.logits.h5", "-o", tmp_path / "b"))
+    assert result.status == 0, result.err
+    assert "v.logits.h5 has no layers.mean" in result.err
+    assert not (tmp_path / "b" / "ablation.png").exists()
+
+
+def test_figures_that_are_not_asked_for_now_are_refused_too(folder, tmp_path):
+    for name in ("ablation.svg", "indicators.png"):
+        (tmp_path / name).write_text("of a run before")
+        result = oodcli(*words(folder, "-o", tmp_path))
+        assert result.status == 1
+        assert f"{name} exists: choose another -o, or overwrite it with --force" in result.err
+        assert os.listdir(tmp_path) == [name]
+        (tmp_path / name).unlink()
+
+
+def test_a_layer_that_is_gone_is_a_note(folder, tmp_path):
+    broken = tmp_path / "broken.h5"
+    broken.write_bytes((folder / "far.h5").read_bytes())
+    with h5py.File(broken, "r+") as file:
+        del file["layers/bn1"]
+    more = ("--ood", f"broken={broken}", "--virtual", folder / "v.features.h5")
+    result = oodcli(*words(folder, *more, "-o", tmp_path / "new"))
+    assert result.status == 0, result.err
+    assert "note: no figure 'ablation': " in result.err
+    assert "bn1" in result.err
+    assert not (tmp_path / "new" / "ablation.png").exists()
 
 
 def test_real_images_that_are_gone_are_left_out(folder, tmp_path, monkeypatch):
@@ -347,6 +604,12 @@ def test_nothing_is_cut_off(count):
     sets = [ID, long, VIRTUAL][: 1 + count]
     shares = np.full((50, 50), 1 / 2500)
     whole(transitions_figure({name: {"b": shares} for name in sets}, ["a", "b"]))
+    many = [f"{k}-{long}" for k in range(min(count, 8))]
+    box = {str(share): 1e-3 + share * (k + 1) for k, share in enumerate(QUANTILES)}
+    whole(indicators_figure({name: dict.fromkeys([ID, *many, VIRTUAL], box) for name in SUMMED}))
+    whole(indicators_figure({name: dict.fromkeys([ID, *many], box) for name in SUMMED[:3]}))
+    areas = {**dict.fromkeys(many, 0.01), MEAN: 1.0}
+    whole(ablation_figure({each: dict.fromkeys(WEIGHTS, areas) for each in STATISTICS}))
 
 
 # ---------------------------------------------------------------------------- refusals
@@ -366,6 +629,7 @@ def test_nothing_is_cut_off(count):
         ("msp does not exist", ("-d", "msp", "-o", "new")),
         ("give -d once", ("-d", "lsgm.safetensors", "-d", "lsgm.safetensors", "-o", "new")),
         ("--ood ID: the figures mean something else", ("--ood", "ID=far.h5", "-o", "new")),
+        ("--ood mean: the figures mean something else", ("--ood", "mean=far.h5", "-o", "new")),
         ("given twice", ("--ood", "far=far.h5", "-o", "new")),
         ("some.npz is a file, expected a folder", ("-o", "some.npz")),
     ],
@@ -426,6 +690,10 @@ def test_rows_that_are_not_finite_do_not_count(folder, tmp_path):
         inputs = LayerInputs(ours, {"far": theirs})
         assert len(layers.feature_map(inputs, "pca", 0).points["far"]) == 38
         assert int(layers.class_means(theirs, labelled=False).rows.sum()) == 39
+        boxes, _ = indicator_boxes(inputs)
+        with h5py.File(folder / "far.h5") as file:
+            kept = np.delete(by_hand(file, "msp"), [3, 4])
+        assert boxes["msp"]["far"]["0.95"] == pytest.approx(quantile(kept, 0.95))
     with h5py.File(broken, "r+") as file:
         file["logits"][:] = np.nan
     result = oodcli(*words(folder, "--ood", f"broken={broken}", "-o", tmp_path / "new"))

@@ -21,7 +21,10 @@ SETS = ("textures", "scenes", "notmnist", "fashion-mnist", "imagenet-samples")
 CHECKPOINT = "checkpoints/resnet20-12fca82f.th"
 BATCH = 128
 
-UNLISTED = {"odin", "godin", "mos", "c2ir", "c2ir-z", "supervised", "gram", "1d", "lsgm"}
+UNLISTED = {
+    *("odin", "godin", "mos", "c2ir", "c2ir-z", "duo"),
+    *("supervised", "gram", "1d", "lsgm"),
+}
 """They have free choices: a step, virtual images, OOD rows to learn from; or a
 head of their own."""
 

@@ -19,6 +19,7 @@ from oodcli.cli import (
     completions,
     console,
     demo,
+    details,
     detectors,
     evaluate,
     extract,
@@ -26,6 +27,7 @@ from oodcli.cli import (
     inspect,
     interrupts,
     invert,
+    merge,
     score,
 )
 from oodcli.errors import OodcliError
@@ -55,6 +57,12 @@ oodcli score ckpt.pt incoming/ -d calibrated/c2ir-z.safetensors \\
     "evaluate": """\
 oodcli evaluate --id id.csv --ood far=far.csv --ood blobs=blobs.csv -o report
 oodcli evaluate --id id.csv --ood far=far.csv --min-auroc 0.9
+oodcli evaluate --layers id.h5 --ood far=far.h5 --virtual v.features.h5 \\
+    --images v.h5 -o figures
+""",
+    "merge": """\
+oodcli merge v1.h5 v2.h5 v3.h5 -o v.h5
+oodcli merge parts/*.csv -o scores.csv --max-ood-fraction 0.05
 """,
     "detectors": """\
 oodcli detectors --json
@@ -89,6 +97,20 @@ class Command(TyperCommand):
             for line in EXAMPLES[str(self.name)].splitlines():
                 formatter.write(f"  {line}\n")
 
+    def invoke(self, ctx: Any) -> Any:
+        """Raises typer.BadParameter when it is to say both nothing and everything."""
+        quiet, verbose = (bool(ctx.params.get(name)) for name in ("quiet", "verbose"))
+        if quiet and verbose:
+            raise typer.BadParameter("--quiet and --verbose contradict each other: give one", ctx)
+        with console.command(quietly=quiet, in_detail=verbose):
+            if verbose:
+                details.say_versions()
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                console.say("oodcli: interrupted", always=True)
+                raise
+
 
 app = typer.Typer(
     name="oodcli",
@@ -106,7 +128,7 @@ app = typer.Typer(
         "default_map": {"help": False},
     },
 )
-for module in (inspect, invert, extract, fit, score, evaluate, detectors, demo):
+for module in (inspect, invert, extract, fit, score, merge, evaluate, detectors, demo):
     # As a short_help, the docstring is not cut where the list of commands is narrow.
     app.command(module.__name__.rpartition(".")[2], cls=Command, short_help=module.command.__doc__)(
         completions.completing(module.command)
@@ -192,7 +214,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OodcliError as error:
-        console.say(f"oodcli: {console.harmless(str(error))}", always=True)
+        who = f" ({console.who})" if console.who else ""
+        console.say(f"oodcli{who}: {console.harmless(str(error))}", always=True)
         sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):

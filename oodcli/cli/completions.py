@@ -15,13 +15,27 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 LINE = "_OODCLI_LINE"
 FILES = "<files>"
 CHECKPOINTS = (".pt", ".pth", ".th", ".bin", ".ckpt", ".safetensors", ".pt2")
 SCORES = (".csv", ".jsonl", ".parquet")
+FEATURES = (".h5", ".hdf5")
+RECORDS = (
+    "logits",
+    "embedding",
+    "layers.mean",
+    "layers.std",
+    "layers.gram",
+    "layers.gradient",
+    "batchnorm.mean",
+    "batchnorm.var",
+    "odin.logits",
+    "deconf.h",
+    "mos.others",
+)
 NOISES = ("gaussian", "uniform", "rademacher", "blob")
 """Kept apart from the modules that know what to do with them, which take long to import."""
 
@@ -55,8 +69,12 @@ def detectors_and_files(incomplete: str) -> list[str | tuple[str, str]]:
 
 def detectors_with_commas(incomplete: str) -> list[str | tuple[str, str]]:
     """What ``--for`` takes."""
-    before, comma, last = incomplete.rpartition(",")
-    return [before + comma + name for name in _detectors(last) if name != "all"]
+    return _after_commas(incomplete, [name for name in _detectors("") if name != "all"])
+
+
+def records_with_commas(incomplete: str) -> list[str | tuple[str, str]]:
+    """What ``--record`` takes."""
+    return [*_after_commas(incomplete, RECORDS), *words("all")(incomplete)]
 
 
 def architectures_and_files(incomplete: str) -> list[str | tuple[str, str]]:
@@ -68,8 +86,8 @@ def architectures_and_files(incomplete: str) -> list[str | tuple[str, str]]:
 
 
 def scores_of_a_set(incomplete: str) -> list[str | tuple[str, str]]:
-    """What ``--ood`` takes: NAME=FILE."""
-    return files("=", *SCORES)(incomplete) if "=" in incomplete else []
+    """What ``--ood`` takes: NAME=FILE, of scores or, with ``--layers``, of features."""
+    return files("=", *SCORES, *FEATURES)(incomplete) if "=" in incomplete else []
 
 
 def images(incomplete: str) -> list[str | tuple[str, str]]:
@@ -80,6 +98,13 @@ def images(incomplete: str) -> list[str | tuple[str, str]]:
     if colon and scheme == "torchvision":
         return words(*(f"torchvision:{name}" for name in _datasets()))(incomplete)
     return [*words("noise:", "torchvision:")(incomplete), *files()(incomplete)]
+
+
+def _after_commas(incomplete: str, known: Iterable[str]) -> list[str | tuple[str, str]]:
+    """The last of several words; none that is there already."""
+    before, comma, last = incomplete.rpartition(",")
+    given = before.split(",")
+    return [before + comma + word for word in known if word.startswith(last) and word not in given]
 
 
 def _detectors(incomplete: str) -> list[str]:
@@ -101,9 +126,10 @@ def _datasets() -> list[str]:
 
 BY_METAVAR: Mapping[str, Complete] = {
     "CHECKPOINT": files(*CHECKPOINTS),
-    "CHECKPOINT|CACHE.h5": files(*CHECKPOINTS, ".h5", ".hdf5"),
-    "CACHE.h5": files(".h5", ".hdf5"),
-    "F.h5": files(".h5", ".hdf5"),
+    "CHECKPOINT|CACHE.h5": files(*CHECKPOINTS, *FEATURES),
+    "CACHE.h5": files(*FEATURES),
+    "F.h5": files(*FEATURES),
+    "SHARD": files(*FEATURES, *SCORES),
     "F.csv": files(".csv"),
     "F": files(*SCORES),
     "FILE": files(),
@@ -112,6 +138,7 @@ BY_METAVAR: Mapping[str, Complete] = {
     "IMAGES": images,
     "NAME|FILE": detectors_and_files,
     "NAME,NAME": detectors_with_commas,
+    "WORD,WORD": records_with_commas,
     "NAME=F": scores_of_a_set,
 }
 """What is completed where the help says so."""

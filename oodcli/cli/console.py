@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from oodcli.cli import interrupts
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 quiet = False
+"""--quiet: nothing on standard error but errors."""
+verbose = False
+"""--verbose: details, too."""
 
+who = ""
+"""Which of several processes of one job this is, for its errors."""
 
-def set_quiet(value: bool) -> bool:
-    """--quiet: nothing on standard error but errors. Returns the value, which the command gets."""
-    global quiet
-    quiet = value
-    return value
+_laps: list[tuple[str, float]] = []
+"""What a command has done, and when it was done with that; first, when it began."""
 
 
 def say(message: str, *, always: bool = False) -> None:
@@ -43,6 +46,39 @@ def say(message: str, *, always: bool = False) -> None:
             for line in message.split("\n")
         )
     print(message, file=sys.stderr, flush=True)
+
+
+def detail(message: str) -> None:
+    """With --verbose: what was decided or assumed, and is not said otherwise."""
+    if verbose:
+        say(f"detail: {message}")
+
+
+@contextmanager
+def command(*, quietly: bool, in_detail: bool) -> Iterator[None]:
+    """A command, and how much it says. With --verbose it ends, however it does, with the time that
+    each of its steps took."""
+    global quiet, verbose, _laps
+    quiet, verbose = quietly, in_detail
+    outer, _laps = _laps, [("", time.monotonic())]  # a demo consists of commands
+    try:
+        yield
+    finally:
+        lap("the rest")
+        steps = [(what, end - start) for (_, start), (what, end) in pairwise(_laps)]
+        _laps = outer
+        took = ", ".join(f"{what} {_exact(seconds)}" for what, seconds in steps)
+        whole = _exact(sum(seconds for _, seconds in steps))
+        detail(f"took {whole}: {took}" if len(steps) > 1 else f"took {whole}")
+
+
+def lap(what: str) -> None:
+    """A step of the command is done: what, in a word or two."""
+    _laps.append((what, time.monotonic()))
+
+
+def _exact(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 90 else duration(seconds)
 
 
 def harmless(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from oodcli.cli import console
-from oodcli.cli.options import Force, Quiet
+from oodcli.cli.options import Force, Quiet, Verbose
 
 
 def command(
@@ -19,6 +19,7 @@ def command(
     ] = Path("oodcli-demo"),
     force: Force = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train on digits, forget the data, and detect what is no digit."""
     from oodcli.errors import FileError
@@ -50,8 +51,10 @@ def command(
         "blobs": "noise:blob?n=500",
     }
 
+    volume = ["--quiet"] if quiet else ["--verbose"] if verbose else []
+
     def run(story: str, *words: str) -> None:
-        _run(story, [*words, *(["--force"] if force else [])], quiet)
+        _run(story, [*words, *(["--force"] if force else [])], volume)
 
     run("What is this checkpoint?", "inspect", checkpoint)
     run(
@@ -123,6 +126,7 @@ def _prepare(output: Path) -> None:
     console.say(f"Training a small network on {TRAINED_ON} of scikit-learn's digits.")
     with console.progress(EPOCHS * TRAINED_ON, "train", EPOCHS) as advance:
         state = train(images[:TRAINED_ON], labels[:TRAINED_ON], advance)
+    console.lap("training")
     with atomic(output / "digits.safetensors", force=True) as partial:
         save_file(state, partial)
     (output / "digits.toml").write_text(CARD, encoding="utf-8")
@@ -139,7 +143,7 @@ def _prepare(output: Path) -> None:
     )
 
 
-def _run(story: str, words: list[str], quiet: bool) -> None:
+def _run(story: str, words: list[str], volume: list[str]) -> None:
     """Runs a command as a user would, after printing it."""
     from oodcli.cli import app
 
@@ -147,7 +151,7 @@ def _run(story: str, words: list[str], quiet: bool) -> None:
     given = sys.argv
     sys.argv = ["oodcli", *words]  # what the files record as their command
     try:
-        status = app([*words, *(["--quiet"] if quiet else [])], standalone_mode=False)
+        status = app([*words, *volume], standalone_mode=False)
     finally:
         sys.argv = given
     if status:  # 130 when it was interrupted

@@ -48,6 +48,8 @@ def fitted_on(kind: type[Detector]) -> str:
         return "nothing"
     if kind.reference_images is not None:
         return "noise"
+    if kind.needs_pool:
+        return "virtual images, a pool of them, noise"
     if kind.needs_ood:
         return "ID and OOD images"
     if "layers.sensitivity" in kind.fit_needs():  # which is measured while images are inverted

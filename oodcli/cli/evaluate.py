@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from oodcli.cli import console
-from oodcli.cli.options import Force, Json, Quiet, complete_detectors
+from oodcli.cli.options import Force, Json, Quiet, Verbose, complete_detectors
 from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def command(
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     layers: Annotated[
         Path | None,
         typer.Option(
@@ -171,6 +172,12 @@ def _compare(
         refuse_existing_report(output, force=force)
     id_scores = read_scores(id_file)
     ood_scores = {name: read_scores(path) for name, path in named.items()}
+    for name, scores in {"ID": id_scores, **ood_scores}.items():
+        console.detail(
+            f"{name}: {scores.source}, {len(scores.paths)} rows, {scores.unreadable} unreadable, "
+            f"detectors {', '.join(scores.detectors)}"
+        )
+    console.lap("scores")
     if detector:
         id_scores = id_scores.only(detector)
         ood_scores = {name: scores.only(detector) for name, scores in ood_scores.items()}
@@ -178,6 +185,7 @@ def _compare(
         evaluate_files(id_scores, ood_scores, resamples=resamples, seed=seed),
         command=console.command_line(),
     )
+    console.lap("metrics")
     written = []
     if output is not None:
         written = write_report(
@@ -237,6 +245,8 @@ def _draw(
                 "notes": report.notes,
                 "distance_from_batchnorm": report.curves and report.curves.from_batchnorm,
                 "distance_from_id_class": report.curves and report.curves.from_id_class,
+                "indicators": report.boxes or None,
+                "ablation": report.ablation or None,
             }
         )
     console.say(f"wrote {len(report.paths)} files into {output}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodcli.cli import console
+from oodcli.cli import console, details
 from oodcli.cli.options import (
     Checkpoint,
     Force,
@@ -20,7 +21,9 @@ from oodcli.cli.options import (
     Parameters,
     Quiet,
     Restart,
+    Shard,
     Timeout,
+    Verbose,
     complete_detectors,
     parameters,
     takes_model,
@@ -43,7 +46,7 @@ def command(
         typer.Option(
             metavar="WORD,WORD",
             help="logits, embedding, layers.mean, layers.std, layers.gradient, batchnorm.mean, "
-            "batchnorm.var, odin.logits, or all.",
+            "batchnorm.var, layers.gram, odin.logits, deconf.h, mos.others, or all.",
             show_default="everything that one pass gives; of virtual images, the gradients too",
         ),
     ] = None,
@@ -75,12 +78,15 @@ def command(
     force: Force = False,
     restart: Restart = False,
     timeout: Timeout = None,
+    shard: Shard = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     *,
     model: ModelOptions,
 ) -> None:
     """Run the network over images once and cache what detectors need."""
     from oodcli import detectors
+    from oodcli.cli import teams
     from oodcli.errors import OodcliError
     from oodcli.features import KNOWN_RECORDS
     from oodcli.files.atomic import refuse_suffix
@@ -88,11 +94,21 @@ def command(
     from oodcli.files.journal import journal, refuse_output
     from oodcli.files.virtual import FORMAT
     from oodcli.images import open_images
+    from oodcli.inversion.degrade import blurred
     from oodcli.recording import CHEAP, Recorder, recordable
+    from oodcli.shards import WHOLE
     from oodcli.stages.chosen import odin_step
     from oodcli.stages.extract import degrading, extract_to_file
-    from oodcli.stages.record import job_of, listing, provenance
+    from oodcli.stages.record import (
+        Work,
+        job_of,
+        listing,
+        paths_sha256,
+        provenance,
+        shard_of,
+    )
 
+    share, team = teams.part(shard, images)
     path = output or Path(_stem(images) + ".features.h5")
     refuse_suffix(path, ".h5", ".hdf5")
     refuse_output(path, force=force)
@@ -100,6 +116,8 @@ def command(
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
     if source.note:
         console.say(f"note: {source.note}")
+    details.say_source(source, timeout)
+    console.lap("the list of images")
     virtual = format_of(Path(images)) == FORMAT
     if virtual:
         _require_same_network(classifier, checkpoint, images)
@@ -140,6 +158,7 @@ def command(
             f"--match-accuracy is for virtual images, made by invert, but {images} is not"
         )
     recorder = Recorder(classifier, what | {"logits"}, odin=step, precision=precision)
+    details.say_records(recorder.asked)
     made = provenance(
         classifier,
         source=images,
@@ -148,6 +167,7 @@ def command(
         precision=precision,
         virtual=virtual,
         matched_accuracy=match_accuracy,
+        shard=shard_of(share, len(source), batch_size, lambda: paths_sha256(source)),
     )
     settings = {
         **model.job(),
@@ -159,22 +179,38 @@ def command(
     }
     with ExitStack() as stack:
         kept = stack.enter_context(
-            journal(path, job_of(made, **settings), made.command, restart=restart)
+            journal(
+                path,
+                job_of(made, **settings),
+                made.command,
+                restart=restart and (team is None or team.first_try()),
+                share=WHOLE if team is None else team.share,
+            )
         )
+        details.say_journal(kept)
         change = None
         if match_accuracy is not None:
-            change, sigma, reached = degrading(
-                classifier,
-                source,
-                match_accuracy,
-                batch_size=batch_size,
-                precision=precision,
-            )
+
+            def degrade() -> dict[str, Any]:
+                sigma, reached = degrading(
+                    classifier, source, match_accuracy, batch_size=batch_size, precision=precision
+                )
+                return {"sigma": sigma, "reached": reached}
+
+            decided = kept.about.decided
+            if team is not None:
+                decided = team.agree("blur", decided, degrade)
+            kept.about.decided.update(decided or degrade())
+            decided = kept.about.decided
+            change = partial(blurred, sigma=decided["sigma"])
             console.say(
-                f"a blur of {sigma:.3f} pixels brings the network down to {reached:.2%} of these "
-                f"{len(source)} virtual images"
+                f"a blur of {decided['sigma']:.3f} pixels brings the network down to "
+                f"{decided['reached']:.2%} of these {len(source)} virtual images"
             )
-        advance = stack.enter_context(console.progress(len(source), "extract", before=kept.rows))
+            console.lap("the blur")
+        work = Work(kept, share, team)
+        mine = len(work.part(len(source), batch_size))
+        advance = stack.enter_context(console.progress(mine, "extract", before=kept.rows))
         summary = extract_to_file(
             classifier,
             source,
@@ -187,8 +223,11 @@ def command(
             force=force,
             progress=advance,
             timeout=timeout,
-            journal=kept,
+            work=work,
         )
+    console.lap("recording")
+    if summary is None:
+        return
     if json:
         console.emit_json(summary)
     accuracy = summary["accuracy"]
@@ -200,7 +239,7 @@ def command(
             else f"; the network is right on {accuracy:.2%} of those labelled"
         )
     )
-    if summary["unreadable"]:
+    if summary["unreadable"] and team is None:  # torchrun would take it for a crash
         raise typer.Exit(3)
 
 

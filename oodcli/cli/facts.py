@@ -60,6 +60,7 @@ def _rows(found: dict[str, Any]) -> dict[str, Any]:
         "images from": made["source"],
         "virtual": "no" if not made["virtual"] else "yes",
         "matched to": None if matched is None else f"an accuracy of {matched:.4g}",
+        "shard": _shard(made),
         **_how(made, made),
         "rows_sha256": made["rows_sha256"],
     }
@@ -98,6 +99,8 @@ def _detector(found: dict[str, Any]) -> dict[str, Any]:
         "fitted on": on or "nothing: it needs no fitting",
         "rows_sha256": fitted_on.get("rows_sha256"),
         "OOD data": fitted_on.get("ood"),
+        "noise": fitted_on.get("noise"),
+        "pool": fitted_on.get("pool"),
         "calibrated on": "; ".join(
             f"{about['words']}" + ("" if view == "plain" else f" ({view})")
             for view, about in found["calibration"].items()
@@ -135,6 +138,15 @@ def _how(made: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _shard(made: dict[str, Any]) -> str | None:
+    """Which part of a whole the rows are."""
+    shard = made.get("shard")
+    if shard is None:
+        return None
+    rows = f"rows {shard['start']} to {shard['stop']} of {shard['rows']}"
+    return f"{shard['number']} of {shard['of']}, {rows}"
+
+
 def _scores(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "rows": f"{found['rows']}, {found['unreadable']} unreadable, {found['labelled']} labelled",
@@ -155,6 +167,7 @@ def _scored(made: dict[str, Any] | None) -> dict[str, Any]:
         return {"made by": "not said: there is no file beside it that does"}
     return {
         "images from": made["source"],
+        "shard": _shard(made),
         **_how(made, made),
         "extracted by": made["extracted_by"],
         "settings": _pairs(made["detectors"]),

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodcli.cli import console
-from oodcli.cli.options import Force, Json, Parameters, Quiet, complete_detectors, parameters
+from oodcli.cli import console, details
+from oodcli.cli.options import (
+    Force,
+    Json,
+    Parameters,
+    Quiet,
+    Verbose,
+    complete_detectors,
+    parameters,
+)
 
 if TYPE_CHECKING:
+    from oodcli.detectors.base import Detector
     from oodcli.stages.fit import FitInputs
 
 
@@ -52,6 +61,14 @@ def command(
             metavar="F.h5", help="OOD rows, for detectors that learn from them.", show_default=False
         ),
     ] = None,
+    noise: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F.h5",
+            help="Rows of noise, for 1c-sum and duo; the others are fitted on CACHE.h5.",
+            show_default=False,
+        ),
+    ] = None,
     labelled: Annotated[
         Path | None,
         typer.Option(
@@ -66,6 +83,7 @@ def command(
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Fit and calibrate detectors on virtual or real images."""
     from oodcli import detectors
@@ -83,6 +101,7 @@ def command(
             calibrate=[stack.enter_context(open_cache(path)) for path in calibrate or []],
             ood=None if ood is None else stack.enter_context(open_cache(ood)),
             labelled=None if labelled is None else read_marks(labelled),
+            noise=None if noise is None else stack.enter_context(open_cache(noise)),
         )
         names = list(dict.fromkeys(detector or ()))
         everything = names == ["all"]
@@ -97,7 +116,11 @@ def command(
         unused = sorted(given.keys() - kinds.keys())
         if unused:
             raise DetectorError(f"-p {unused[0]}.…: {unused[0]} is not among -d")
+        if noise is not None and not any(map(_takes_noise, kinds.values())):
+            raise DetectorError(f"--noise {noise}: none of {', '.join(names)} is fitted on noise")
         hyperparameters = {name: kind.parse(given.get(name, {})) for name, kind in kinds.items()}
+        details.say_fit(inputs, chosen, hyperparameters)
+        console.lap("caches")
         with make_folder(output):
             summary = fit_to_folder(
                 inputs,
@@ -108,6 +131,7 @@ def command(
                 leave_out=everything,
                 force=force,
             )
+    console.lap("fitting")
     if json:
         console.emit_json(summary)
     for artefact in summary:
@@ -116,6 +140,10 @@ def command(
 
 def _is_artefact(word: str) -> bool:
     return word.endswith(".safetensors")
+
+
+def _takes_noise(kind: type[Detector]) -> bool:
+    return kind.reference_images is not None or kind.noise_images is not None
 
 
 def _possible(inputs: FitInputs, given: dict[str, dict[str, str]]) -> list[str]:
@@ -131,8 +159,12 @@ def _possible(inputs: FitInputs, given: dict[str, dict[str, str]]) -> list[str]:
         if not kind.fitted:
             continue
         needs = kind.fit_needs(**kind.parse(given.get(kind.name, {})))
-        if kind.reference_images is not None:
-            lacking.append(f"{kind.name} (noise: score fits it on the spot)")
+        if kind.reference_images is not None and inputs.noise is None:
+            lacking.append(f"{kind.name} (--noise; score fits it on the spot)")
+        elif kind.noise_images is not None and inputs.noise is None:
+            lacking.append(f"{kind.name} (--noise)")
+        elif kind.needs_pool and not inputs.calibrate:
+            lacking.append(f"{kind.name} (--calibrate)")
         elif kind.needs_ood and inputs.ood is None:
             lacking.append(f"{kind.name} (--ood)")
         elif not needs <= recorded:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oodcli.cli import console
-from oodcli.cli.options import Force, Json, ModelOptions, Quiet, takes_model
+from oodcli.cli.options import Force, Json, ModelOptions, Quiet, Verbose, takes_model
 
 if TYPE_CHECKING:
     from oodcli.classifier import Classifier
@@ -85,6 +85,7 @@ def command(
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     *,
     model: ModelOptions,
 ) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodcli.cli import console
+from oodcli.cli import console, details
 from oodcli.cli.options import (
     Checkpoint,
     Force,
@@ -17,6 +17,8 @@ from oodcli.cli.options import (
     ModelOptions,
     Quiet,
     Restart,
+    Shard,
+    Verbose,
     beside,
     takes_model,
 )
@@ -68,11 +70,14 @@ def command(
     json: Json = False,
     force: Force = False,
     restart: Restart = False,
+    shard: Shard = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     *,
     model: ModelOptions,
 ) -> None:
     """Recall virtual images from the statistics of BatchNorm layers."""
+    from oodcli.cli import teams
     from oodcli.errors import OodcliError
     from oodcli.files.atomic import refuse_existing, refuse_suffix
     from oodcli.files.journal import is_complete, journal, refuse_output
@@ -84,9 +89,11 @@ def command(
         wanted_classes,
     )
     from oodcli.inversion.objective import OBJECTIVES
-    from oodcli.stages.invert import invert_to_file
-    from oodcli.stages.record import job_of, provenance
+    from oodcli.shards import WHOLE
+    from oodcli.stages.invert import invert_to_file, shard_of_plan
+    from oodcli.stages.record import Work, job_of, provenance
 
+    share, team = teams.part(shard)
     path = output or beside(checkpoint, ".virtual.h5")
     refuse_suffix(path, ".h5", ".hdf5")
     refuse_output(path, force=force)
@@ -108,13 +115,20 @@ def command(
         precision=model.resolved_precision(fast=True),
         seed=model.seed,
     )
+    details.say_plan(plan)
     if len(plan.classes) < min(classifier.num_classes, plan.batch_size):
         console.say(
             f"note: batches hold {len(plan.classes)} of {classifier.num_classes} classes, so their "
             "statistics match the network's less well"
         )
     if dry_run:
-        _say_estimate(*prepare(classifier, plan, compiled=compiled))
+        plan, step, seconds = prepare(classifier, plan, compiled=compiled)
+        part = Work(None, share, team).part(len(plan.batches()))
+        mine = plan.images(part)
+        _say_estimate(plan, step, seconds, mine)
+        if json:
+            whole = len(plan.classes) * plan.per_class
+            console.emit_json({"images": mine, "seconds": seconds * mine / whole})
         return
     made = provenance(
         classifier,
@@ -123,6 +137,7 @@ def command(
         seed=model.seed,
         precision=plan.precision,
         virtual=True,
+        shard=shard_of_plan(plan, share),
     )
     settings = {
         **model.job(),
@@ -135,25 +150,42 @@ def command(
     }
     with ExitStack() as stack:
         kept = stack.enter_context(
-            journal(path, job_of(made, **settings), made.command, restart=restart)
+            journal(
+                path,
+                job_of(made, **settings),
+                made.command,
+                restart=restart and (team is None or team.first_try()),
+                share=WHOLE if team is None else team.share,
+            )
         )
-        plan, step, seconds = prepare(
-            classifier, plan, compiled=compiled, decided=kept.about.decided
-        )
+        decided = kept.about.decided
+        if team is not None:
+
+            def decide() -> dict[str, Any]:
+                return decisions(*prepare(classifier, plan, compiled=compiled)[:2])
+
+            decided = team.agree("decisions", decided, decide)
+        plan, step, seconds = prepare(classifier, plan, compiled=compiled, decided=decided)
         kept.about.decided.update(decisions(plan, step))
-        count = len(plan.classes) * plan.per_class
-        _say_estimate(plan, step, seconds, kept.rows)
+        details.say_journal(kept)
+        console.lap("a trial step")
+        work = Work(kept, share, team)
+        mine = plan.images(work.part(len(plan.batches())))
+        _say_estimate(plan, step, seconds, mine, kept.rows)
         advance = stack.enter_context(
             console.progress(
-                count * plan.total_steps,
+                mine * plan.total_steps,
                 "invert",
                 plan.total_steps,
                 before=kept.rows * plan.total_steps,
             )
         )
         summary = invert_to_file(
-            classifier, plan, path, made, step=step, force=force, progress=advance, journal=kept
+            classifier, plan, path, made, step=step, force=force, progress=advance, work=work
         )
+    console.lap("inversion")
+    if summary is None:
+        return
     if json:
         console.emit_json(summary)
         return
@@ -167,14 +199,16 @@ def command(
     console.say(f"wrote {path} and {path.with_suffix('.png')}")
 
 
-def _say_estimate(plan: Plan, step: Step, seconds: float, done: int = 0) -> None:
+def _say_estimate(plan: Plan, step: Step, seconds: float, mine: int, done: int = 0) -> None:
+    """mine: how many of its images this process makes."""
     batches = plan.batches()
     count = len(plan.classes) * plan.per_class
+    left = mine - done
     halved = f" ({plan.half_steps} at half the side)" if plan.half_steps else ""
     console.say(
         f"{count} images of {len(plan.classes)} classes; steps: {plan.total_steps}{halved}, "
         f"batches: {len(batches)} of {len(batches[0])}; {plan.precision} on "
         f"{step.classifier.device}, {step.path}: about "
-        f"{console.duration(seconds * (count - done) / count)}"
-        + (f" for the {count - done} that are left" if done else "")
+        f"{console.duration(seconds * left / count)}"
+        + (f" for the {left} that are left" if done else f" for {left}" if left < count else "")
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from oodcli.cli import console
+from oodcli.cli import console, details
 from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
@@ -53,6 +53,15 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing outp
 Restart = Annotated[
     bool, typer.Option("--restart", help="Begin again; without it, an interrupted job goes on.")
 ]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="N/OF",
+        help="Only this part of the job, such as 3/64; 'oodcli merge' puts the parts together.",
+        show_default=False,
+    ),
+]
 Timeout = Annotated[
     float | None,
     typer.Option(
@@ -65,10 +74,11 @@ Timeout = Annotated[
         show_default=False,
     ),
 ]
-Quiet = Annotated[
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on standard error but errors.")]
+Verbose = Annotated[
     bool,
     typer.Option(
-        "--quiet", "-q", help="Nothing on standard error but errors.", callback=console.set_quiet
+        "--verbose", "-v", help="Say what was decided and how long it took on standard error, too."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
@@ -190,6 +200,8 @@ class ModelOptions:
         )
         for assumption in classifier.assumptions:
             console.say(f"assumed: {assumption}")
+        details.say_classifier(self, checkpoint, classifier)
+        console.lap("checkpoint")
         return classifier
 
     def job(self) -> dict[str, Any]:
@@ -197,11 +209,16 @@ class ModelOptions:
         return {"--layers": self.layers, "--ema": self.ema}
 
     def resolved_device(self) -> str:
-        """``auto`` is the first GPU where there is one. Raises OodcliError for an unusable one."""
+        """``auto`` is the first GPU where there is one, under torchrun one for each process. Raises
+        OodcliError for an unusable one."""
         import torch
 
+        from oodcli.team import launched, local_rank
+
         if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
+            if not torch.cuda.is_available():
+                return "cpu"
+            return f"cuda:{local_rank() % torch.cuda.device_count()}" if launched() else "cuda"
         try:
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -212,7 +229,9 @@ class ModelOptions:
     def resolved_batch_size(self, classifier: Classifier) -> int:
         """128 small images, fewer large ones."""
         height, width = classifier.preprocessing.input_size
-        return self.batch_size or max(16, min(128, 128 * 128 * 128 // (height * width)))
+        size = self.batch_size or max(16, min(128, 128 * 128 * 128 // (height * width)))
+        console.detail(f"batches of {size}, {_by('--batch-size', self.batch_size)}")
+        return size
 
     def resolved_precision(self, fast: bool) -> str:
         """``auto`` is float32, or where ``fast`` is asked for bfloat16 if the device multiplies
@@ -220,8 +239,16 @@ class ModelOptions:
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise OodcliError(f"--precision {self.precision}: expected auto, float32 or bfloat16")
         if self.precision != "auto":
+            console.detail(f"precision {self.precision}, by --precision")
             return self.precision
-        return "bfloat16" if fast and _multiplies_bfloat16(self.resolved_device()) else "float32"
+        half = fast and _multiplies_bfloat16(self.resolved_device())
+        why = "bfloat16, which the device multiplies in hardware" if half else "float32"
+        console.detail(f"precision {why}, by default")
+        return "bfloat16" if half else "float32"
+
+
+def _by(option: str, given: object) -> str:
+    return "by default" if given is None else f"by {option}"
 
 
 def _multiplies_bfloat16(device: str) -> bool:

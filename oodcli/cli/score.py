@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodcli.cli import console
+from oodcli.cli import console, details
 from oodcli.cli.options import (
     Detectors,
     Force,
@@ -21,7 +21,9 @@ from oodcli.cli.options import (
     Parameters,
     Quiet,
     Restart,
+    Shard,
     Timeout,
+    Verbose,
     parameters,
     takes_model,
 )
@@ -125,19 +127,24 @@ def command(
     force: Force = False,
     restart: Restart = False,
     timeout: Timeout = None,
+    shard: Shard = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     *,
     model: ModelOptions,
 ) -> None:
     """Score images: higher = more out of distribution."""
+    from oodcli.cli import teams
     from oodcli.errors import OodcliError
     from oodcli.files.journal import journal, refuse_output
     from oodcli.files.made import read_made
     from oodcli.files.scores import format_of
+    from oodcli.shards import WHOLE
     from oodcli.stages.chosen import choose_detectors, fingerprint, placed
-    from oodcli.stages.record import file_state
+    from oodcli.stages.record import Work, file_state, job_of, shard_of
     from oodcli.stages.score import score_to_file
 
+    share, team = teams.part(shard, images)
     if output is not None:
         refuse_output(output, force=force)
         format_of(output)
@@ -152,6 +159,13 @@ def command(
         raise OodcliError(
             "--max-ood-fraction counts verdicts: add --fpr, --threshold or --contamination"
         )
+    if stream_rule is not None and not share.whole:
+        raise OodcliError(
+            f"--shard {share}: a threshold from the whole stream cannot be found in a part of it; "
+            "merge the parts first, then choose one by --threshold NAME=NUMBER"
+        )
+    if team is not None and output is None:
+        raise OodcliError("torchrun's processes score into one file together: name it with -o")
     given = parameters(param)
     with ExitStack() as stack:
         opened = (
@@ -159,7 +173,7 @@ def command(
             if images is None
             else _from_images(checkpoint, images, mirror, timeout, model)
         )
-        wanted = detector or [_default(opened.available, images is not None)]
+        wanted = detector or [_default(opened, checkpoint, images is not None)]
         chosen = choose_detectors(
             wanted,
             given,
@@ -171,12 +185,19 @@ def command(
         if not chosen:
             raise OodcliError("no detector is possible with what was recorded")
         rules = _rules(chosen, fpr, threshold if stream_rule is None else None, mirror)
+        details.say_chosen(chosen, rules, stream_rule)
+        console.lap("detectors")
+        made = replace(
+            opened.made,
+            shard=shard_of(share, opened.count, opened.unit(chosen), opened.listing)
+            or opened.made.shard,
+        )
         kept = None
-        made: dict[str, Any] = {}
+        about: dict[str, Any] = {}
         if output is not None:
             fingerprints = {each.name: fingerprint(each) for each in chosen}
             settings = {
-                **opened.job(),
+                **job_of(made, **opened.job()),
                 "the detectors": list(fingerprints),
                 **{f"the detector {name}": words for name, words in fingerprints.items()},
                 **{
@@ -191,10 +212,17 @@ def command(
                 "--explain": explain,
             }
             kept = stack.enter_context(
-                journal(output, settings, opened.made.command, restart=restart)
+                journal(
+                    output,
+                    settings,
+                    made.command,
+                    restart=restart and (team is None or team.first_try()),
+                    share=WHOLE if team is None else team.share,
+                )
             )
-            made = {
-                **asdict(opened.made),
+            details.say_journal(kept)
+            about = {
+                **asdict(made),
                 "command": kept.about.command,
                 "extracted_by": opened.extracted_by,
                 "detectors": fingerprints,
@@ -202,10 +230,12 @@ def command(
                 "mirror": mirror,
             }
         chosen = placed(chosen, model.resolved_device())
-        before = 0 if kept is None else kept.rows
-        advance = stack.enter_context(console.progress(opened.count, "score", before=before))
+        work = Work(kept, share, team)
+        mine = work.part(opened.count, opened.unit(chosen))
+        advance = stack.enter_context(console.progress(len(mine), "score", before=work.rows))
+        rows = opened.record(chosen, advance)
         summary = score_to_file(
-            opened.record(chosen, advance),
+            lambda: rows(mine.start + work.rows, mine.stop),
             chosen,
             opened.made.class_names,
             sys.stdout if output is None else output,
@@ -214,9 +244,13 @@ def command(
             mirror=mirror,
             explain=explain,
             force=force,
-            journal=kept,
-            made=made,
+            progress=advance,
+            work=work,
+            made=about,
         )
+    console.lap("scoring")
+    if summary is None:
+        return
     fractions = summary.ood_fraction
     if json:
         console.emit_json(
@@ -244,22 +278,25 @@ def command(
     if max_ood_fraction is not None and any(part > max_ood_fraction for part in fractions.values()):
         console.say(f"gate failed: more than {max_ood_fraction:.1%} are OOD")
         raise typer.Exit(4)
-    if summary.unreadable:
+    if summary.unreadable and team is None:  # torchrun would take it for a crash
         raise typer.Exit(3)
 
 
 @dataclass(frozen=True)
 class Opened:
     """Where rows come from. made: how scores of them are made. available: what can be recorded.
-    record: rows for some detectors, from a number on. job: what decides which rows those are.
-    count: how many there are. fit_reference: fits a detector on noise; None without the network.
+    record: rows [start, stop) for some detectors. job: what else decides which rows those are.
+    count: how many there are. unit: rows that are scored together. listing: SHA-256 of the list
+    of images. fit_reference: fits a detector on noise; None without the network.
     extracted_by: the command that made a cache."""
 
     made: Provenance
     available: frozenset[str]
-    record: Callable[[Sequence[Chosen], Progress], Callable[[int], Iterable[Rows]]]
+    record: Callable[[Sequence[Chosen], Progress], Callable[[int, int], Iterable[Rows]]]
     job: Callable[[], dict[str, Any]]
     count: int
+    unit: Callable[[Sequence[Chosen]], int]
+    listing: Callable[[], str]
     fit_reference: FitReference | None = None
     extracted_by: str | None = None
 
@@ -268,23 +305,25 @@ def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
     import torch
 
     from oodcli import __version__
+    from oodcli.checkpoint import file_sha256
     from oodcli.errors import OodcliError
     from oodcli.files.cache import FORMAT, open_cache
     from oodcli.files.hdf5 import format_of
     from oodcli.stages.chosen import needs
-    from oodcli.stages.record import file_state, job_of
+    from oodcli.stages.record import file_state
 
     if path.is_file() and format_of(path) != FORMAT and path.suffix not in (".h5", ".hdf5"):
         raise OodcliError(f"{path} is no cache: give IMAGES after a checkpoint")
     cache = stack.enter_context(open_cache(path))
+    details.say_cache("score", cache)
 
-    def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int], Iterable[Rows]]:
+    def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
         views = {"mirror"} if mirror else set()
         for each in chosen:
             cache.require(each.detector.score_needs | views, each.detector.name)
 
-        def rows(start: int) -> Iterator[Rows]:
-            for block in cache.blocks(needs(chosen, mirror=mirror), start=start):
+        def rows(start: int, stop: int) -> Iterator[Rows]:
+            for block in cache.blocks(needs(chosen, mirror=mirror), start=start, stop=stop):
                 yield block
                 advance(len(block.paths))
 
@@ -301,8 +340,10 @@ def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
         made,
         cache.recorded,
         record,
-        lambda: {**job_of(made), "the cache's state": file_state(path)},
+        lambda: {"the cache's state": file_state(path)},
         cache.count,
+        lambda chosen: cache.block_rows(needs(chosen, mirror=mirror)),
+        lambda: cache.rows_sha256 or file_sha256(path),
         extracted_by=cache.provenance.command,
     )
 
@@ -319,27 +360,37 @@ def _from_images(
     from oodcli.images import open_images
     from oodcli.recording import Recorder, recordable
     from oodcli.stages.chosen import fit_on_noise, needs, odin_step
-    from oodcli.stages.record import job_of, listing, provenance, record_images
+    from oodcli.stages.record import listing, paths_sha256, provenance, record_images
 
     classifier = model.load(path)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
     if source.note:
         console.say(f"note: {source.note}")
+    details.say_source(source, timeout)
+    console.lap("the list of images")
     batch_size = model.resolved_batch_size(classifier)
 
     precision = model.resolved_precision(fast=False)
 
-    def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int], Iterable[Rows]]:
+    def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
         recorder = Recorder(
             classifier,
             needs(chosen, mirror=mirror),
             odin=odin_step(each.detector for each in chosen),
             precision=precision,
         )
+        details.say_records(recorder.asked)
 
-        def rows(start: int) -> Iterable[Rows]:
+        def rows(start: int, stop: int) -> Iterable[Rows]:
             return record_images(
-                classifier, source, recorder, batch_size, advance, start=start, timeout=timeout
+                classifier,
+                source,
+                recorder,
+                batch_size,
+                advance,
+                start=start,
+                stop=stop,
+                timeout=timeout,
             )
 
         return rows
@@ -354,12 +405,11 @@ def _from_images(
     )
 
     def job() -> dict[str, Any]:
-        more = {
+        return {
             **model.job(),
             "the list of images": listing(source),
             "--batch-size": batch_size,
         }
-        return job_of(made, **more)
 
     def fit_reference(kind: type[Detector], given: Mapping[str, Any]) -> Detector:
         Recorder(classifier, kind.fit_needs(**given))  # raises where that is not possible
@@ -372,17 +422,52 @@ def _from_images(
         record,
         job,
         len(source),
+        lambda chosen: batch_size,
+        lambda: paths_sha256(source),
         fit_reference,
     )
 
 
-def _default(available: frozenset[str], network: bool) -> str:
-    """The strongest detector that needs nothing but the checkpoint, by mean AUROC on ResNet-20."""
+def _default(opened: Opened, path: Path, network: bool) -> str:
+    """An artefact of duo that is at hand; otherwise the strongest detector that needs nothing but
+    the checkpoint, by mean AUROC on ResNet-20."""
     from oodcli import detectors
 
-    name = "1c-sum" if network and detectors.get("1c-sum").needs <= available else "energy"
+    for artefact in _duo_at_hand(path, network):
+        reason = _why_not(artefact, opened)
+        if reason is None:
+            console.say(f"note: no -d, so {artefact}: the strongest that needs no real images")
+            return str(artefact)
+        console.say(f"note: left aside: {reason}")
+    name = "1c-sum" if network and detectors.get("1c-sum").needs <= opened.available else "energy"
     console.say(f"note: no -d, so {name}: the strongest that needs nothing but the checkpoint")
     return name
+
+
+def _duo_at_hand(path: Path, network: bool) -> Iterator[Path]:
+    """Artefacts of duo in ``detectors`` of the working directory, and beside a checkpoint."""
+    places = [Path("detectors", "duo.safetensors")]
+    if network:
+        beside = path.parent
+        places += [beside / places[0], beside / f"{path.stem}.duo.safetensors"]
+    yield from (place for place in dict.fromkeys(places) if place.is_file())
+
+
+def _why_not(path: Path, opened: Opened) -> str | None:
+    """Why an artefact cannot be the default for these rows, in words; None where it can."""
+    from oodcli.errors import OodcliError
+    from oodcli.files.artefact import read_artefact
+    from oodcli.stages.chosen import require_same_network
+
+    try:
+        artefact = read_artefact(path)
+        require_same_network(artefact, opened.made.checkpoint_sha256, opened.made.preprocessing)
+    except OodcliError as error:
+        return str(error)
+    if artefact.detector.name != "duo":
+        return f"{path} is an artefact of {artefact.detector.name}, not of duo"
+    lacking = sorted(artefact.detector.score_needs - opened.available)
+    return f"{path} needs {', '.join(lacking)}, which is not there" if lacking else None
 
 
 def _stream_rule(threshold: list[str] | None, share: float | None) -> StreamRule | None:

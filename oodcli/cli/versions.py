@@ -15,7 +15,7 @@ def lines() -> Iterator[str]:
     torch."""
     yield f"oodcli {__version__}"
     yield f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    yield f"torch {_installed('torch')}, torchvision {_installed('torchvision')}"
+    yield f"torch {installed('torch')}, torchvision {installed('torchvision')}"
     try:
         yield from _devices()
     except (ImportError, OSError, RuntimeError) as error:
@@ -23,7 +23,8 @@ def lines() -> Iterator[str]:
         yield f"torch cannot be used: {reason}"
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """Its version, or that it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:

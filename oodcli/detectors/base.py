@@ -22,9 +22,9 @@ Blocks = Features | Iterable[Features]
 
 
 class Detector(ABC):
-    """Subclasses are frozen dataclasses. Fields that are tensors, mappings of tensors or banks are
-    the fitted state; the others are settings. Saving, loading, listing and the command line work
-    from the class alone."""
+    """Subclasses are frozen dataclasses. Fields that are tensors, mappings of tensors, banks or
+    detectors are the fitted state; the others are settings. Saving, loading, listing and the
+    command line work from the class alone."""
 
     name: ClassVar[str]
     source: ClassVar[str]
@@ -39,6 +39,12 @@ class Detector(ABC):
 
     reference_images: ClassVar[str | None] = None
     """IMAGES to fit on where nobody named any: the detector needs no data of the user's."""
+
+    noise_images: ClassVar[str | None] = None
+    """IMAGES whose rows ``fit`` takes, too: its argument ``noise``."""
+
+    needs_pool: ClassVar[bool] = False
+    """``fit`` takes the rows that thresholds are calibrated on, too: its argument ``pool``."""
 
     heavy: ClassVar[bool] = False
     """So much work a row that it is scored on the GPU, where there is one."""
@@ -144,7 +150,7 @@ class Detector(ABC):
         moved: dict[str, Any] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, Tensor | Bank):
+            if isinstance(value, Tensor | Bank | Detector):
                 moved[field.name] = value.to(device)
             elif isinstance(value, Mapping):
                 moved[field.name] = {key: tensor.to(device) for key, tensor in value.items()}
@@ -181,22 +187,24 @@ class Detector(ABC):
         return frozenset(name for name, hint in get_type_hints(cls).items() if hint is Bank)
 
     def state(self) -> dict[str, Tensor | Bank]:
-        """The fitted tensors; those of a mapping are named ``field/key``."""
+        """The fitted tensors; those of a mapping or a detector are named ``field/key``."""
         tensors: dict[str, Tensor | Bank] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, Tensor | Bank):
                 tensors[field.name] = value
-            elif isinstance(value, Mapping):
-                tensors |= {f"{field.name}/{key}": tensor for key, tensor in value.items()}
+            elif isinstance(value, Mapping | Detector):
+                inside = value.state() if isinstance(value, Detector) else value
+                tensors |= {f"{field.name}/{key}": tensor for key, tensor in inside.items()}
         return tensors
 
     def settings(self) -> dict[str, Any]:
-        """The fields that are not tensors, as JSON can hold them."""
+        """The fields that are not tensors, as JSON can hold them; of a detector, its settings."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)  # type: ignore[arg-type]
-            if not isinstance(getattr(self, field.name), Tensor | Bank | Mapping)
+            name: value.settings() if isinstance(value, Detector) else value
+            for name, value in values.items()
+            if not isinstance(value, Tensor | Bank | Mapping)
         }
 
     @classmethod
@@ -215,13 +223,15 @@ class Detector(ABC):
                 )
                 left.discard(field.name)
             elif get_origin(hint) is Mapping:
-                prefix = f"{field.name}/"
-                names = [name for name in tensors if name.startswith(prefix)]
-                values[field.name] = {name[len(prefix) :]: tensors[name] for name in names}
-                left -= set(names)
+                values[field.name] = inside = _inside(tensors, field.name)
+                left -= {f"{field.name}/{key}" for key in inside}
             elif field.name in settings:
                 value = settings[field.name]
-                if not _is_kind(value, hint):
+                if isinstance(hint, type) and issubclass(hint, Detector):
+                    inside = _inside(tensors, field.name)
+                    left -= {f"{field.name}/{key}" for key in inside}
+                    value = hint.restore(inside, value if isinstance(value, Mapping) else {})
+                elif not _is_kind(value, hint):
                     raise DetectorError(f"{cls.name}: '{field.name}' is of the wrong type")
                 values[field.name] = tuple(value) if isinstance(value, list) else value
             else:
@@ -230,6 +240,12 @@ class Detector(ABC):
         if superfluous:
             raise DetectorError(f"{cls.name}: the artefact has an unknown '{superfluous[0]}'")
         return cls(**values)
+
+
+def _inside(tensors: Mapping[str, Tensor | Bank], field: str) -> dict[str, Tensor | Bank]:
+    """The tensors of a field that has several, named ``field/key``, by key."""
+    start = f"{field}/"
+    return {name[len(start) :]: tensors[name] for name in tensors if name.startswith(start)}
 
 
 def _is_kind(value: Any, hint: Any) -> bool:

@@ -235,13 +235,20 @@ class FeatureCache:
                 labels = torch.from_numpy(self._file["label"][part])
             yield paths, labels, errors
 
-    def blocks(self, needs: Iterable[str] | None = None, *, start: int = 0) -> Iterator[Rows]:
-        """The rows from ``start`` on, in order, with the records named by ``needs`` (None: all)."""
+    def blocks(
+        self, needs: Iterable[str] | None = None, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[Rows]:
+        """The rows [start, stop), by default all, in order, with the records named by ``needs``
+        (None: all), ``block_rows`` at a time."""
         constants = self._constants if needs is None else only(self._constants, frozenset(needs))
-        width = sum(rows.shape[1] for rows in constants.rows().values() if rows.ndim == 2)
-        size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * max(width, 1))))
-        for first in range(start, self.count, size):
-            yield self._block(constants, first, min(first + size, self.count))
+        size = _block_rows(constants)
+        end = self.count if stop is None else min(stop, self.count)
+        for first in range(start, end, size):
+            yield self._block(constants, first, min(first + size, end))
+
+    def block_rows(self, needs: Iterable[str]) -> int:
+        """How many rows a block has."""
+        return _block_rows(only(self._constants, frozenset(needs)))
 
     def _block(self, constants: Features, start: int, stop: int) -> Rows:
         with damage(self.path):
@@ -269,6 +276,11 @@ class FeatureCache:
         """What ``Detector.fit`` takes: blocks that can be read again and again. part: numbers of
         readable rows (N,) → which of them are wanted."""
         return CachedRows(self, frozenset(needs), part)
+
+
+def _block_rows(constants: Features) -> int:
+    width = sum(rows.shape[1] for rows in constants.rows().values() if rows.ndim == 2)
+    return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * max(width, 1))))
 
 
 def _unlike(features: Features, classes: int) -> str:

@@ -61,6 +61,8 @@ def kind_of(path: Path) -> Kind:
         if header
         else _of_text(path, start)
     )
+    if not size and path.suffix == ".jsonl":  # no row
+        found = "scores.jsonl"
     if found is None and start.startswith(b"PAR1"):
         found = "scores.parquet"
     # A zip archive or a pickle is for the loader of checkpoints to judge, as is a damaged file

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import h5py
 
 from oodcli.classifier import Preprocessing
 from oodcli.errors import FileError, OodcliError
+from oodcli.shards import Shard
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -37,7 +38,8 @@ CHUNK_CACHE = 1 << 19
 class Provenance:
     """How a file was made. source: what the user named as input. command: the command line.
     precision: float32 or bfloat16. virtual: whether the rows are virtual images;
-    matched_accuracy: to which they were degraded, None where they were not."""
+    matched_accuracy: to which they were degraded, None where they were not. shard: which part of
+    a whole the file is, None where it is all."""
 
     checkpoint_sha256: str
     arch: str
@@ -52,6 +54,7 @@ class Provenance:
     precision: str = "float32"
     virtual: bool = False
     matched_accuracy: float | None = None
+    shard: Shard | None = None
 
     def write(self, file: h5py.File, format_name: str) -> None:
         file.attrs["format"] = format_name
@@ -60,6 +63,8 @@ class Provenance:
             value = getattr(self, field.name)
             if isinstance(value, Preprocessing):
                 value = json.dumps(value.to_dict())
+            elif isinstance(value, Shard):
+                value = json.dumps(asdict(value))
             elif value is None:
                 continue
             elif isinstance(value, tuple):
@@ -76,9 +81,10 @@ class Provenance:
         values = {
             field.name: file.attrs[field.name]
             for field in fields(cls)
-            if field.name in file.attrs or field.name not in ("class_names", "matched_accuracy")
+            if field.name in file.attrs
+            or field.name not in ("class_names", "matched_accuracy", "shard")
         }
-        matched = values.get("matched_accuracy")
+        matched, shard = values.get("matched_accuracy"), values.get("shard")
         names = values.get("class_names") or dataset(file, "class_names", "OS")[()].decode()
         names = json.loads(names)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -97,6 +103,7 @@ class Provenance:
             precision=str(values["precision"]),
             virtual=bool(values["virtual"]),
             matched_accuracy=None if matched is None else float(matched),
+            shard=None if shard is None else Shard.from_dict(json.loads(shard)),
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from oodcli.errors import FileError
 from oodcli.files.atomic import claimed, refuse_existing
 from oodcli.files.describe import PARTIAL
+from oodcli.shards import WHOLE, Share
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ _FRAME = struct.Struct("<QII")
 """Before each record: its bytes, its rows, and the CRC-32 of those two and of the bytes."""
 _COMPLETE = b"complete"
 _WORDS = "words"
+_SHARE = "the share of this process"
 
 
 class Record(NamedTuple):
@@ -66,13 +69,17 @@ class Journal:
     about to be moved into place. ``about.decided`` may be filled until something is kept.
     """
 
-    def __init__(self, path: Path, handle: int, about: About, *, restart: bool) -> None:
+    def __init__(
+        self, output: Path, path: Path, handle: int, about: About, *, restart: bool
+    ) -> None:
+        self._output = output
         self.path = path
         self.about = about
         self.rows = self.records = 0
         self.complete = False
         self._handle = handle
         self._start = self._end = 0
+        self._handed_over = False
         with open(handle, "rb", closefd=False) as file:
             begun = _begun(path, file, restart=restart)
             if begun is not None:
@@ -96,22 +103,11 @@ class Journal:
             for rows, payload in _records(file):
                 if payload == _COMPLETE:
                     return
-                try:
-                    arrays = safetensors.numpy.load(payload)
-                    words = json.loads(arrays.pop(_WORDS).tobytes())
-                    block = restore(Record(rows, arrays, words))
-                except (
-                    *(SafetensorError, LookupError, ValueError, TypeError, AttributeError),
-                    *(RuntimeError, OverflowError),
-                ) as error:
-                    raise _damaged(self.path) from error
-                yield block
+                yield _restored(self.path, rows, payload, restore)
 
     def append(self, record: Record) -> None:
         """Keeps a block. Raises FileError when the disk refuses; what was kept before stays."""
-        head = b""
-        if not self._end:
-            head = _LINE + _framed(json.dumps(self.about._asdict()).encode(), 0)
+        head = self._head()
         words = np.frombuffer(json.dumps(record.words).encode(), dtype=np.uint8)
         arrays = {name: np.ascontiguousarray(array) for name, array in record.arrays.items()}
         payload = safetensors.numpy.save({**arrays, _WORDS: words})
@@ -129,6 +125,39 @@ class Journal:
             self._written(_framed(_COMPLETE, 0))
             self.complete = True
 
+    def hand_over(self) -> None:
+        """This is all of a share, which stays for ``of_share`` to read in another process."""
+        self._written(self._head() + _framed(_COMPLETE, 0))
+        self._handed_over = True
+
+    def of_share(self, share: Share, restore: Callable[[Record], Block]) -> Iterator[Block]:
+        """What another process of the same job has handed over. Raises FileError when that is not
+        here, not all, or of another job."""
+        path = partial_path(self._output, share)
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise FileError(
+                f"{path} cannot be read ({error.strerror or error}): processes on several hosts "
+                "need an output where all of them see it, or --shard and 'oodcli merge'"
+            ) from error
+        with file:
+            begun = _begun(path, file)
+            if begun is None:
+                raise _damaged(path)
+            _require_same(path, _comparable(begun.job), _comparable(self.about.job))
+            for rows, payload in _records(file):
+                if payload == _COMPLETE:
+                    return
+                yield _restored(path, rows, payload, restore)
+        raise _damaged(path)
+
+    def _head(self) -> bytes:
+        """What comes before the first record."""
+        if self._end:
+            return b""
+        return _LINE + _framed(json.dumps(self.about._asdict()).encode(), 0)
+
     def clear(self) -> None:
         """Forgets what was kept."""
         self._truncate(0)
@@ -136,12 +165,15 @@ class Journal:
         self.complete = False
 
     def close(self, *, done: bool) -> None:
-        """Removes the journal of what is done, or has not begun."""
+        """Removes the journal of what is done, with those of its shares, or has not begun."""
+        if self._handed_over:
+            return
         if done or not self.records:
-            try:
-                self.path.unlink(missing_ok=True)
-            except OSError as error:
-                log.info("%s can be removed (%s)", self.path, error.strerror or error)
+            for path in (*(_shares(self._output) if done else ()), self.path):
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    log.info("%s can be removed (%s)", path, error.strerror or error)
             return
         log.info("%s keeps %d images: the same command goes on from there", self.path, self.rows)
 
@@ -166,19 +198,26 @@ class Journal:
 
 @contextmanager
 def journal(
-    output: Path, job: Mapping[str, Any], command: str, *, restart: bool = False
+    output: Path,
+    job: Mapping[str, Any],
+    command: str,
+    *,
+    restart: bool = False,
+    share: Share = WHOLE,
 ) -> Iterator[Journal]:
     """The journal of an output, for this process alone. When the block ends well it is removed;
     when anything is raised, what it keeps stays for the next time.
 
     job: everything that decides what will be in the output, by the names that users know it by.
-    restart: forgets what was kept. Raises FileError when another process is writing the output, and
-    when what is kept is of another job, naming the difference.
+    restart: forgets what was kept. share: of the job, that this process does. Raises FileError when
+    another process is writing the output, and when what is kept is of another job, naming the
+    difference.
     """
-    path = partial_path(output)
+    path = partial_path(output, share)
     with _claimed(path, output) as handle:
-        about = About(command, json.loads(json.dumps(job)), {})
-        kept = Journal(path, handle, about, restart=restart)
+        of = {} if share.whole else {_SHARE: str(share)}
+        about = About(command, json.loads(json.dumps({**job, **of})), {})
+        kept = Journal(output, path, handle, about, restart=restart)
         if kept.rows:
             log.info("going on after the %d images that %s keeps", kept.rows, path)
         done = False
@@ -189,10 +228,24 @@ def journal(
             kept.close(done=done)
 
 
-def partial_path(output: Path) -> Path:
-    """Where the journal of an output is: beside the file that a symbolic link points to."""
+def partial_path(output: Path, share: Share = WHOLE) -> Path:
+    """Where the journal of an output is: beside the file that a symbolic link points to. The first
+    share of it has that of the whole."""
     target = output.resolve() if output.is_symlink() else output
-    return target.with_name(f"{target.name}.partial")
+    number = f".{share.number}-of-{share.of}" if share.number > 1 else ""
+    return target.with_name(f"{target.name}{number}.partial")
+
+
+def _shares(output: Path) -> list[Path]:
+    """The journals of all shares of an output but the first."""
+    path = partial_path(output)
+    form = re.compile(re.escape(path.stem) + r"\.[0-9]+-of-[0-9]+\.partial")
+    return [each for each in path.parent.iterdir() if form.fullmatch(each.name)]
+
+
+def _comparable(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What the shares of a job have in common."""
+    return {name: value for name, value in job.items() if name not in (_SHARE, "--device")}
 
 
 def refuse_output(output: Path, *, force: bool = False) -> None:
@@ -277,6 +330,18 @@ def _framed(payload: bytes, rows: int) -> bytes:
 
 def _checksum(payload: bytes, rows: int) -> int:
     return zlib.crc32(payload, zlib.crc32(struct.pack("<QI", len(payload), rows)))
+
+
+def _restored(path: Path, rows: int, payload: bytes, restore: Callable[[Record], Block]) -> Block:
+    try:
+        arrays = safetensors.numpy.load(payload)
+        words = json.loads(arrays.pop(_WORDS).tobytes())
+        return restore(Record(rows, arrays, words))
+    except (
+        *(SafetensorError, LookupError, ValueError, TypeError, AttributeError),
+        *(RuntimeError, OverflowError),
+    ) as error:
+        raise _damaged(path) from error
 
 
 def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -72,6 +72,7 @@ _KINDS: Mapping[str, type | UnionType] = {
     **dict.fromkeys(("seed", "rows"), int),
     **dict.fromkeys(("detectors", "verdicts", "preprocessing"), dict),
     "extracted_by": str | NoneType,
+    "shard": dict | NoneType,
 }
 
 

@@ -21,13 +21,15 @@ Decisions:
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import re
 import reprlib
+import shutil
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -405,13 +407,56 @@ def read_scores(path: Path, kind: Format | None = None) -> Scores:
         raise FileError(f"{path}: no such file: write it with oodcli score -o")
     if path.is_dir():
         raise FileError(f"{path} is a folder, expected a scores file")
-    reader = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}[kind]
     try:
-        return _collect(path, reader(path))
+        return _collect(path, _READERS[kind](path))
     except UnicodeDecodeError:
         raise FileError(f"{path} is not UTF-8 text: expected a scores file ({kind})") from None
     except OSError as error:
         raise FileError(f"{path} could not be read: {error.strerror or error}") from error
+
+
+def join_scores(parts: Sequence[Path], target: Path, kind: Format) -> str:
+    """Writes the rows of scores files, as ``score`` has written them, one file after the other;
+    returns the SHA-256 of their paths, a NUL after each. Raises FileError when the files have not
+    the same columns, or are damaged."""
+    paths = hashlib.sha256()
+    header: Sequence[Any] = ()
+    for part in parts:
+        rows = _READERS[kind](part)
+        _, found = next(rows, ("", ()))
+        if found and header and list(found) != list(header):
+            raise FileError(
+                f"{parts[0]} has the columns {', '.join(header)}, but {part} has "
+                f"{', '.join(found)}: score all parts alike"
+            )
+        header = header or found
+        place = list(found).index("path") if "path" in found else 0
+        for _, cells in rows:
+            paths.update(f"{_text(cells[place])}\0".encode())
+    if kind == "parquet":
+        _join_parquet(parts, target)
+        return paths.hexdigest()
+    with target.open("wb") as stream:
+        for number, part in enumerate(parts):
+            with part.open("rb") as source:
+                first = source.readline() if kind == "csv" else b""
+                stream.write(b"" if number else first)
+                shutil.copyfileobj(source, stream)
+    return paths.hexdigest()
+
+
+def _join_parquet(parts: Sequence[Path], target: Path) -> None:
+    _pyarrow(target)
+    from pyarrow.parquet import ParquetFile, ParquetWriter
+
+    with ExitStack() as stack:
+        writer = None
+        for part in parts:
+            with ParquetFile(part) as file:
+                if writer is None:
+                    writer = stack.enter_context(ParquetWriter(target, file.schema_arrow))
+                for batch in file.iter_batches(batch_size=_ROW_GROUP):
+                    writer.write_batch(batch)
 
 
 _Numbered: TypeAlias = tuple[str, Sequence[Any]]
@@ -476,7 +521,8 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
             for name, found in saw.items():
                 if text := _text(cells[place[f"{name}.saw"]]):
                     found[text] = None
-    if not texts["path"]:
+    made = read_made(path)
+    if not texts["path"] and not (made or {}).get("shard"):  # of which some are empty
         raise FileError(f"{path} has no row below its header: was anything scored?")
     return Scores(
         source=str(path),
@@ -490,7 +536,7 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
         p_values={name: np.array(column, dtype=np.float64) for name, column in chances.items()},
         saw={name: " | ".join(found) for name, found in saw.items() if found},
         columns=tuple(header),
-        made=read_made(path),
+        made=made,
     )
 
 
@@ -586,3 +632,10 @@ def _parquet_rows(path: Path) -> Iterator[_Numbered]:
     except (arrow.ArrowException, ValueError, OverflowError, MemoryError, LookupError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileError(f"{path} is not parquet, or is cut off ({reason}): score again") from None
+
+
+_READERS: Mapping[Format, Callable[[Path], Iterator[_Numbered]]] = {
+    "csv": _csv_rows,
+    "jsonl": _json_rows,
+    "parquet": _parquet_rows,
+}

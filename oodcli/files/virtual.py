@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from oodcli.files.hdf5 import ROWS_SHA256, SHA256, Provenance, damage, dataset, group_of, reading
 
+BLOCK_ROWS = 256
 FORMAT = "oodcli-virtual"
 MADE_BY = "oodcli invert"
 
@@ -68,14 +70,76 @@ class VirtualWriter:
             self._contents[where].update(values.data)
         self._row = stop
 
-    def finish(self, quality: Mapping[str, Any]) -> None:
-        """Raises ValueError when not all images are there."""
+    def finish(
+        self, quality: Mapping[str, Any], sums: Mapping[str, NDArray[np.float64]] | None = None
+    ) -> None:
+        """sums: what the quality of a part is made of, so that it can be told of the whole. Raises
+        ValueError when not all images are there."""
         if self._row != len(self._label):
             raise ValueError(f"{self._row} of {len(self._label)} images were made")
         self._file.attrs["quality"] = json.dumps(quality)
+        for name, numbers in (sums or {}).items():
+            kept = self._file.create_dataset(f"quality/{name}", data=numbers)
+            kept.attrs[SHA256] = hashlib.sha256(numbers.tobytes()).hexdigest()
         self._file.attrs[ROWS_SHA256] = self._list.hexdigest()
         for where, content in self._contents.items():
             self._file[where].attrs[SHA256] = content.hexdigest()
+
+
+class VirtualFile:
+    """An open file of virtual images. count: how many. sums: what its quality is made of, where it
+    is a part of a whole; empty elsewhere."""
+
+    def __init__(self, path: Path, file: h5py.File) -> None:
+        self.path = path
+        self._file = file
+        with damage(path):
+            self.provenance = Provenance.read(file)
+            self.settings: dict[str, Any] = json.loads(file.attrs.get("settings", "{}"))
+            self._images = dataset(file, "images", "f", by_rows=True)
+            self._label = dataset(file, "label", "iu")
+            self._layers = dict(
+                sorted(sensitivities(file).items(), key=lambda item: _order(file, item[0]))
+            )
+            self.count = len(self._images)
+            lengths = {len(self._label), *map(len, self._layers.values())}
+            if lengths != {self.count}:
+                raise ValueError(f"{self.count} images, but {sorted(lengths)} rows of the rest")
+            self.sums = self._read_sums()
+
+    def _read_sums(self) -> dict[str, NDArray[np.float64]]:
+        found = group_of(self._file, "quality")
+        names = ["counts"] if "counts" in found else []
+        for kind in ("moments", "memory"):
+            layers = group_of(self._file, f"quality/{kind}")
+            ordered = sorted(layers, key=lambda name: _order(self._file, name))
+            names += [f"{kind}/{name}" for name in ordered]
+        return {name: dataset(self._file, f"quality/{name}", "f")[()] for name in names}
+
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Images (n, C, H, W) float16, labels (n,) and sensitivities, as ``VirtualWriter`` takes
+        them."""
+        for start in range(0, self.count, size):
+            part = slice(start, start + size)
+            with damage(self.path):
+                images = torch.from_numpy(self._images[part].astype(np.float16, copy=False))
+                label = torch.from_numpy(self._label[part].astype(np.int64, copy=False))
+                layers = {
+                    name: torch.from_numpy(rows[part].astype(np.float32, copy=False))
+                    for name, rows in self._layers.items()
+                }
+            yield images, label, layers
+
+
+def _order(file: h5py.File, layer: str) -> int:
+    return int(group_of(file, "layers").get(layer, file).attrs.get("order", 0))
+
+
+@contextmanager
+def open_virtual(path: Path) -> Iterator[VirtualFile]:
+    """Raises FileError when path is no file of virtual images, or is damaged."""
+    with reading(path, FORMAT, MADE_BY) as file:
+        yield VirtualFile(path, file)
 
 
 def read_provenance(path: Path) -> Provenance:

@@ -29,9 +29,10 @@ def batches(
     workers: int | None = None,
     *,
     start: int = 0,
+    stop: int | None = None,
     timeout: float | None = None,
 ) -> Generator[Batch, None, None]:
-    """The rows of a source from ``start`` on, in order, ``batch_size`` at a time.
+    """The rows [start, stop) of a source, in order, ``batch_size`` at a time; by default all.
 
     One thread fetches bytes in input order, ``workers`` threads (as many as this process has
     processors, at most 32) decode and resize them: Pillow lets go of the interpreter's lock for
@@ -51,6 +52,7 @@ def batches(
     if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
         raise ValueError(f"timeout={timeout} must be above 0 and at most {LONGEST_TIMEOUT:g} s")
     workers = workers or min(MOST_WORKERS, _processors())
+    end = len(source) if stop is None else min(stop, len(source))
     ahead = max(BATCHES_AHEAD, 2 * workers * source.grain // batch_size)
     pending: deque[Future[Batch]] = deque()
     room = _Room()
@@ -61,8 +63,8 @@ def batches(
         nullcontext() if timeout is None else Crew(preprocessing, timeout) as crew,
     ):
         try:
-            for first in range(start, len(source), batch_size):
-                last = min(first + batch_size, len(source))
+            for first in range(start, end, batch_size):
+                last = min(first + batch_size, end)
                 pending.append(
                     _submit(source, preprocessing, first, last, fetch, reader, pool, room, crew)
                 )

@@ -59,6 +59,10 @@ class Plan:
         labels = torch.tensor(self.classes).repeat(self.per_class)
         return list(torch.tensor_split(labels, math.ceil(total / self.batch_size)))
 
+    def images(self, batches: range) -> int:
+        """How many images some of the batches have."""
+        return sum(len(labels) for labels in self.batches()[batches.start : batches.stop])
+
 
 @dataclass(frozen=True)
 class VirtualBatch:
@@ -84,20 +88,21 @@ def invert(
     plan: Plan,
     *,
     first: int = 0,
+    last: int | None = None,
     step: Step | None = None,
     progress: Callable[[int], None] = lambda image_steps: None,
 ) -> Iterator[VirtualBatch]:
-    """Yields the batches of the plan in turn, from number ``first`` on; each depends on the seed
-    and its own number alone. step: of this classifier and plan, as ``prepare`` makes it. progress
-    is told how many images have made one more step.
+    """Yields the batches [first, last) of the plan in turn, by default all; each depends on the
+    seed and its own number alone. step: of this classifier and plan, as ``prepare`` makes it.
+    progress is told how many images have made one more step.
 
     Raises CheckpointError for a network without BatchNorm, OodcliError when an image diverges.
     """
     refuse_without_batchnorm(classifier)
     step = step or Step(classifier, plan.objective, plan.precision)
-    for number, labels in enumerate(plan.batches()):
-        if number < first:
-            continue
+    batches = plan.batches()
+    for number in range(first, len(batches) if last is None else last):
+        labels = batches[number]
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + number)
         yield _invert_batch(step, plan, labels, generator, progress)
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 _GREY = "#BBBBBB"
+_ID_COLOUR = "#888888"
+_MARKERS = ("s", "^", "D", "v", "P", "X")
 _SHOWN = 10
 """So many ROC curves are coloured; more cannot be told apart."""
 _BINS = 40

@@ -1,5 +1,5 @@
 """The papers' figures from feature caches: means by layer, a map of the features, transitions of
-LSGM's components, and virtual images beside real ones."""
+LSGM's components, virtual images beside real ones, and those of ``indicators`` and ``ablation``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,21 @@ from numpy.typing import NDArray
 from oodcli.detectors.lsgm import LSGM
 from oodcli.errors import FileError, OodcliError
 from oodcli.files.atomic import atomic, make_folder
+from oodcli.report.ablation import Ablation, ablate, ablation_figure
 from oodcli.report.evaluation import ID
-from oodcli.report.figures import _CHANCE, _LETTERS, _figure, _grid, _label, _line, save, svg
+from oodcli.report.figures import (
+    _CHANCE,
+    _ID_COLOUR,
+    _LETTERS,
+    _MARKERS,
+    _figure,
+    _grid,
+    _label,
+    _line,
+    save,
+    svg,
+)
+from oodcli.report.indicators import Boxes, indicator_boxes, indicators_figure
 from oodcli.report.layers import (
     _FEATURES,
     _MEANS,
@@ -42,11 +55,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIGURES = ("layers", "map", "transitions", "impressions")
+FIGURES = ("layers", "map", "transitions", "impressions", "indicators", "ablation")
 SUFFIXES = (".png", ".svg")
 
-_ID_COLOUR = "#888888"
-_MARKERS = ("s", "^", "D", "v", "P", "X")
 _TICKS = 24
 """So many layers have their name on the axis."""
 _CLASSES = 10
@@ -57,10 +68,13 @@ _GAP = 6
 
 @dataclass(frozen=True)
 class LayerReport:
-    """paths: the files written. notes: what was left out, and why."""
+    """paths: the files written. curves, boxes, ablation: what their figures show; None or empty
+    where those are left out. notes: what was left out, and why."""
 
     paths: list[Path]
     curves: Curves | None
+    boxes: Boxes
+    ablation: Ablation
     notes: list[str]
 
 
@@ -85,12 +99,13 @@ def write_layer_figures(
     force: bool = False,
 ) -> LayerReport:
     """Writes the figures as .png and .svg into ``directory``, which is made where it is missing:
-    all of them appear, or none. ``layers`` and ``map`` are left out, with a note, where a cache
-    lacks what they show; ``transitions`` and ``impressions`` where nobody gave an artefact or
-    images. Those of a run before that are not drawn now are taken away.
+    all of them appear, or none. ``layers``, ``map``, ``indicators`` and ``ablation`` are left out,
+    with a note, where a cache lacks what they show; ``transitions``, ``impressions`` and
+    ``ablation`` where nobody gave an artefact, images or features of virtual images. Those of a run
+    before that are not drawn now are taken away.
 
-    method: of the map. Raises FileError when one exists and ``force`` is not set, when no figure
-    can be drawn, or when the disk refuses.
+    method: of the map. seed: of t-SNE and of the ablation's random weights. Raises FileError when a
+    figure exists and ``force`` is not set, when none can be drawn, or when the disk refuses.
     """
     if method not in METHODS:
         raise OodcliError(f"--map {method}: expected {' or '.join(METHODS)}")
@@ -98,8 +113,8 @@ def write_layer_figures(
     notes = []
     drawn: dict[str, Figure] = {}
     curves = None
-    for name, needs in (("layers", _MEANS), ("map", _FEATURES)):
-        lacking = inputs.lacking(needs)
+    for name, needs, who in (("layers", _MEANS, "dms"), ("map", _FEATURES, "knn")):
+        lacking = inputs.lacking(needs, who)
         if lacking:
             notes.append(f"no figure '{name}': {lacking}")
         elif name == "layers":
@@ -118,8 +133,16 @@ def write_layer_figures(
     if inputs.images is not None:
         drawn["impressions"], note = _impressions(inputs)
         notes += [note] if note else []
+    boxes, more = indicator_boxes(inputs)
+    notes += more
+    if boxes:
+        drawn["indicators"] = indicators_figure(boxes)
+    ablation, more = ablate(inputs, seed)
+    notes += more
+    if ablation:
+        drawn["ablation"] = ablation_figure(ablation)
     if not drawn:
-        raise FileError(f"nothing can be drawn: {'; '.join(notes)}: extract again without --record")
+        raise FileError(f"nothing can be drawn: {'; '.join(notes)}")
     paths = [directory / (name + suffix) for name in drawn for suffix in SUFFIXES]
     with make_folder(directory), ExitStack() as stack:
         # All are moved into place when the last is written: the stack unwinds only then.
@@ -134,7 +157,7 @@ def write_layer_figures(
         if name not in drawn:
             for suffix in SUFFIXES:
                 (directory / (name + suffix)).unlink(missing_ok=True)
-    return LayerReport(paths, curves, notes)
+    return LayerReport(paths, curves, boxes, ablation, notes)
 
 
 def layers_figure(curves: Curves) -> Figure:

@@ -15,11 +15,12 @@ from oodcli.classifier import Preprocessing
 from oodcli.detectors.base import finite_rows
 from oodcli.detectors.lsgm import LSGM, Projection, count_steps
 from oodcli.errors import FileError, OodcliError
-from oodcli.features import INPUT, BatchNorm, Features, recorded
+from oodcli.features import INPUT, BatchNorm, Features, lacking, recorded
 from oodcli.files.artefact import Artefact
 from oodcli.files.cache import FeatureCache
 from oodcli.files.hdf5 import damage, dataset, reading
 from oodcli.files.virtual import FORMAT, MADE_BY, read_provenance
+from oodcli.metrics import MEAN
 from oodcli.report.evaluation import ID
 
 VIRTUAL = "virtual"
@@ -51,7 +52,7 @@ class LayerInputs:
 
     def __post_init__(self) -> None:
         for name in self.ood:
-            if name in (ID, VIRTUAL, BATCHNORM):
+            if name in (ID, VIRTUAL, BATCHNORM, MEAN):
                 raise OodcliError(f"--ood {name}: the figures mean something else by it: rename it")
         others = [*self.ood.values(), *([self.virtual] if self.virtual else [])]
         for cache in others:
@@ -98,12 +99,15 @@ class LayerInputs:
         virtual = {} if self.virtual is None else {VIRTUAL: self.virtual}
         return {ID: self.id, **self.ood, **virtual}
 
-    def lacking(self, needs: Iterable[str]) -> str:
-        """What the first cache that lacks something lacks, in words; empty where all have it."""
+    def lacking(self, needs: Iterable[str], who: str) -> str:
+        """What the first cache that lacks something lacks and how to record it, in words; empty
+        where all have it. who: a detector that needs the same."""
         for cache in self.named.values():
             missing = sorted(frozenset(needs) - cache.recorded)
             if missing:
-                return f"{cache.path} has no {', '.join(missing)}"
+                # A cache without any layer does not say that the network has none.
+                named = [need for need in missing if need != "batchnorm.running"] or missing
+                return f"{cache.path} has no {lacking(named, who)}"
         return ""
 
 

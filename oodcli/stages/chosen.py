@@ -141,10 +141,28 @@ def _told_apart(chosen: Sequence[Chosen]) -> list[Chosen]:
 
 
 def _must_be_fitted(kind: type[Detector]) -> str:
-    how = f"'oodcli fit CACHE.h5 -d {kind.name}' makes {kind.name}.safetensors, whose path -d takes"
+    further = further_rows(kind)
+    made = {option.split()[1]: words for option, words in further.items()}
     if kind.reference_images is not None:
-        how += f" (CACHE.h5: extract {kind.reference_images})"
+        made["CACHE.h5"] = f"extract {kind.reference_images}"
+    command = " ".join(["oodcli fit CACHE.h5 -d", kind.name, *further])
+    how = f"'{command}' makes {kind.name}.safetensors, whose path -d takes"
+    if made:
+        how += f" ({'; '.join(f'{file}: {words}' for file, words in made.items())})"
     return f"{kind.name} must be fitted first: {how}"
+
+
+def further_rows(kind: type[Detector]) -> dict[str, str]:
+    """Options of ``fit`` that a detector needs beside the rows to fit on, and how what they name is
+    made."""
+    found = {}
+    if kind.noise_images is not None:
+        found["--noise NOISE.h5"] = f"extract '{kind.noise_images}'"
+    if kind.needs_pool:
+        found["--calibrate POOL.h5"] = (
+            "extract other virtual images with --match-accuracy, the published accuracy"
+        )
+    return found
 
 
 def require_same_network(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,12 +16,12 @@ from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
 from oodcli.files.cache import CacheWriter
 from oodcli.files.hdf5 import Provenance, writing
-from oodcli.files.journal import Journal, Record
+from oodcli.files.journal import Record
 from oodcli.files.virtual import read_sensitivity
 from oodcli.images import ImageSource
 from oodcli.inversion.degrade import blurred, match_accuracy
 from oodcli.recording import Recorder
-from oodcli.stages.record import Change, Progress, no_progress, record_images, resumed
+from oodcli.stages.record import ALONE, Change, Progress, Work, no_progress, record_images
 
 
 def extract_to_file(
@@ -36,24 +37,40 @@ def extract_to_file(
     force: bool = False,
     progress: Progress = no_progress,
     timeout: float | None = None,
-    journal: Journal | None = None,
-) -> dict[str, Any]:
+    work: Work = ALONE,
+) -> dict[str, Any] | None:
     """Records a source into a cache. sensitivity_from: the virtual file that the source reads, for
-    the sensitivities that inversion measured. journal: goes on after the rows that it keeps."""
+    the sensitivities that inversion measured. None in a process that writes no file."""
     unreadable = 0
-    row = 0
     agreed = known = 0
-    make = partial(
-        record_images, classifier, source, recorder, batch_size, progress, change, timeout=timeout
-    )
+    journal = work.journal
     if journal is not None:
         force = force or journal.complete
         provenance = replace(provenance, command=journal.about.command)
-    blocks = resumed(journal, Restored(recorder), kept, lambda start: make(start=start))
+    part = work.part(len(source), batch_size)
+
+    def make() -> Iterator[Rows]:
+        return record_images(
+            classifier,
+            source,
+            recorder,
+            batch_size,
+            progress,
+            change,
+            start=part.start + work.rows,
+            stop=part.stop,
+            timeout=timeout,
+        )
+
+    blocks = work.blocks(Restored(recorder), kept, make, progress)
+    if blocks is None:
+        return None
+    rows_here = work.share.part(len(source), batch_size)
+    row = rows_here.start
     with atomic(path, force=force) as unfinished:
         with writing(unfinished) as new:
-            writer = CacheWriter(new.file, provenance, len(source))
-            for rows in blocks:
+            writer = CacheWriter(new.file, provenance, len(rows_here))
+            for rows in work.readable(blocks):
                 stop = row + len(rows.paths)
                 features = rows.features
                 if features is not None and sensitivity_from is not None:
@@ -68,7 +85,7 @@ def extract_to_file(
             journal.finish(path, force=force)
     return {
         "file": str(path),
-        "images": len(source),
+        "images": len(rows_here),
         "unreadable": unreadable,
         "recorded": sorted(recorder.what | ({"layers.sensitivity"} if sensitivity_from else set())),
         "labelled": known,
@@ -116,9 +133,9 @@ class Restored:
 
 def degrading(
     classifier: Classifier, source: ImageSource, target: float, *, batch_size: int, precision: str
-) -> tuple[Change, float, float]:
-    """The blur that brings the network's accuracy on virtual images down to ``target``; its
-    standard deviation in pixels and the accuracy reached. Raises OodcliError when the target is
+) -> tuple[float, float]:
+    """The blur that brings the network's accuracy on virtual images down to ``target``: its
+    standard deviation in pixels, and the accuracy reached. Raises OodcliError when the target is
     out of reach."""
     recorder = Recorder(classifier, frozenset({"logits"}), precision=precision)
 
@@ -130,8 +147,7 @@ def degrading(
         ]
         return sum(right for right, _ in counts) / max(sum(known for _, known in counts), 1)
 
-    sigma, reached = match_accuracy(accuracy, target)
-    return partial(blurred, sigma=sigma), sigma, reached
+    return match_accuracy(accuracy, target)
 
 
 def _hits(features: Features | None) -> tuple[int, int]:

@@ -16,11 +16,12 @@ from torch import Tensor
 from oodcli.calibration import Calibration, calibrate, labelled_threshold
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, FileError
+from oodcli.features import Features
 from oodcli.files.artefact import Artefact, write_artefact
 from oodcli.files.atomic import atomic, refuse_existing
 from oodcli.files.cache import FeatureCache
 from oodcli.files.hdf5 import Provenance
-from oodcli.stages.chosen import require_same_network, score_views
+from oodcli.stages.chosen import further_rows, require_same_network, score_views
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +30,21 @@ log = logging.getLogger(__name__)
 class FitInputs:
     """What detectors are fitted and calibrated on. train: rows to fit on. calibrate: caches of real
     images or of accuracy-matched virtual ones. ood: rows known to be out of distribution.
-    labelled: path of an image → whether somebody marked it as OOD."""
+    labelled: path of an image → whether somebody marked it as OOD. noise: rows of noise, for
+    detectors that are standardised on it."""
 
     train: FeatureCache | None
     calibrate: Sequence[FeatureCache] = ()
     ood: FeatureCache | None = None
     labelled: Mapping[str, bool] | None = None
+    noise: FeatureCache | None = None
 
     @property
     def provenance(self) -> Provenance:
         """That of the first of them, whose checkpoint and preprocessing are those of all. Raises
         FileError when they differ."""
-        caches = [cache for cache in (self.train, *self.calibrate, self.ood) if cache is not None]
+        given = (self.train, *self.calibrate, self.ood, self.noise)
+        caches = [cache for cache in given if cache is not None]
         if not caches:
             raise DetectorError("nothing to fit on: give a cache, or --calibrate FILE.h5")
         first = caches[0]
@@ -126,12 +130,15 @@ def fit_to_folder(
 def _with_origin(artefact: Artefact, origin: Provenance, command: str) -> Artefact:
     """The artefact with how it came to be; what it was fitted on before is left as it is."""
     if artefact.preprocessing is None:
-        recorded = {
-            name: getattr(origin, name)
-            for name in ("arch", "seed", "device", "precision", "command")
-        }
-        artefact = replace(artefact, preprocessing=origin.preprocessing, recorded=recorded)
+        artefact = replace(artefact, preprocessing=origin.preprocessing, recorded=_how_made(origin))
     return replace(artefact, command=command)
+
+
+def _how_made(rows: Provenance) -> dict[str, Any]:
+    """What an artefact keeps of how rows were made."""
+    return {
+        name: getattr(rows, name) for name in ("arch", "seed", "device", "precision", "command")
+    }
 
 
 LONG = 10.0
@@ -148,6 +155,8 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     """A detector fitted on the rows to fit on, where it or its hyper-parameters need any, and
     calibrated."""
     cache = inputs.train
+    if kind.reference_images is not None and given.get("reference") != "virtual":
+        cache = inputs.noise or cache
     needs = kind.fit_needs(**given)
     fitted_on: dict[str, Any] = {}
     seconds = 0.0
@@ -162,6 +171,7 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
         _check_reference(kind, given, cache)
         if kind.needs_ood or (kind.uses_ood and inputs.ood is not None):
             given["ood"] = _ood_rows(kind, inputs, needs)
+        given |= _noise_and_pool(kind, inputs)
         start = time.monotonic()
         detector = kind.fit(cache.rows(needs), **given)
         seconds = time.monotonic() - start
@@ -175,7 +185,20 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
         }
         if kind.uses_ood and inputs.ood is not None:
             fitted_on["ood_rows_sha256"] = inputs.ood.rows_sha256
-    artefact = Artefact(detector, inputs.provenance.checkpoint_sha256, fitted_on)
+        if kind.noise_images is not None and inputs.noise is not None:
+            fitted_on["noise"] = inputs.noise.path.name
+            fitted_on["noise_rows_sha256"] = inputs.noise.rows_sha256
+        if kind.needs_pool:
+            fitted_on["pool"] = [each.path.name for each in inputs.calibrate]
+            fitted_on["pool_rows_sha256"] = [each.rows_sha256 for each in inputs.calibrate]
+    origin = inputs.provenance if cache is None else cache.provenance
+    artefact = Artefact(
+        detector,
+        origin.checkpoint_sha256,
+        fitted_on,
+        preprocessing=origin.preprocessing,
+        recorded=_how_made(origin),
+    )
     if inputs.calibrate or inputs.labelled is not None:
         return _calibrate_one(artefact, inputs)
     if cache is None or cache.provenance.virtual or kind.reference_images is not None:
@@ -243,13 +266,55 @@ def _check_reference(kind: type[Detector], given: Mapping[str, Any], cache: Feat
     if kind.reference_images is None:
         return
     virtual = given.get("reference") == "virtual"
-    noise = cache.provenance.source.startswith(kind.reference_images.partition("?")[0])
-    if virtual != cache.provenance.virtual or not (virtual or noise):
+    if virtual != cache.provenance.virtual or not (virtual or _is_of(kind.reference_images, cache)):
         raise DetectorError(
             f"{kind.name} is standardised on {kind.reference_images.partition('?')[0]}, but "
-            f"{cache.path} holds {cache.provenance.source}: extract {kind.reference_images}, or "
-            f"fit on virtual images with -p {kind.name}.reference=virtual"
+            f"{cache.path} holds {cache.provenance.source}: extract {kind.reference_images} (and "
+            "name it with --noise, beside rows for other detectors), or fit on virtual images with "
+            f"-p {kind.name}.reference=virtual"
         )
+
+
+def _is_of(images: str, cache: FeatureCache) -> bool:
+    """Whether the rows of a cache are of these images, or of as many others of their kind."""
+    return cache.provenance.source.startswith(images.partition("?")[0])
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Rows of several caches, in blocks that can be read again and again."""
+
+    caches: Sequence[FeatureCache]
+    needs: frozenset[str]
+
+    def __iter__(self) -> Iterator[Features]:
+        for cache in self.caches:
+            yield from cache.rows(self.needs)
+
+
+def _noise_and_pool(kind: type[Detector], inputs: FitInputs) -> dict[str, Any]:
+    """What ``fit`` takes beside the rows to fit on and OOD ones. Raises DetectorError when it is
+    missing, or not of the images that it should be of."""
+    found: dict[str, Sequence[FeatureCache]] = {}
+    if kind.noise_images is not None and inputs.noise is not None:
+        if not _is_of(kind.noise_images, inputs.noise):
+            raise DetectorError(
+                f"{kind.name} is fitted on noise, too, but {inputs.noise.path} holds "
+                f"{inputs.noise.provenance.source}: extract '{kind.noise_images}'"
+            )
+        found["noise"] = [inputs.noise]
+    if kind.needs_pool and inputs.calibrate:
+        found["pool"] = inputs.calibrate
+    further = further_rows(kind)
+    if len(found) < len(further):
+        how = "; ".join(f"{option.split()[1]}: {words}" for option, words in further.items())
+        raise DetectorError(
+            f"{kind.name} is fitted on more than one cache: give {' and '.join(further)}, too "
+            f"({how})"
+        )
+    for cache in (each for caches in found.values() for each in caches):
+        cache.require(kind.needs, kind.name)
+    return {name: _Joined(caches, kind.needs) for name, caches in found.items()}
 
 
 def _ood_rows(kind: type[Detector], inputs: FitInputs, needs: frozenset[str]) -> Any:

@@ -12,15 +12,20 @@ import torch
 from torch import Tensor
 
 from oodcli.classifier import Classifier
+from oodcli.errors import OodcliError
 from oodcli.files.atomic import atomic
 from oodcli.files.hdf5 import Provenance, writing
-from oodcli.files.journal import Journal, Record
+from oodcli.files.journal import Record
 from oodcli.files.virtual import VirtualWriter
 from oodcli.inversion.invert import Plan, VirtualBatch, invert
-from oodcli.inversion.quality import Quality
+from oodcli.inversion.quality import Quality, report
 from oodcli.inversion.step import Step
 from oodcli.report.contact_sheet import contact_sheet
-from oodcli.stages.record import Progress, no_progress
+from oodcli.shards import Shard, Share
+from oodcli.stages.record import ALONE, Progress, Work, no_progress
+
+SHOWN = 1000
+"""Of how many of the first images the contact sheet is made."""
 
 
 def invert_to_file(
@@ -32,10 +37,10 @@ def invert_to_file(
     step: Step | None = None,
     force: bool = False,
     progress: Progress = no_progress,
-    journal: Journal | None = None,
-) -> dict[str, Any]:
-    """Virtual images into ``path`` and a contact sheet beside it; returns the quality report.
-    step: as ``prepare`` makes it. journal: goes on after the batches that it keeps."""
+    work: Work = ALONE,
+) -> dict[str, Any] | None:
+    """Virtual images into ``path`` and a contact sheet beside it; returns the quality report, None
+    in a process that writes no file. step: as ``prepare`` makes it."""
     step = step or Step(classifier, plan.objective, plan.precision)
     sheet_path = path.with_suffix(".png")
     settings = {
@@ -46,37 +51,38 @@ def invert_to_file(
         "batch_size": plan.batch_size,
         "path": step.path,
     }
-    count = len(plan.classes) * plan.per_class
     quality = Quality(classifier)
     shown: list[tuple[Tensor, Tensor]] = []
+    journal = work.journal
     if journal is not None:
         force = force or journal.complete
         provenance = replace(provenance, command=journal.about.command)
 
-    def batches() -> Iterator[VirtualBatch]:
-        first = 0
-        if journal is not None:
-            yield from journal.kept(_restored)
-            first = journal.records
-        for batch in invert(classifier, plan, first=first, step=step, progress=progress):
-            if journal is not None:
-                journal.append(_kept(batch))
-            yield batch
+    batches = len(plan.batches())
+    part = work.part(batches)
 
+    def make() -> Iterator[VirtualBatch]:
+        first = part.start + work.records
+        return invert(classifier, plan, first=first, last=part.stop, step=step, progress=progress)
+
+    made = work.blocks(_restored, _kept, make, progress)
+    if made is None:
+        return None
+    count = plan.images(work.share.part(batches))
     with ExitStack() as stack:
         unfinished = stack.enter_context(atomic(path, force=force))
         sheet = stack.enter_context(atomic(sheet_path, force=force))
         with writing(unfinished) as new:
             writer = VirtualWriter(new.file, provenance, count, settings)
-            for batch in batches():
+            for batch in made:
                 writer.append(batch.images, batch.label, batch.sensitivity)
                 new.check()
                 quality.add(batch.images, batch.label)
-                if len(shown) < 10:
+                if sum(len(labels) for _, labels in shown) < SHOWN:
                     shown.append((batch.images, batch.label))
-            report = quality.report()
-            writer.finish(report)
-        images, labels = (torch.cat(parts) for parts in zip(*shown, strict=True))
+            found = report([quality.sums()])
+            writer.finish(found, None if work.share.whole else quality.sums())
+        images, labels = (torch.cat(parts)[:SHOWN] for parts in zip(*shown, strict=True))
         pixels = classifier.preprocessing.to_pixels(images.float()).clamp(0, 1)
         contact_sheet(pixels, labels, classifier.class_names, sheet)
         if journal is not None:
@@ -91,8 +97,25 @@ def invert_to_file(
         "precision": plan.precision,
         "device": str(classifier.device),
         "path": step.path,
-        **report,
+        **found,
     }
+
+
+def shard_of_plan(plan: Plan, share: Share) -> Shard | None:
+    """What a file with a share of the images says of it; None where that is all. Raises OodcliError
+    when the share has no batch."""
+    if share.whole:
+        return None
+    batches = len(plan.batches())
+    part = share.part(batches)
+    if not part:
+        raise OodcliError(
+            f"--shard {share}: there are {batches} batches of at most {plan.batch_size} images, so "
+            f"{batches} shards are the most; or give a smaller --batch-size to all of them"
+        )
+    before, rows = plan.images(range(part.start)), plan.images(range(batches))
+    stop = before + plan.images(part)
+    return Shard(share.number, share.of, before, stop, rows, "")
 
 
 def _kept(batch: VirtualBatch) -> Record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,9 +16,11 @@ from oodcli.classifier import Classifier
 from oodcli.errors import ImagesError
 from oodcli.features import Rows
 from oodcli.files.hdf5 import Provenance
-from oodcli.files.journal import Journal, Record
+from oodcli.files.journal import Block, Journal, Record
 from oodcli.images import ImageSource, batches
 from oodcli.recording import Recorder
+from oodcli.shards import WHOLE, Shard, Share
+from oodcli.team import Team
 
 Progress = Callable[[int], None]
 
@@ -38,13 +41,14 @@ def record_images(
     change: Change | None = None,
     *,
     start: int = 0,
+    stop: int | None = None,
     timeout: float | None = None,
 ) -> Iterator[Rows]:
-    """The rows of a source from ``start`` on, in order, recorded a batch at a time, ``change`` made
-    before; in the processor's memory, where detectors work. timeout: seconds for an image to be
-    read."""
+    """The rows [start, stop) of a source, by default all, in order, recorded a batch at a time,
+    ``change`` made before; in the processor's memory, where detectors work. timeout: seconds for an
+    image to be read."""
     for batch in batches(
-        source, classifier.preprocessing, batch_size, start=start, timeout=timeout
+        source, classifier.preprocessing, batch_size, start=start, stop=stop, timeout=timeout
     ):
         good = torch.tensor([error is None for error in batch.errors])
         images = batch.images if change is None else change(batch.images)
@@ -55,7 +59,7 @@ def record_images(
         progress(len(batch.paths))
 
 
-class _Block(Protocol):
+class _Rows(Protocol):
     @property
     def paths(self) -> Sequence[str]: ...
 
@@ -64,40 +68,81 @@ class _Block(Protocol):
         """One a row; None or empty where it could be read."""
 
 
-Block = TypeVar("Block", bound=_Block)
+RowBlock = TypeVar("RowBlock", bound=_Rows)
 
 
-def resumed(
-    journal: Journal | None,
-    restore: Callable[[Record], Block],
-    keep: Callable[[Block], Record],
-    make: Callable[[int], Iterable[Block]],
-) -> Iterator[Block]:
-    """All blocks of a job: those that its journal keeps, then those that ``make`` makes from a row
-    on, each of which is kept first. Without a journal, all are made. Raises ImagesError at the end
-    when not one row could be read; there is nothing to go on with then."""
-    rows = readable = 0
-    reason = ""
+@dataclass(frozen=True)
+class Work:
+    """How a job is kept and shared. journal: goes on after what it keeps; None to keep nothing.
+    share: the part of it that this file will have. team: processes that do the whole together."""
 
-    def blocks() -> Iterator[Block]:
-        if journal is None:
-            yield from make(0)
+    journal: Journal | None = None
+    share: Share = WHOLE
+    team: Team | None = None
+
+    def part(self, count: int, unit: int = 1) -> range:
+        """Which of ``count`` things this process does, a ``unit`` of them at a time."""
+        return (self.share if self.team is None else self.team.share).part(count, unit)
+
+    @property
+    def rows(self) -> int:
+        """How many of its rows are kept from before."""
+        return 0 if self.journal is None else self.journal.rows
+
+    @property
+    def records(self) -> int:
+        """How many of its blocks are."""
+        return 0 if self.journal is None else self.journal.records
+
+    def blocks(
+        self,
+        restore: Callable[[Record], Block],
+        keep: Callable[[Block], Record],
+        make: Callable[[], Iterable[Block]],
+        progress: Progress,
+    ) -> Iterator[Block] | None:
+        """All blocks of the file: those that are kept, then those that ``make`` makes after them,
+        each of which is kept first. None in the processes that do but a share for another."""
+        blocks = self._own(restore, keep, make)
+        if self.team is None or self.journal is None:
+            return blocks
+        if self.team.leads:
+            return self.team.gathered(blocks, self.journal, restore, progress)
+        self.team.hand_over(blocks, self.journal)
+        return None
+
+    def _own(
+        self,
+        restore: Callable[[Record], Block],
+        keep: Callable[[Block], Record],
+        make: Callable[[], Iterable[Block]],
+    ) -> Iterator[Block]:
+        if self.journal is None:
+            yield from make()
             return
-        yield from journal.kept(restore)
-        for block in make(journal.rows):
-            journal.append(keep(block))
+        yield from self.journal.kept(restore)
+        for block in make():
+            self.journal.append(keep(block))
             yield block
 
-    for block in blocks():
-        rows += len(block.errors)
-        readable += sum(not error for error in block.errors)
-        for path, error in zip(block.paths, block.errors, strict=True):
-            reason = reason or (f"{path}: {error}" if error else "")
-        yield block
-    if rows and not readable:
-        if journal is not None:
-            journal.clear()
-        raise ImagesError(f"not one of {rows} images could be read; {reason}")
+    def readable(self, blocks: Iterable[RowBlock]) -> Iterator[RowBlock]:
+        """The blocks. Raises ImagesError at the end when not one row could be read, unless these
+        are a share of them; there is nothing to go on with then."""
+        rows = readable = 0
+        reason = ""
+        for block in blocks:
+            rows += len(block.errors)
+            readable += sum(not error for error in block.errors)
+            for path, error in zip(block.paths, block.errors, strict=True):
+                reason = reason or (f"{path}: {error}" if error else "")
+            yield block
+        if rows and not readable and self.share.whole:
+            if self.journal is not None:
+                self.journal.clear()
+            raise ImagesError(f"not one of {rows} images could be read; {reason}")
+
+
+ALONE = Work()
 
 
 def job_of(made: Provenance, **more: Any) -> dict[str, Any]:
@@ -113,6 +158,7 @@ def job_of(made: Provenance, **more: Any) -> dict[str, Any]:
         "--device": made.device,
         "oodcli": made.oodcli_version,
         "torch": made.torch_version,
+        **({} if made.shard is None else {"--shard": str(made.shard)}),
         **more,
     }
 
@@ -123,12 +169,26 @@ LISTED = 8192
 
 def listing(source: ImageSource) -> str:
     """SHA-256 of the paths of a source and, where it is one file, of its size and time."""
+    state = file_state(Path(source.name))
+    return hashlib.sha256(f"{paths_sha256(source)} {state}".encode()).hexdigest()
+
+
+def paths_sha256(source: ImageSource) -> str:
+    """SHA-256 of the paths of a source."""
     found = hashlib.sha256()
     for start in range(0, len(source), LISTED):
         paths = source.paths(start, min(start + LISTED, len(source)))
         found.update("".join(f"{path}\0" for path in paths).encode())
-    found.update(file_state(Path(source.name)).encode())
     return found.hexdigest()
+
+
+def shard_of(share: Share, rows: int, unit: int, listing: Callable[[], str]) -> Shard | None:
+    """What a file with a share of rows says of it; None where that is all. listing: SHA-256 of the
+    list of all of them."""
+    if share.whole:
+        return None
+    part = share.part(rows, unit)
+    return Shard(share.number, share.of, part.start, part.stop, rows, listing())
 
 
 def file_state(path: Path) -> str:
@@ -149,6 +209,7 @@ def provenance(
     precision: str,
     virtual: bool,
     matched_accuracy: float | None = None,
+    shard: Shard | None = None,
 ) -> Provenance:
     """What a file says of how it was made."""
     return Provenance(
@@ -165,4 +226,5 @@ def provenance(
         precision=precision,
         virtual=virtual,
         matched_accuracy=matched_accuracy,
+        shard=shard,
     )

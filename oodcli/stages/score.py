@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from oodcli.detectors.base import Detector
 from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
-from oodcli.files.journal import Journal, Record
+from oodcli.files.journal import Record
 from oodcli.files.made import made_path, write_made
 from oodcli.files.scores import ScoreBlock, ScoresWriter
 from oodcli.stages.chosen import Chosen, score_views
-from oodcli.stages.record import resumed
+from oodcli.stages.record import ALONE, Progress, Work, no_progress
 from oodcli.stages.verdict import Rule, StreamRule
 
 
@@ -43,7 +43,7 @@ class ScoreSummary:
 
 
 def score_to_file(
-    rows: Callable[[int], Iterable[Rows]],
+    rows: Callable[[], Iterable[Rows]],
     chosen: Sequence[Chosen],
     class_names: Sequence[str],
     target: Path | TextIO,
@@ -53,13 +53,14 @@ def score_to_file(
     mirror: bool = False,
     explain: bool = False,
     force: bool = False,
-    journal: Journal | None = None,
+    progress: Progress = no_progress,
+    work: Work = ALONE,
     made: Mapping[str, Any] | None = None,
-) -> ScoreSummary:
-    """Scores rows as they come. rows: from a number on. journal: goes on after the rows that it
-    keeps. made: how the scores are made, for the file beside them. rules: detector → how it
-    decides, which adds ``<detector>.ood`` and with a calibration ``<detector>.p``. stream_rule:
-    thresholds from the whole stream, which is then kept in memory. explain: adds
+) -> ScoreSummary | None:
+    """Scores rows as they come; None in a process that writes no file. rows: those that are not
+    kept from before. made: how the scores are made, for the file beside them. rules: detector →
+    how it decides, which adds ``<detector>.ood`` and with a calibration ``<detector>.p``.
+    stream_rule: thresholds from the whole stream, which is then kept in memory. explain: adds
     ``<detector>.why``. A detector that has learnt from OOD data has ``<detector>.saw``.
     ``<detector>`` is the name of the chosen one, such as ``knn[real]``."""
     rules = dict(rules or {})
@@ -79,14 +80,19 @@ def score_to_file(
     flagged = dict.fromkeys(rules, 0)
     thresholds: dict[str, float] = {}
 
-    def score(start: int) -> Iterator[ScoreBlock]:
-        for block in rows(start):
+    def score() -> Iterator[ScoreBlock]:
+        for block in rows():
             yield _score_block(
                 block, columns, chosen, class_names, rules, mirror=mirror, explain=explain
             )
 
+    scored = work.blocks(_restored, _kept, score, progress)
+    if scored is None:
+        return None
+    scored = work.readable(scored)
+    journal = work.journal
+
     def blocks() -> Iterator[ScoreBlock]:
-        scored = resumed(journal, _restored, _kept, score)
         if stream_rule is None:
             yield from scored
             return
@@ -117,7 +123,14 @@ def score_to_file(
                 paths.update("".join(f"{path}\0" for path in block.paths).encode())
         if made is not None and isinstance(target, Path) and isinstance(unfinished, Path):
             beside = stack.enter_context(atomic(made_path(target), force=True))
-            about = {**made, "rows": total, "paths_sha256": paths.hexdigest()}
+            about = {
+                **made,
+                "rows": total,
+                "unreadable": unreadable,
+                "infinite": infinite,
+                "flagged": flagged,
+                "paths_sha256": paths.hexdigest(),
+            }
             write_made(about, unfinished, beside)
         if journal is not None and isinstance(target, Path):
             journal.finish(target, force=force)

@@ -1,0 +1,109 @@
+"""Duo: two detectors that need no data and err on different images, on a common scale and added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from oodcli.detectors.base import Blocks, Detector, finite_rows
+from oodcli.detectors.c2ir_z import C2IRZ
+from oodcli.detectors.one_class_sum import OneClassSum
+from oodcli.errors import DetectorError
+from oodcli.features import Features
+
+
+def on_common_scale(scores: Tensor, median: Tensor, spread: Tensor) -> Tensor:
+    """(s − median)/interquartile range. scores: (N, P); median, spread: (P,). Returns (N, P)."""
+    return (scores - median) / spread
+
+
+def median_and_spread(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Median and interquartile range of each column, quantiles interpolated between neighbouring
+    ranks as numpy does. scores: (N, P) float64, finite, N ≥ 1. Returns (P,), (P,)."""
+    ranked = scores.sort(0).values
+    place = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64) * (len(ranked) - 1)
+    low, high = ranked[place.floor().long()], ranked[place.ceil().long()]  # (3, P)
+    first, median, third = low + (high - low) * (place % 1)[:, None]
+    return median, third - first
+
+
+@dataclass(frozen=True)
+class Duo(Detector):
+    """r(c2ir-z) + r(1c-sum), r(s) = (s − median)/interquartile range over a pool of virtual images
+    that the network errs on as often as on real ones. Nothing is tuned, and no image is real.
+
+    deviation, indicators: the two, fitted. median, spread: (2,), of their scores on the pool.
+    usual: (T,), medians of what the scores are sums of, for explanations.
+    """
+
+    name = "duo"
+    source = "this project, on C2IR and Begon & Geurts 2021"
+    about = "c2ir-z + 1c-sum, each by its median and quartiles on accuracy-matched virtual images"
+    needs = C2IRZ.needs | OneClassSum.needs
+    fitted = True
+    noise_images = OneClassSum.reference_images
+    needs_pool = True
+    explains = True
+
+    deviation: C2IRZ
+    indicators: OneClassSum
+    median: Tensor
+    spread: Tensor
+    usual: Tensor
+
+    @classmethod
+    def fit_needs(cls, **hyperparameters: Any) -> frozenset[str]:
+        return C2IRZ.fit_needs()
+
+    @classmethod
+    def fit(cls, train: Blocks, *, noise: Blocks, pool: Blocks) -> Self:
+        """One pass over each: c2ir-z on train, 1c-sum on noise, and for each row of the pool the
+        terms of both are kept. Raises DetectorError when a record is missing or one of the three
+        has no row, and when a score does not vary over the pool."""
+        parts = C2IRZ.fit(train), OneClassSum.fit(noise)
+        kept: list[tuple[Tensor, Tensor]] = []
+        for block in finite_rows(pool, cls.needs, cls.name):
+            scores = _scores_of(parts, block)
+            good = torch.isfinite(scores).all(1)
+            kept.append((scores[good], _terms_of(parts, block)[good]))
+        rows, terms = (torch.cat(each) for each in zip(*kept, strict=True))
+        if not len(rows):
+            raise DetectorError(f"{cls.name}: not one row of the pool has finite scores")
+        median, spread = median_and_spread(rows)
+        for part, value in zip(parts, spread.tolist(), strict=True):
+            if not value > 0:
+                raise DetectorError(
+                    f"{cls.name}: {part.name} gives half of the {len(rows)} rows of the pool or "
+                    "more the same score, so it has no scale: calibrate on more and different "
+                    "images"
+                )
+        return cls(*parts, median, spread, median_and_spread(terms)[0])
+
+    def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
+        """What the two scores are the sums of, each from its median on the pool and in the unit of
+        the sum: a score is their sum and a constant."""
+        parts = [part.contributions(test) for part in (self.deviation, self.indicators)]
+        names = [name for words, _ in parts for name in words]
+        pairs = zip(self.spread, parts, strict=True)
+        units = torch.cat([unit.expand(terms.shape[1]) for unit, (_, terms) in pairs])
+        return names, on_common_scale(
+            torch.cat([terms for _, terms in parts], 1), self.usual, units
+        )
+
+    def _score(self, test: Features) -> Tensor:
+        scores = _scores_of((self.deviation, self.indicators), test)
+        return on_common_scale(scores, self.median, self.spread).sum(1)
+
+
+def _scores_of(parts: Sequence[Detector], block: Features) -> Tensor:
+    """(N, 2)."""
+    return torch.stack([part.score(block) for part in parts], 1)
+
+
+def _terms_of(parts: Sequence[Detector], block: Features) -> Tensor:
+    """(N, T), those of the one after those of the other."""
+    return torch.cat([part.contributions(block)[1] for part in parts], 1)

@@ -1,0 +1,137 @@
+"""The processes that torchrun has started for one job. They meet in its key-value store alone: no
+tensor goes from one to another, so neither gloo nor nccl is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from oodcli.errors import OodcliError
+from oodcli.shards import Share
+
+if TYPE_CHECKING:
+    from oodcli.files.journal import Block, Journal, Record
+
+Listen = Callable[[int], None]
+"""Raises what a signal has asked for: a progress callback, which is told of no progress."""
+
+
+def _nobody(_: int) -> None:
+    """Signals act at once."""
+
+
+POLL = 0.1
+"""Seconds between two looks at the store; signals are heard in between."""
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process, and others with it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and _size() > 1
+
+
+def local_rank() -> int:
+    """Number of this process among those of its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Store(Protocol):
+    """What is needed of torch.distributed's."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def get(self, key: str) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes ``rank`` 0 to ``size`` - 1 of one job, of which each does a share into a journal of
+    its own; the first one then writes the output from all of them."""
+
+    rank: int
+    size: int
+    store: Store
+
+    @classmethod
+    def assemble(cls) -> Team | None:
+        """Of the processes that torchrun has started; None where it has not, or just this one.
+        Raises OodcliError when its store cannot be reached."""
+        if not launched():
+            return None
+        from torch.distributed.rendezvous import rendezvous
+
+        try:
+            store, rank, size = next(rendezvous("env://"))
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise OodcliError(f"the other processes of torchrun are out of reach: {reason}") from (
+                error
+            )
+        return cls(rank, size, store)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    @staticmethod
+    def first_try() -> bool:
+        """Whether torchrun has not had to start them again."""
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    @property
+    def share(self) -> Share:
+        return Share(self.rank + 1, self.size)
+
+    def agree(
+        self, name: str, mine: dict[str, Any], make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What one process has found out and all go on with: what the journal of any keeps, else
+        what the first one makes now. mine: empty where this one keeps nothing."""
+        self._say(f"{name}/{self.rank}", mine)
+        if self.leads:
+            kept = [self._hear(f"{name}/{rank}") for rank in range(self.size)]
+            self._say(name, next(filter(None, kept), None) or make())
+        return dict(self._hear(name))
+
+    def hand_over(self, blocks: Iterator[Any], journal: Journal) -> None:
+        """Does this process's share, which stays in its journal for the first one."""
+        for _ in blocks:
+            pass
+        journal.hand_over()
+        self._say(f"done/{self.rank}", True)
+
+    def gathered(
+        self,
+        blocks: Iterator[Block],
+        journal: Journal,
+        restore: Callable[[Record], Block],
+        listen: Listen,
+    ) -> Iterator[Block]:
+        """In the first process: does its own share, waits for the others, and gives all blocks in
+        order. ``journal`` removes the other journals with its own, once the output is there."""
+        for _ in blocks:
+            pass
+        for rank in range(1, self.size):
+            self._hear(f"done/{rank}", listen)
+        yield from journal.kept(restore)
+        for rank in range(1, self.size):
+            yield from journal.of_share(Share(rank + 1, self.size), restore)
+
+    def _say(self, name: str, value: Any) -> None:
+        self.store.set(f"oodcli/{name}", json.dumps(value))
+
+    def _hear(self, name: str, listen: Listen = _nobody) -> Any:
+        key = f"oodcli/{name}"
+        while not self.store.check([key]):
+            listen(0)
+            time.sleep(POLL)
+        return json.loads(self.store.get(key))

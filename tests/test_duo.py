@@ -1,0 +1,433 @@
+"""duo: its formula, what it is fitted on, and when score takes it by itself."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import networks
+import numpy as np
+import pytest
+import torch
+from commands import oodcli
+from safetensors.torch import load_file, save_file
+from test_cli import fails
+
+from oodcli import detectors
+from oodcli.detectors.c2ir_z import C2IRZ
+from oodcli.detectors.duo import Duo, median_and_spread, on_common_scale
+from oodcli.detectors.one_class_sum import OneClassSum
+from oodcli.errors import DetectorError, FileError
+from oodcli.files.artefact import Artefact, read_artefact, write_artefact
+from oodcli.files.cache import open_cache
+from oodcli.recording import Recorder, recordable
+
+# ---------------------------------------------------------------------------- the formula
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """A function from a count and a seed to what was recorded of as many images."""
+    network = networks.classifier(networks.Residual(classes=3))
+    recorder = Recorder(network, recordable(network))
+
+    def recorded(count, seed):
+        return recorder(networks.images(count, seed), torch.arange(count) % 3)
+
+    return recorded
+
+
+@pytest.fixture(scope="module")
+def three(rows):
+    """Rows to fit on, of noise and of the pool."""
+    return {"train": rows(24, 1), "noise": rows(30, 2), "pool": rows(41, 3)}
+
+
+@pytest.fixture(scope="module")
+def test(rows):
+    return rows(9, 4)
+
+
+def test_the_formula_against_a_naive_one(three, test):
+    expected = np.zeros(9)
+    for part in (C2IRZ.fit(three["train"]), OneClassSum.fit(three["noise"])):
+        pool = part.score(three["pool"]).numpy()
+        low, median, high = np.percentile(pool, [25, 50, 75])
+        expected += (part.score(test).numpy() - median) / (high - low)
+    found = Duo.fit(**three).score(test)
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_pieces_by_hand():
+    scores = torch.tensor([[4.0, 0.0], [1.0, 30.0], [3.0, 10.0], [2.0, 20.0]]).double()
+    median, spread = median_and_spread(scores)
+    assert median.tolist() == [2.5, 15.0]
+    assert spread.tolist() == [1.5, 15.0]  # 3.25 − 1.75, 22.5 − 7.5
+    assert on_common_scale(scores, median, spread)[0].tolist() == [1.0, -1.0]
+    assert [each.tolist() for each in median_and_spread(scores[:1])] == [[4.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+def test_quantiles_are_those_of_numpy(count):
+    scores = torch.randn(count, 3, generator=torch.Generator().manual_seed(count)).double()
+    median, spread = median_and_spread(scores)
+    low, middle, high = np.percentile(scores.numpy(), [25, 50, 75], axis=0)
+    np.testing.assert_allclose(median, middle, rtol=1e-12)
+    np.testing.assert_allclose(spread, high - low, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("part", [C2IRZ, OneClassSum])
+def test_the_scale_of_a_part_does_not_matter(three, test, part, monkeypatch):
+    before = Duo.fit(**three).score(test)
+    score = part._score
+    monkeypatch.setattr(part, "_score", lambda self, block: 1000 * score(self, block) - 77)
+    torch.testing.assert_close(Duo.fit(**three).score(test), before, rtol=1e-9, atol=1e-9)
+
+
+def test_blocks_are_the_whole(three, test):
+    """Of each of the three, cut in its own way."""
+    blocks = {
+        name: [rows.select(slice(start, start + size)) for start in range(0, len(rows), size)]
+        for size, (name, rows) in zip((5, 7, 11), three.items(), strict=True)
+    }
+    whole = Duo.fit(**three).score(test)
+    torch.testing.assert_close(Duo.fit(**blocks).score(test), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_a_score_is_its_contributions_and_a_constant(three, test):
+    duo = Duo.fit(**three)
+    names, terms = duo.contributions(test)
+    assert len(names) == terms.shape[1] == len(duo.deviation.layers) + 1 + 14
+    rest = duo.score(test) - terms.sum(1)
+    torch.testing.assert_close(rest, rest[:1].expand(9), rtol=1e-9, atol=1e-9)
+    # Each is counted from what is usual on the pool.
+    usual = duo.contributions(three["pool"])[1].quantile(0.5, 0)
+    torch.testing.assert_close(usual, torch.zeros_like(usual), rtol=0, atol=1e-9)
+
+
+def test_a_pool_without_spread_is_refused(three):
+    pool = three["pool"]
+    sentence = "duo: c2ir-z gives half of the {} rows of the pool or more the same score, so"
+    with pytest.raises(DetectorError, match=sentence.format(1)):
+        Duo.fit(**{**three, "pool": pool.select(slice(0, 1))})
+    same = pool.select(torch.tensor([5] * 30 + list(range(4))))
+    with pytest.raises(DetectorError, match=sentence.format(34)):
+        Duo.fit(**{**three, "pool": same})
+    # A few that are alike leave a scale.
+    Duo.fit(**{**three, "pool": pool.select(torch.tensor([5] * 10 + list(range(41))))})
+    with pytest.raises(DetectorError, match="duo: there is no row to fit on"):
+        Duo.fit(**{**three, "pool": []})
+
+
+def test_rows_of_the_pool_that_are_not_finite_do_not_count(three, test, monkeypatch):
+    pool = three["pool"]
+    spoilt = pool.map_rows(lambda name, rows: rows.clone(), len(pool))
+    spoilt.logits[3:5] = torch.nan
+    kept = torch.tensor([row for row in range(41) if row not in (3, 4)])
+    found = Duo.fit(**{**three, "pool": spoilt}).score(test)
+    expected = Duo.fit(**{**three, "pool": pool.select(kept)}).score(test)
+    assert torch.equal(found, expected)
+    monkeypatch.setattr(C2IRZ, "_score", lambda self, block: torch.full((len(block),), torch.inf))
+    with pytest.raises(DetectorError, match="not one row of the pool has finite scores"):
+        Duo.fit(**three)
+
+
+# ---------------------------------------------------------------------------- the artefact
+
+
+def test_an_artefact_holds_both_parts(three, test, tmp_path):
+    duo = Duo.fit(**three)
+    path = tmp_path / "duo.safetensors"
+    write_artefact(Artefact(duo, "abc", {"rows": 24, "kind": "virtual"}), path)
+    again = read_artefact(path).detector
+    assert torch.equal(again.score(test), duo.score(test))
+    for part in ("deviation", "indicators"):
+        mine, its = getattr(duo, part), getattr(again, part)
+        assert type(mine) is type(its)
+        assert torch.equal(mine.score(test), its.score(test))
+    assert json.loads(metadata(path)["hyperparameters"]) == {
+        "deviation": {"layers": list(duo.deviation.layers), "weights": "uniform"},
+        "indicators": {"reference": "uniform"},
+    }
+
+
+def metadata(path):
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "settings", "reason"),
+    [
+        ("indicators/mean", None, "1c-sum: 'mean' is missing from the artefact"),
+        (None, {"deviation": {}, "indicators": {}}, "c2ir-z: 'layers' is missing"),
+        (None, {"deviation": 3, "indicators": {}}, "c2ir-z: 'layers' is missing"),
+        (None, {"deviation": {}}, "c2ir-z: 'layers' is missing"),
+    ],
+)
+def test_a_damaged_part_is_named(three, tmp_path, tensor, settings, reason):
+    path = tmp_path / "duo.safetensors"
+    write_artefact(Artefact(Duo.fit(**three), "abc", {}), path)
+    words = metadata(path)
+    if settings is not None:
+        words["hyperparameters"] = json.dumps(settings)
+    tensors = {name: value for name, value in load_file(path).items() if name != tensor}
+    save_file(tensors, path, words)
+    with pytest.raises(FileError, match=f"is damaged .*{reason}"):
+        read_artefact(path)
+
+
+def test_a_part_has_nothing_superfluous(three):
+    duo = Duo.fit(**three)
+    more = {**duo.state(), "indicators/more": torch.zeros(1)}
+    with pytest.raises(DetectorError, match="1c-sum: the artefact has an unknown 'more'"):
+        Duo.restore(more, duo.settings())
+
+
+def test_both_parts_move(three):
+    moved = Duo.fit(**three).to(torch.device("meta"))
+    assert all(tensor.is_meta for tensor in moved.state().values())
+    assert isinstance(moved.deviation, C2IRZ)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def place(fitted, tmp_path_factory):
+    """A folder with a copy of the checkpoint, virtual rows, noise, a pool and a fitted duo."""
+    folder = tmp_path_factory.mktemp("duo")
+    for name in ("digits.pt", "digits.toml", "v.features.h5", "test.npz"):
+        shutil.copy(fitted / name, folder)
+    checkpoint, other = folder / "digits.pt", folder / "w.h5"
+    for words in (
+        ("invert", checkpoint, "--per-class", 6, "--no-mirror", "--seed", 7, "-o", other),
+        ("extract", checkpoint, other, "--match-accuracy", 0.9, "--mirror", *output(folder, "p")),
+        ("extract", checkpoint, "noise:uniform?n=300", *output(folder, "n")),
+        ("extract", checkpoint, folder / "test.npz", "--mirror", *output(folder, "id")),
+        fit(folder, "-d", "duo", "-d", "1c-sum", "-d", "c2ir-z", "-o", folder / "detectors"),
+    ):
+        result = oodcli(*words)
+        assert result.status == 0, result.err
+    return folder
+
+
+def output(folder, name):
+    return "-o", folder / f"{name}.h5"
+
+
+def fit(folder, *words):
+    three = (folder / "v.features.h5", "--noise", folder / "n.h5", "--calibrate", folder / "p.h5")
+    return "fit", *three, *words
+
+
+def scores(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_it_is_fitted_on_three_caches(place):
+    made = {
+        name: read_artefact(place / "detectors" / f"{name}.safetensors")
+        for name in ("duo", "1c-sum", "c2ir-z")
+    }
+    duo = made["duo"]
+    with open_cache(place / "id.h5") as cache:
+        block = next(iter(cache.rows(Duo.needs)))
+    for name, part in (("c2ir-z", duo.detector.deviation), ("1c-sum", duo.detector.indicators)):
+        assert torch.equal(part.score(block), made[name].detector.score(block))
+    assert set(duo.calibrations) == {"plain", "mirror"}
+    assert duo.fitted_on["kind"] == "virtual"
+    assert duo.fitted_on["file"] == "v.features.h5"
+    assert duo.fitted_on["noise"] == "n.h5"
+    assert duo.fitted_on["pool"] == ["p.h5"]
+    with open_cache(place / "p.h5") as pool, open_cache(place / "n.h5") as noise:
+        assert duo.fitted_on["pool_rows_sha256"] == [pool.rows_sha256]
+        assert duo.fitted_on["noise_rows_sha256"] == noise.rows_sha256
+        plain = torch.cat([duo.detector.score(block) for block in pool.rows(Duo.needs)])
+    assert torch.equal(duo.calibrations["plain"].scores, plain.sort().values)
+
+
+def test_noise_beside_other_rows_is_noise_alone(place, tmp_path):
+    """1c-sum of one command for all is that of a command of its own."""
+    alone = oodcli("fit", place / "n.h5", "-d", "1c-sum", "-o", tmp_path)
+    assert alone.status == 0, alone.err
+    one = read_artefact(tmp_path / "1c-sum.safetensors")
+    other = read_artefact(place / "detectors" / "1c-sum.safetensors")
+    assert one.fitted_on == other.fitted_on
+    assert one.recorded == other.recorded
+    assert one.detector.state().keys() == other.detector.state().keys()
+    for name, tensor in one.detector.state().items():
+        assert torch.equal(tensor, other.detector.state()[name])
+    # Without a cache of other rows, too; and virtual images where they are asked for.
+    without = ("fit", "-d", "1c-sum", "--noise", place / "n.h5", "-o", tmp_path, "--force")
+    assert oodcli(*without).status == 0
+    assert read_artefact(tmp_path / "1c-sum.safetensors").fitted_on == one.fitted_on
+    virtual = fit(place, "-d", "1c-sum", "-d", "duo", "-p", "1c-sum.reference=virtual")
+    assert oodcli(*virtual, "-o", tmp_path, "--force").status == 0
+    assert read_artefact(tmp_path / "1c-sum.safetensors").fitted_on["kind"] == "virtual"
+
+
+def test_all_that_can_be_fitted(place, tmp_path):
+    names = "1c-sum", "duo"
+    for more, expected in (
+        (("--noise", place / "n.h5", "--calibrate", place / "p.h5"), names),
+        (("--noise", place / "n.h5"), names[:1]),
+        ((), ()),
+    ):
+        words = ("fit", place / "v.features.h5", "-d", "all", "-o", tmp_path, "--json", "--force")
+        result = oodcli(*words, *more)
+        made = {artefact["detector"] for artefact in json.loads(result.out)}
+        assert made & set(names) == set(expected)
+    assert "1c-sum (--noise; score fits it on the spot)" in result.err
+    assert "duo (--noise)" in result.err
+
+
+def test_what_is_missing_is_said(place, tmp_path):
+    into = ("-o", tmp_path / "x")
+    noise, pool = ("--noise", place / "n.h5"), ("--calibrate", place / "p.h5")
+    start = ("fit", place / "v.features.h5", "-d", "duo")
+    for given in ((), noise, pool):
+        sentence = (
+            "duo is fitted on more than one cache: give --noise NOISE.h5 and --calibrate POOL.h5, "
+            "too (NOISE.h5: extract 'noise:uniform?n=2000&seed=0'; POOL.h5: extract other virtual "
+            "images with --match-accuracy, the published accuracy)"
+        )
+        fails(sentence, *start, *given, *into, leaves=tmp_path)
+    fails("duo must be fitted: give a cache", "fit", "-d", "duo", *noise, *pool, *into)
+    fails(
+        f"duo is fitted on noise, too, but {place / 'id.h5'} holds",
+        *(*start, *pool, "--noise", place / "id.h5", *into),
+    )
+    fails(
+        f"1c-sum is standardised on noise:uniform, but {place / 'id.h5'} holds",
+        *("fit", "-d", "1c-sum", "--noise", place / "id.h5", *into),
+    )
+    raw = (*noise, "--calibrate", place / "v.features.h5")
+    fails("holds raw virtual images", *start, *raw, *into)
+    fails(
+        f"--noise {place / 'n.h5'}: none of c2ir-z is fitted on noise",
+        *("fit", place / "v.features.h5", "-d", "c2ir-z", *noise, *into),
+    )
+    fails(
+        "duo must be fitted first: 'oodcli fit CACHE.h5 -d duo --noise NOISE.h5 --calibrate "
+        "POOL.h5' makes duo.safetensors, whose path -d takes (NOISE.h5: extract 'noise:uniform",
+        *("score", place / "digits.pt", "noise:blob?n=2", "-d", "duo"),
+    )
+    short = ("extract", place / "digits.pt", "noise:uniform?n=9", "--record", "logits")
+    assert oodcli(*short, *output(tmp_path, "short")).status == 0
+    fails("duo", *start, *pool, "--noise", tmp_path / "short.h5", *into)
+
+
+def test_a_pool_of_another_checkpoint_is_refused(place, tmp_path):
+    state = torch.load(place / "digits.pt", weights_only=True)
+    changed = {name: value * 1.5 if value.ndim == 4 else value for name, value in state.items()}
+    torch.save(changed, tmp_path / "other.pt")
+    shutil.copy(place / "digits.toml", tmp_path / "other.toml")
+    made = oodcli("extract", tmp_path / "other.pt", "noise:uniform?n=9", *output(tmp_path, "n"))
+    assert made.status == 0, made.err
+    words = ("--calibrate", place / "p.h5", "--noise", tmp_path / "n.h5", "-o", tmp_path / "x")
+    fails("use one checkpoint", "fit", place / "v.features.h5", "-d", "duo", *words)
+
+
+def test_real_rows_beside_the_pool_count_too(place, tmp_path):
+    words = fit(place, "--calibrate", place / "id.h5", "-d", "duo", "-o", tmp_path)
+    assert oodcli(*words).status == 0
+    both = read_artefact(tmp_path / "duo.safetensors")
+    assert both.fitted_on["pool"] == ["p.h5", "id.h5"]
+    assert both.calibrations["plain"].real > 0
+    with open_cache(place / "p.h5") as pool, open_cache(place / "id.h5") as real:
+        rows = [
+            both.detector.indicators.score(block)
+            for cache in (pool, real)
+            for block in cache.rows(Duo.needs)
+        ]
+    assert both.detector.median[1] == pytest.approx(float(np.median(torch.cat(rows))), rel=1e-12)
+
+
+def test_scores_and_their_mirror(place):
+    artefact = ("-d", place / "detectors" / "duo.safetensors")
+    plain = scores(oodcli("score", place / "id.h5", *artefact).out)
+    mirrored = oodcli("score", place / "id.h5", *artefact, "--mirror", "--fpr", "0.1", "--explain")
+    assert mirrored.status == 0, mirrored.err
+    found = scores(mirrored.out)
+    duo = read_artefact(artefact[1]).detector
+    with open_cache(place / "id.h5") as cache:
+        block = next(iter(cache.rows(Duo.needs | {"mirror"})))
+    first = duo.score(block)
+    both = first + duo.score(block.mirror)
+    for row, (one, two) in enumerate(zip(first.tolist(), both.tolist(), strict=True)):
+        assert float(plain[row]["duo"]) == pytest.approx(one, rel=1e-8)
+        assert float(found[row]["duo"]) == pytest.approx(two, rel=1e-8)
+    assert {row["duo.ood"] for row in found} <= {"0", "1"}
+    assert all(len(row["duo.why"].split("; ")) == 3 for row in found)
+
+
+def test_it_is_the_default_where_it_is_at_hand(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "net" / "digits.pt"
+    checkpoint.parent.mkdir()
+    shutil.copy(place / "digits.pt", checkpoint)
+    shutil.copy(place / "digits.toml", checkpoint.parent)
+    artefact = place / "detectors" / "duo.safetensors"
+    score = ("score", checkpoint, "noise:blob?n=3")
+    assert "no -d, so 1c-sum: the strongest that needs nothing but the" in oodcli(*score).err
+    expected = oodcli(*score, "-d", artefact).out
+    here = Path("detectors") / "duo.safetensors"
+    beside = checkpoint.parent / "digits.duo.safetensors"
+    among = checkpoint.parent / "detectors" / "duo.safetensors"
+    for path in (beside, among, here):  # each goes before those that are there already
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(artefact, path)
+        result = oodcli(*score)
+        assert result.status == 0, result.err
+        assert f"note: no -d, so {path}: the strongest that needs no real images" in result.err
+        assert "scored by duo (virtual);" in result.err
+        assert result.out == expected
+    assert list(scores(oodcli(*score, "-d", "msp").out)[0])[4:] == ["msp", "error"]
+    cached = oodcli("score", place / "id.h5")
+    assert f"note: no -d, so {here}: the strongest" in cached.err
+    assert "duo" in scores(cached.out)[0]
+
+
+def test_a_cache_takes_it_from_the_working_directory_alone(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = oodcli("score", place / "id.h5")  # beside which there is detectors/duo.safetensors
+    assert "no -d, so energy" in result.err
+
+
+def test_what_does_not_belong_is_left_aside(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = Path("detectors") / "duo.safetensors"
+    here.parent.mkdir()
+    score = ("score", place / "id.h5")
+    good = read_artefact(place / "detectors" / "duo.safetensors")
+    for artefact, reason in (
+        (replace(good, checkpoint_sha256="f" * 64), f"{here} was fitted for the checkpoint fff"),
+        (Artefact(detectors.get("energy")(), good.checkpoint_sha256, {}), "an artefact of energy"),
+    ):
+        write_artefact(artefact, here)
+        result = oodcli(*score)
+        assert result.status == 0, result.err
+        assert "note: left aside: " in result.err
+        assert reason in result.err
+        assert "no -d, so energy" in result.err
+        here.unlink()
+    here.write_bytes(b"no artefact")
+    assert f"note: left aside: {here} is damaged" in oodcli(*score).err
+    write_artefact(good, here)
+    short = ("extract", place / "digits.pt", "noise:blob?n=3", "--record", "logits")
+    assert oodcli(*short, "-o", "short.h5").status == 0
+    result = oodcli("score", "short.h5")
+    assert f"left aside: {here} needs batchnorm.mean, " in result.err
+    assert result.status == 0
+    # Beside the checkpoint there is one that fits.
+    write_artefact(replace(good, checkpoint_sha256="f" * 64), here)
+    result = oodcli("score", place / "digits.pt", "noise:blob?n=3")
+    assert f"left aside: {here}" in result.err
+    assert f"no -d, so {place / 'detectors' / 'duo.safetensors'}:" in result.err

@@ -1,0 +1,599 @@
+"""Jobs in parts: --shard and merge, and the processes of torchrun. What comes out is what one
+process makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from commands import oodcli
+from PIL import Image
+
+from oodcli.errors import OodcliError
+from oodcli.files import journal
+from oodcli.inversion.quality import report
+from oodcli.shards import Shard, Share
+from oodcli.team import Team
+
+# ------------------------------------------------------------------------------------ arithmetic
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 64, 65, 1000])
+@pytest.mark.parametrize("of", [1, 2, 3, 64])
+@pytest.mark.parametrize("unit", [1, 8, 100])
+def test_the_parts_are_the_whole_in_the_same_units(count, of, unit):
+    parts = [Share(number, of).part(count, unit) for number in range(1, of + 1)]
+    assert list(chain(*parts)) == list(range(count))
+    assert all(part.start % unit == 0 or part.start == count for part in parts)
+    units = [-(-len(part) // unit) for part in parts]
+    assert max(units) - min(units) <= 1
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/3", "4/3", "1/0", "-1/3", "a/b", "1/3/5", "1.0/3"])
+def test_what_is_no_shard(text):
+    with pytest.raises(OodcliError, match=r"--shard .*: expected .* such as 3/64"):
+        Share.parse(text)
+
+
+def test_a_shard_in_a_file_is_checked():
+    good = {"number": 2, "of": 3, "start": 4, "stop": 8, "rows": 12, "listing": "x"}
+    assert str(Shard.from_dict(good)) == "2/3"
+    for wrong in (
+        {"number": 4},
+        {"number": 0},
+        {"start": 9},
+        {"stop": 13},
+        {"rows": "12"},
+        {"number": True},
+        {"listing": None},
+        {"more": 1},
+    ):
+        with pytest.raises(ValueError, match="shard"):
+            Shard.from_dict({**good, **wrong})
+
+
+# ------------------------------------------------------------------------------------- the stages
+
+
+def contents(path: Path) -> dict[str, object]:
+    """Everything in an HDF5 file but the command that made it."""
+    with h5py.File(path) as file:
+        found: dict[str, object] = {
+            f"@{name}": str(value) for name, value in file.attrs.items() if name != "command"
+        }
+
+        def add(name: str, each: h5py.Dataset | h5py.Group) -> None:
+            found[name] = {key: str(value) for key, value in each.attrs.items()}
+            if isinstance(each, h5py.Dataset):
+                text = h5py.check_string_dtype(each.dtype)
+                found[f"{name} values"] = (
+                    list(each.asstr()[()]) if text else (each.shape, each[()].tobytes())
+                )
+
+        file.visititems(add)
+    return found
+
+
+def made(path: Path) -> dict[str, object]:
+    """What stands beside scores, but for the command."""
+    found = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+    del found["command"]
+    return found
+
+
+def same(one: Path, other: Path) -> None:
+    if one.suffix == ".h5":
+        assert contents(one) == contents(other)
+    else:
+        assert one.read_bytes() == other.read_bytes()
+        assert made(one) == made(other)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """41 small images in three classes, of which three cannot be read."""
+    place = tmp_path_factory.mktemp("images")
+    draws = np.random.default_rng(0)
+    for number in range(41):
+        path = place / "028"[number % 3] / f"{number:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        if number in (3, 20, 21):
+            path.write_bytes(b"no image")
+        else:
+            Image.fromarray(draws.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    return place
+
+
+def commands(fitted: Path, folder: Path) -> dict[str, list[object]]:
+    """A job of each kind, without its output; the suffix of that behind the name."""
+    checkpoint = fitted / "digits.pt"
+    return {
+        "invert.h5": ["invert", checkpoint, "--per-class", 5, "--steps", 3, "--batch-size", 8],
+        "virtual.h5": ["extract", checkpoint, fitted / "v.h5", "--batch-size", 16],
+        "folder.h5": ["extract", checkpoint, folder, "--batch-size", 4, "--mirror"],
+        "pool.h5": ["extract", checkpoint, fitted / "v.h5", "--match-accuracy", 0.9],
+        "scores.csv": [
+            *("score", checkpoint, folder, "--batch-size", 4, "-d", "energy", "-d", "odin"),
+            *("-d", fitted / "fitted" / "c2ir-z.safetensors", "--explain"),
+            *("--threshold", "energy=-5"),
+        ],
+        "lines.jsonl": ["score", checkpoint, folder, "--batch-size", 4, "-d", "msp"],
+        "cache.csv": ["score", fitted / "v.features.h5", "-d", "energy"],
+    }
+
+
+JOBS = ("invert.h5", "virtual.h5", "folder.h5", "pool.h5", "scores.csv", "lines.jsonl", "cache.csv")
+
+
+@pytest.fixture(scope="module")
+def whole(fitted, folder, tmp_path_factory):
+    """What each job makes in one process."""
+    place = tmp_path_factory.mktemp("whole")
+
+    def get(job: str) -> Path:
+        if not (place / job).exists():
+            result = oodcli(*commands(fitted, folder)[job], "-o", place / job)
+            assert result.status in (0, 3), result.err
+        return place / job
+
+    return get
+
+
+@pytest.fixture
+def cut(fitted, folder, tmp_path):
+    """Makes shards of a job."""
+
+    def make(job: str, of: int, *more: object) -> list[Path]:
+        stem, _, suffix = job.partition(".")
+        paths = []
+        for number in range(1, of + 1):
+            paths.append(tmp_path / f"{stem}{number}.{suffix}")
+            words = commands(fitted, folder)[job]
+            result = oodcli(*words, "--shard", f"{number}/{of}", "-o", paths[-1], *more)
+            assert result.status in (0, 3), result.err
+        return paths
+
+    return make
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_merged_shards_are_what_one_process_makes(job, whole, cut, tmp_path):
+    shards = cut(job, 3)
+    result = oodcli("merge", *reversed(shards), "-o", tmp_path / job)
+    assert result.status == (3 if job[0] in "fls" else 0), result.err
+    same(whole(job), tmp_path / job)
+    if job == "invert.h5":
+        sheet = whole(job).with_suffix(".png").read_bytes()
+        assert (tmp_path / "invert.png").read_bytes() == sheet
+    assert "3 of 3, rows" in oodcli("inspect", shards[2]).out
+    assert oodcli("inspect", "--verify", tmp_path / job).status == 0
+    assert "--shard 1/3" in oodcli("inspect", tmp_path / job, "--json").out
+
+
+def test_parquet_is_merged(fitted, folder, tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    words = ["score", fitted / "digits.pt", folder, "--batch-size", 4, "-d", "energy"]
+    shards = [tmp_path / f"{number}.parquet" for number in (1, 2)]
+    oodcli(*words, "-o", tmp_path / "whole.parquet")
+    for number, path in enumerate(shards, 1):
+        oodcli(*words, "--shard", f"{number}/2", "-o", path)
+    result = oodcli("merge", *shards, "-o", tmp_path / "merged.parquet")
+    assert result.status == 3, result.err
+    one, other = (
+        pyarrow.parquet.read_table(tmp_path / f"{n}.parquet") for n in ("whole", "merged")
+    )
+    assert one.equals(other)
+    assert one.schema == other.schema
+
+
+def test_more_shards_than_batches(cut, whole, tmp_path):
+    """Some have no row; one has none that could be read."""
+    shards = cut("folder.h5", 14)
+    result = oodcli("merge", *shards, "-o", tmp_path / "folder.h5")
+    assert result.status == 3, result.err
+    same(whole("folder.h5"), tmp_path / "folder.h5")
+    shards = cut("lines.jsonl", 14)
+    assert oodcli("merge", *shards, "-o", tmp_path / "lines.jsonl").status == 3
+    same(whole("lines.jsonl"), tmp_path / "lines.jsonl")
+
+
+def test_a_shard_without_a_readable_image_is_no_error(fitted, tmp_path):
+    place = tmp_path / "images"
+    place.mkdir()
+    for number in range(4):
+        (place / f"{number}.png").write_bytes(b"no image")
+    words = ["extract", fitted / "digits.pt", place, "--batch-size", 2]
+    shards = [tmp_path / f"{number}.h5" for number in (1, 2)]
+    for number, path in enumerate(shards, 1):
+        assert oodcli(*words, "--shard", f"{number}/2", "-o", path).status == 3
+    result = oodcli("merge", *shards, "-o", tmp_path / "all.h5")
+    assert result.status == 1
+    assert "not one of 4 images could be read" in result.err
+    assert not (tmp_path / "all.h5").exists()
+
+
+def test_scores_of_shards_of_a_cache_can_be_merged(fitted, folder, cut, whole, tmp_path):
+    shards = []
+    for path in cut("folder.h5", 3):
+        shards.append(path.with_suffix(".csv"))
+        assert oodcli("score", path, "-d", "energy", "-o", shards[-1]).status in (0, 3)
+    result = oodcli("merge", *shards, "-o", tmp_path / "merged.csv")
+    assert result.status == 3, result.err
+    oodcli("score", whole("folder.h5"), "-d", "energy", "-o", tmp_path / "whole.csv")
+    assert (tmp_path / "merged.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_the_gate_counts_the_whole(cut, whole, tmp_path):
+    shards = cut("scores.csv", 2)
+    flagged = made(whole("scores.csv"))["flagged"]["energy"]
+    assert 0 < flagged < 38
+    share = flagged / 38
+    for limit, status in ((share + 0.01, 3), (share - 0.01, 4)):
+        words = ("merge", *shards, "-o", tmp_path / "all.csv", "--force", "--json")
+        result = oodcli(*words, "--max-ood-fraction", limit)
+        assert result.status == status, result.err
+        assert json.loads(result.out)["ood_fraction"] == {"energy": pytest.approx(share)}
+    plain = cut("lines.jsonl", 2)
+    result = oodcli("merge", *plain, "-o", tmp_path / "l.jsonl", "--max-ood-fraction", 0.5)
+    assert result.status == 1
+    assert "these shards have none" in result.err
+    assert not (tmp_path / "l.jsonl").exists()
+
+
+def refused(sentence: str, *words: object) -> None:
+    result = oodcli("merge", *words)
+    assert result.status == 1, (result.status, result.out, result.err)
+    assert sentence in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_what_does_not_belong_together_is_refused(cut, whole, fitted, folder, tmp_path):
+    out = ("-o", tmp_path / "x.h5")
+    one, two, three = cut("folder.h5", 3)
+    refused("of 3 shards, 2 is missing", one, three, *out)
+    refused("are both shard 2/3: give each once", one, two, tmp_path / "folder2.h5", *out) if (
+        two != tmp_path / "folder2.h5"
+    ) else None
+    copy = tmp_path / "copy.h5"
+    copy.write_bytes(two.read_bytes())
+    refused(f"{two} and {copy} are both shard 2/3: give each once", one, two, copy, three, *out)
+    refused("is no shard, but a whole", one, whole("folder.h5"), *out)
+    refused("is no shard, but checkpoint", fitted / "digits.pt", *out)
+    refused("merge one kind at a time", one, *cut("scores.csv", 2), *out)
+    refused("expected a name that ends in .h5", one, two, three, "-o", tmp_path / "x.csv")
+    assert not (tmp_path / "x.h5").exists()
+    damaged = bytearray(two.read_bytes())
+    place = damaged.find(h5py.File(two)["logits"][0].tobytes())
+    damaged[place] ^= 1
+    copy.write_bytes(damaged)
+    refused("the file is damaged", one, copy, three, *out)
+
+    words = commands(fitted, folder)["folder.h5"]
+    for number, (option, name) in enumerate(
+        (
+            (["--seed", 1], "--seed"),
+            (["--batch-size", 8], "begins with row"),
+            (["--record", "logits"], "--record"),
+        )
+    ):
+        other = tmp_path / f"other{number}.h5"
+        assert oodcli(*words, *option, "--shard", "2/3", "-o", other).status in (0, 3)
+        result = oodcli("merge", one, other, three, *out)
+        assert result.status == 1
+        assert name in result.err
+        assert str(other) in result.err
+    more = tmp_path / "more"
+    more.mkdir()
+    for path in folder.rglob("*.png"):
+        target = more / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    words = ["extract", fitted / "digits.pt", more, "--batch-size", 4, "--mirror"]
+    other = tmp_path / "elsewhere.h5"
+    assert oodcli(*words, "--shard", "2/3", "-o", other).status == 0
+    refused("with the list of images", one, other, three, *out)
+
+
+def test_scores_that_do_not_belong_together(cut, fitted, folder, tmp_path):
+    one, two = cut("scores.csv", 2)
+    out = ("-o", tmp_path / "x.csv")
+    text = two.read_text(encoding="utf-8")
+    two.write_text(text.replace("0", "1", 1), encoding="utf-8")
+    refused("damaged", one, two, *out) if False else None
+    result = oodcli("merge", one, two, *out)
+    assert result.status == 1
+    assert not (tmp_path / "x.csv").exists()
+    two.write_text(text, encoding="utf-8")
+    beside = Path(f"{two}.json")
+    kept = beside.read_text(encoding="utf-8")
+    beside.unlink()
+    refused("is no shard, which scores2.csv.json beside it would say", one, two, *out)
+    beside.write_text(kept.replace('"number": 2', '"number": 9'), encoding="utf-8")
+    refused("is damaged (shard", one, two, *out)
+    beside.write_text(kept, encoding="utf-8")
+    words = commands(fitted, folder)["scores.csv"]
+    other = tmp_path / "other.csv"
+    assert oodcli(*words, "--mirror", "--shard", "2/2", "-o", other).status == 3
+    refused("was made with --mirror false", one, other, *out)
+
+
+def test_a_shard_that_cannot_be(fitted, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = fitted / "digits.pt"
+    for words, sentence in (
+        (("invert", checkpoint, "--per-class", 5, "--shard", "1/2"), "there are 1 batches"),
+        (("score", checkpoint, folder, "--contamination", 0.1, "--shard", "1/2"), "whole stream"),
+        (("extract", checkpoint, folder, "--shard", "3/2"), "such as 3/64"),
+    ):
+        result = oodcli(*words)
+        assert result.status == 1
+        assert sentence in result.err
+
+
+def test_a_shard_goes_on_after_an_interruption(fitted, folder, cut, tmp_path, monkeypatch):
+    expected = cut("folder.h5", 2)[1].read_bytes()
+    words = [*commands(fitted, folder)["folder.h5"], "--shard", "2/2", "-o"]
+    from oodcli.files.journal import Journal
+
+    append = Journal.append
+
+    def once(self, record):
+        append(self, record)
+        if self.records == 2:
+            raise KeyboardInterrupt
+
+    (tmp_path / "folder2.h5").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", once)
+        assert oodcli(*words, tmp_path / "folder2.h5").status == 130
+    result = oodcli(*words[:-3], "--shard", "1/2", "-o", tmp_path / "folder2.h5")
+    assert "was begun with --shard 2/2, but now it is 1/2" in result.err
+    assert oodcli(*words, tmp_path / "folder2.h5").status == 3
+    assert (tmp_path / "folder2.h5").read_bytes() == expected
+
+
+def test_quality_does_not_depend_on_how_it_is_added():
+    draws = np.random.default_rng(0)
+
+    def part() -> dict[str, np.ndarray]:
+        first = draws.normal(size=(1, 6))
+        sums = np.concatenate([first * 10, first**2 * 10 + 5])
+        return {"counts": np.array([10.0, 3.3, 9.0]), "moments/a": sums, "memory/a": sums * 0 + 1}
+
+    parts = [part() for _ in range(5)]
+    added = {name: sum(each[name] for each in parts[1:]) for name in parts[0]}
+    added["memory/a"] = parts[0]["memory/a"]
+    found = report(parts)
+    assert found == report([parts[0], added])
+    assert found["cross_entropy"] == pytest.approx(0.33)
+    assert found["agreement"] == 0.9
+
+
+# --------------------------------------------------------------------------------------- torchrun
+
+
+class Store:
+    """A store for processes that run one after another."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.said[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        assert all(key in self.said for key in keys), f"nobody will ever say {keys}"
+        return True
+
+    def get(self, key: str) -> bytes:
+        return self.said[key]
+
+
+@pytest.fixture
+def team(monkeypatch):
+    """Runs a command in every process of a team, the first one last, and gives its results."""
+
+    def run(size: int, *words: object, store: Store | None = None, ranks=None):
+        store = store or Store()
+        results = {}
+        for rank in ranks if ranks is not None else [*range(1, size), 0]:
+            with monkeypatch.context() as patch:
+                patch.setattr(Team, "assemble", lambda rank=rank: Team(rank, size, store))
+                patch.setattr("oodcli.cli.console.who", "")
+                results[rank] = oodcli(*words)
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job not in ("invert.h5", "pool.h5")])
+@pytest.mark.parametrize("size", [2, 3, 13])
+def test_a_team_makes_what_one_process_makes(job, size, team, whole, fitted, folder, tmp_path):
+    results = team(size, *commands(fitted, folder)[job], "-o", tmp_path / job)
+    for result in results.values():
+        assert result.status == 0, result.err
+        assert not result.out
+    assert all(not results[rank].err for rank in range(1, size))
+    same(whole(job), tmp_path / job)
+    beside = {".csv": [f"{job}.json"], ".jsonl": [f"{job}.json"]}.get(Path(job).suffix, [])
+    assert sorted(os.listdir(tmp_path)) == sorted([job, *beside])
+
+
+def test_a_team_agrees_on_what_one_finds_out(team, whole, fitted, folder, tmp_path):
+    """Those that are not the first need the first one's word, here from before."""
+    for job, name in (("invert.h5", "decisions"), ("pool.h5", "blur")):
+        words = [*commands(fitted, folder)[job], "-o", tmp_path / job]
+        found = {
+            "decisions": {"batch_size": 8, "half_steps": 0, "path": "eager"},
+            "blur": {"sigma": 0.5, "reached": 0.5},
+        }[name]
+        if name == "blur":
+            with h5py.File(whole(job)) as file:
+                assert file.attrs["matched_accuracy"] == 0.9
+        store = Store()
+        store.set(f"oodcli/{name}", json.dumps(found))
+        assert team(2, *words, store=store, ranks=[1])[1].status == 0
+        # Started again, the first one has kept nothing, but the other has: its word holds.
+        store = Store()
+        store.set("oodcli/done/1", "true")
+        about, _, _ = journal.read_about(tmp_path / f"{job}.2-of-2.partial")
+        store.set(f"oodcli/{name}/1", json.dumps(about.decided))
+        result = team(2, *words, store=store, ranks=[0])[0]
+        assert result.status == 0, result.err
+        if name == "decisions":
+            same(whole(job), tmp_path / job)
+        else:
+            assert "a blur of 0.500 pixels" in result.err
+
+
+def test_a_team_goes_on_where_it_was(team, whole, fitted, folder, tmp_path, monkeypatch):
+    words = [*commands(fitted, folder)["folder.h5"], "-o", tmp_path / "folder.h5"]
+    from oodcli.files.journal import Journal
+
+    append = Journal.append
+    appended = []
+
+    def counting(self, record):
+        appended.append(self.path.name)
+        append(self, record)
+        if len(appended) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "append", counting)
+    assert team(3, *words, ranks=[2, 1])[2].status == 130
+    journals = ["folder.h5.2-of-3.partial", "folder.h5.3-of-3.partial"]
+    assert sorted(os.listdir(tmp_path)) == journals
+    inspected = json.loads(oodcli("inspect", tmp_path / journals[1], "--json").out)
+    assert inspected["job"]["the share of this process"] == "3/3"
+    results = team(3, *words, "--restart", ranks=[])
+    assert not results
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    # Given again by the launcher, --restart does not begin again.
+    results = team(3, *words, "--restart")
+    assert [result.status for result in results.values()] == [0, 0, 0]
+    assert len(appended) == 11
+    same(whole("folder.h5"), tmp_path / "folder.h5")
+    assert os.listdir(tmp_path) == ["folder.h5"]
+
+
+def test_other_sizes_of_a_team_are_refused(team, fitted, folder, tmp_path):
+    words = [*commands(fitted, folder)["folder.h5"], "-o", tmp_path / "folder.h5"]
+    assert team(3, *words, ranks=[1])[1].status == 0
+    path = tmp_path / "folder.h5.2-of-3.partial"
+    assert journal.read_about(path)[2]
+    result = team(3, *words, "--seed", 1, store=Store(), ranks=[1])[1]
+    assert "was begun with --seed 0" in result.err
+    # Processes on two hosts that do not see the same folder.
+    store = Store()
+    for rank in (1, 2):
+        store.set(f"oodcli/done/{rank}", "true")
+    path.unlink()
+    result = team(3, *words, store=store, ranks=[0])[0]
+    assert result.status == 1
+    assert "need an output where all of them see it, or --shard and 'oodcli merge'" in result.err
+    assert not (tmp_path / "folder.h5").exists()
+    result = oodcli(*words)
+    assert "was begun with the share of this process 1/3" in result.err
+    assert oodcli(*words, "--restart").status == 3
+    assert os.listdir(tmp_path) == ["folder.h5"]
+
+
+def test_a_team_refuses_what_it_cannot_do(team, fitted, folder, tmp_path):
+    checkpoint = fitted / "digits.pt"
+    out = ("-o", tmp_path / "x.csv")
+    for words, sentence in (
+        (("score", checkpoint, folder, "-d", "msp"), "name it with -o"),
+        (("score", checkpoint, folder, "-d", "msp", "--shard", "1/2", *out), "without a launcher"),
+        (("score", checkpoint, "-", "-d", "msp", *out), "no standard input of their own"),
+    ):
+        result = team(2, *words, ranks=[1])[1]
+        assert result.status == 1
+        assert sentence in result.err
+        assert result.err.startswith("oodcli (rank 1): ")
+
+
+def test_a_team_finds_thresholds_and_gates_in_the_whole_stream(team, fitted, folder, tmp_path):
+    words = ["score", fitted / "digits.pt", folder, "--batch-size", 4, "-d", "energy"]
+    words += ["--contamination", 0.25]
+    oodcli(*words, "-o", tmp_path / "one.csv")
+    results = team(3, *words, "--max-ood-fraction", 0.1, "-o", tmp_path / "three.csv")
+    assert results[0].status == 4
+    assert results[1].status == results[2].status == 0
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "three.csv").read_bytes()
+
+
+DYING = """
+import os, signal, sys
+from oodcli.files.journal import Journal
+append = Journal.append
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+log = os.environ["KEPT"] + os.environ["RANK"]
+def dying(self, record):
+    append(self, record)
+    with open(log, "a") as stream:
+        stream.write("x")
+    if first and os.environ["RANK"] == "1" and self.records == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.append = dying
+from oodcli.cli import main
+main()
+"""
+
+
+def torchrun(size: int, *words: object, script: object = None, **more: str):
+    target = ["-m", "oodcli"] if script is None else [script]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    restarts = ["--max-restarts", "2"] if script else []
+    return subprocess.run(
+        [str(word) for word in (*launcher, "--nproc-per-node", size, *restarts, *target, *words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **more},
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "job"), [(1, "scores.csv"), (2, "invert.h5"), (3, "virtual.h5"), (3, "pool.h5")]
+)
+def test_torchrun(size, job, whole, fitted, folder, tmp_path):
+    result = torchrun(size, *commands(fitted, folder)[job], "-o", tmp_path / job)
+    # One process alone is no team: an image that cannot be read is status 3, which torchrun
+    # reports as a failure.
+    assert (result.returncode == 0) == (size > 1), result.stderr
+    assert result.stderr.count(f"wrote {tmp_path / job}") == 1
+    same(whole(job), tmp_path / job)
+
+
+def test_a_rank_that_dies_goes_on(whole, fitted, folder, tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING, encoding="utf-8")
+    output = tmp_path / "folder.h5"
+    words = [*commands(fitted, folder)["folder.h5"], "-o", output]
+    result = torchrun(2, *words, script=script, KEPT=str(tmp_path / "kept"))
+    assert result.returncode == 0, result.stderr
+    same(whole("folder.h5"), output)
+    # Nothing is made twice: 11 batches, of which the second process has the last 6.
+    assert len((tmp_path / "kept1").read_text()) == 6
+    assert len((tmp_path / "kept0").read_text()) == 5
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_users_mistake_is_one_sentence_a_process(fitted, tmp_path):
+    result = torchrun(
+        2, "extract", fitted / "digits.pt", tmp_path / "none", "-o", tmp_path / "x.h5"
+    )
+    assert result.returncode != 0
+    for line in ("oodcli (rank 0): ", "oodcli (rank 1): "):
+        assert result.stderr.count(line) <= 1
+    assert "oodcli (rank" in result.stderr
+    assert 'File "' not in result.stderr.partition("oodcli (rank")[0]
