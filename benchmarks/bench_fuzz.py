@@ -45,6 +45,7 @@ PARSERS = {
     "checkpoint .pt2": ("checkpoint", "program.pt2"),
     "model card": ("card", "card.toml"),
     "virtual images": ("virtual", "virtual.h5"),
+    "virtual images, old HDF5": ("virtual", "old.h5"),
     "feature cache": ("cache", "features.h5"),
     "detector mds": ("artefact", "mds.safetensors"),
     "detector knn": ("artefact", "knn.safetensors"),
@@ -93,6 +94,7 @@ class Count:
 
 def write_samples(folder: Path) -> None:
     """A valid file of every kind. The network is a ResNet-8 of 4 channels with random weights."""
+    import h5py
     import numpy as np
     import torch
     from PIL import Image
@@ -129,10 +131,15 @@ def write_samples(folder: Path) -> None:
     made = provenance(
         classifier, source="noise", command="oodcli", seed=0, precision="float32", virtual=True
     )
-    with writing(folder / "virtual.h5") as new:
-        writer = VirtualWriter(new.file, made, 6, {})
-        writer.append(torch.randn(6, 3, 8, 8), torch.arange(6) % 3, {"layer1": torch.randn(6, 4)})
-        writer.finish({})
+    batch = torch.randn(6, 3, 8, 8), torch.arange(6) % 3, {"layer1": torch.randn(6, 4)}
+    with (
+        writing(folder / "virtual.h5") as new,
+        h5py.File(folder / "old.h5", "w", libver="earliest") as old,  # groups of another kind
+    ):
+        for file in (new.file, old):
+            writer = VirtualWriter(file, made, 6, {})
+            writer.append(*batch)
+            writer.finish({})
     source = open_images("noise:uniform?n=24", classifier.preprocessing, classifier.class_names)
     recorder = Recorder(classifier, recordable(classifier) - {"layers.gram", "odin.logits"})
     with writing(folder / "features.h5") as new:

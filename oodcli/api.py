@@ -97,7 +97,9 @@ def load_detector(
         if hyperparameters:
             raise DetectorError(f"{word} is fitted already: give hyper-parameters to 'oodcli fit'")
         if classifier is not None:
-            require_same_network(artefact, classifier.sha256, classifier.preprocessing)
+            require_same_network(
+                artefact, classifier.sha256, classifier.preprocessing, classifier.averaged
+            )
         return artefact.detector
     kind = detectors.get(word)
     given = {key: str(value) for key, value in hyperparameters.items()}

@@ -95,12 +95,14 @@ class Overrides:
 
 @dataclass(frozen=True)
 class _Network:
-    """A network with its weights, and what is known of it. inputs: None where nothing is."""
+    """A network with its weights, and what is known of it. inputs: None where nothing is. averaged:
+    as of a Classifier."""
 
     module: nn.Module
     arch: str
     inputs: Inputs
     assumptions: tuple[str, ...] = ()
+    averaged: bool = False
 
 
 def load_classifier(
@@ -137,6 +139,7 @@ def load_classifier(
         assumptions=(*found.assumptions, *assumed),
         layers=given.layers,
     )
+    classifier = replace(classifier, averaged=found.averaged)
     _agree(given.num_classes, classifier.num_classes, path)
     categories = architectures.categories(found.arch, classifier.num_classes)
     grouped = heads.split(found.arch)[1].startswith("mos")  # so in another order than ImageNet's
@@ -361,11 +364,11 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
     module_found = _find_module(content)
     if module_found is not None:
         return _Network(module_found, type(module_found).__name__, _guess_inputs(module_found))
-    state, notes = _find_state(content, path, prefer_ema)
+    state, notes, averaged = _find_state(content, path, prefer_ema)
     slices = content.get(SLICES)
     _check_values({SLICES: slices, **state} if isinstance(slices, Tensor) else state, path)
     found = _network(state, given, path, slices)
-    return replace(found, assumptions=(*notes, *found.assumptions))
+    return replace(found, assumptions=(*notes, *found.assumptions), averaged=averaged)
 
 
 def _zip_members(path: Path) -> dict[str, int]:
@@ -464,10 +467,13 @@ def _is_state(content: Any) -> bool:
     )
 
 
-def _find_state(content: Any, path: Path, prefer_ema: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in what a training script saved, and sentences about the choice."""
+def _find_state(
+    content: Any, path: Path, prefer_ema: bool
+) -> tuple[dict[str, Tensor], list[str], bool]:
+    """The state dict in what a training script saved, sentences about the choice, and whether it is
+    the averaged one of two."""
     notes: list[str] = []
-    averaged = False
+    averaged = both = False
     for _ in range(4):  # wrapped in a wrapper, as frameworks do
         if _is_state(content):
             break
@@ -492,6 +498,7 @@ def _find_state(content: Any, path: Path, prefer_ema: bool) -> tuple[dict[str, T
         chosen = (ema or plain)[0] if prefer_ema else (plain or ema)[0]
         averaged = averaged or chosen in AVERAGED
         if ema and plain:
+            both = True
             other = "override: leave out --ema" if prefer_ema else "override: --ema"
             notes.append(f"weights taken from '{chosen}'; there are also others ({other})")
         content = content[chosen]
@@ -505,13 +512,13 @@ def _find_state(content: Any, path: Path, prefer_ema: bool) -> tuple[dict[str, T
             state = {
                 k.removeprefix(ema_prefix): v for k, v in state.items() if k.startswith(ema_prefix)
             }
-            averaged = True
+            averaged, both = True, both or bool(rest)
         else:
             state = rest
             notes.append(f"averaged weights '{ema_prefix}*' were left out (override: --ema)")
     if prefer_ema and not averaged:
         notes.append("there are no averaged (EMA) weights: the plain ones were taken")
-    return state, notes
+    return state, notes, averaged and both
 
 
 def _check_values(state: Mapping[str, Tensor], path: Path) -> None:

@@ -133,7 +133,8 @@ class Classifier:
     class_names: one a class, "0", "1", … where nobody said. sha256: of the checkpoint file.
     assumptions: sentences about what was not given. head: None when the last layer is not linear.
     head_name: also that of a retrained head, whose input is the embedding, too.
-    taps: in the order of the forward pass.
+    taps: in the order of the forward pass. averaged: whether these are the averaged (EMA) weights
+    of a checkpoint that has plain ones, too.
     """
 
     network: nn.Module
@@ -146,6 +147,7 @@ class Classifier:
     taps: tuple[Tap, ...]
     head_name: str | None
     head: LinearHead | None
+    averaged: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,9 @@ def _nobody(_: int) -> None:
     """Signals act at once."""
 
 
+PATIENCE = 600.0
+"""Seconds that processes may start after one another."""
+
 POLL = 0.1
 """Seconds between two looks at the store; signals are heard in between."""
 
@@ -76,7 +79,24 @@ class Team:
             raise OodcliError(f"the other processes of torchrun are out of reach: {reason}") from (
                 error
             )
-        return cls(rank, size, store)
+        team = cls(rank, size, store)
+        team._call_the_roll()
+        return team
+
+    def _call_the_roll(self) -> None:
+        """Raises OodcliError when the others do not come: a process of another program may have
+        started this one, with torchrun's variables in its environment."""
+        self._say(f"here/{self.rank}", True)
+        keys = [f"oodcli/here/{rank}" for rank in range(self.size)]
+        last = time.monotonic() + PATIENCE
+        while not self.store.check(keys):
+            if time.monotonic() > last:
+                raise OodcliError(
+                    f"torchrun has started {self.size} processes, but not all of them run this: "
+                    "to start oodcli from within one of them, take TORCHELASTIC_RUN_ID out of "
+                    "its environment"
+                )
+            time.sleep(POLL)
 
     @property
     def leads(self) -> bool:

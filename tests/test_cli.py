@@ -24,7 +24,7 @@ from PIL import Image
 
 from oodcli import __version__, detectors
 from oodcli.checkpoint import load_classifier
-from oodcli.cli import interrupts
+from oodcli.cli import console, interrupts
 from oodcli.features import concatenate
 from oodcli.files.artefact import read_artefact
 from oodcli.files.cache import open_cache
@@ -1369,3 +1369,17 @@ def test_nan_weights_are_refused(fitted, tmp_path):
     state["conv1.weight"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pt")
     fails("conv1.weight", "score", tmp_path / "nan.pt", "noise:uniform?n=2")
+
+
+@pytest.mark.parametrize(
+    ("total", "words"), [(600, "of 200 images, 1.0/s, 2 min left"), (0, "images, 1.0/s")]
+)
+def test_progress_is_a_line_a_minute_without_a_terminal(total, words, capsys, monkeypatch):
+    """Three steps an image, one image a second; ten were done before."""
+    now = 1000.0
+    monkeypatch.setattr("oodcli.cli.console.time.monotonic", lambda: now)
+    with console.progress(total, "score", 3, before=30) as advance:
+        for _ in range(100):
+            now += 1
+            advance(3)
+    assert capsys.readouterr().err == f"score: 70 {words}\n"

@@ -473,6 +473,123 @@ def test_mismatched_preprocessing_is_refused(others, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def averages(made) -> Path:
+    """``made``, with what comes of a checkpoint that has plain and averaged weights beside it: of
+    the plain ones plain.…, of the others ema.…; v are virtual images, f their features, id those of
+    photographs, d an artefact, s scores; 1 and 2 shards."""
+    state = torch.load(made / "digits.pt", weights_only=True)
+    averaged = {name: value * 1.01 for name, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": averaged}, made / "both.pt")
+    shutil.copy(made / "digits.toml", made / "both.toml")
+    few = ("--per-class", 2, "--steps", 3, "--no-compile")
+    with chdir(made):
+        for name, option in (("plain", ()), ("ema", ("--ema",))):
+            images = ("both.pt", "id.npz", *option)
+            first, second = (("--shard", f"{part}/2", "--batch-size", 8) for part in (1, 2))
+            artefact = f"{name}.d/c2ir-z.safetensors"
+            for words in (
+                ("invert", "both.pt", *few, *option, "-o", f"{name}.v.h5"),
+                ("extract", "both.pt", f"{name}.v.h5", *option, "-o", f"{name}.f.h5"),
+                ("extract", *images, "-o", f"{name}.id.h5"),
+                ("extract", *images, "-o", f"{name}.1.h5", *first),
+                ("extract", *images, "-o", f"{name}.2.h5", *second),
+                ("fit", f"{name}.f.h5", "-d", "c2ir-z", "-o", f"{name}.d"),
+                ("score", f"{name}.id.h5", "-d", artefact, "-o", f"{name}.s.csv"),
+                ("score", *images, "-d", "msp", "-o", f"{name}.1.csv", *first),
+                ("score", *images, "-d", "msp", "-o", f"{name}.2.csv", *second),
+            ):
+                result = oodcli(*words)
+                assert result.status == 0, result.err
+    return made
+
+
+def test_averaged_and_plain_weights_are_not_mixed(averages, tmp_path, monkeypatch):
+    monkeypatch.chdir(averages)
+    out = ("-o", tmp_path / "x.h5")
+    folder = ("-o", tmp_path / "x")
+    for one, other, option in (("plain", "ema", ("--ema",)), ("ema", "plain", ())):
+        artefact = f"{one}.d/c2ir-z.safetensors"
+        for words in (
+            ("extract", "both.pt", f"{one}.v.h5", *out, *option),
+            ("fit", f"{one}.f.h5", "--calibrate", f"{other}.id.h5", "-d", "knn", *folder),
+            ("fit", f"{one}.f.h5", "--ood", f"{other}.id.h5", "-d", "supervised", *folder),
+            ("fit", "-d", artefact, "--calibrate", f"{other}.id.h5", *folder),
+            ("score", f"{other}.id.h5", "-d", artefact),
+            ("score", "both.pt", "id.npz", "-d", artefact, *option),
+            ("evaluate", "--id", f"{one}.s.csv", "--ood", f"x={other}.s.csv"),
+            ("evaluate", "--layers", f"{one}.id.h5", "--ood", f"x={other}.f.h5", *folder),
+        ):
+            fails(*words, says=("averaged weights", "plain weights", "--ema"))
+        for end, mixed in ((".h5", tmp_path / "x.h5"), (".csv", tmp_path / "x.csv")):
+            parts = (f"{one}.1{end}", f"{other}.2{end}")
+            fails("merge", *parts, "-o", mixed, says=("--ema", "true", "false"))
+    assert list(tmp_path.iterdir()) == []
+    for name, end in (("plain", ".h5"), ("ema", ".h5"), ("plain", ".csv"), ("ema", ".csv")):
+        merged = tmp_path / f"{name}{end}"
+        result = oodcli("merge", f"{name}.1{end}", f"{name}.2{end}", "-o", merged)
+        assert result.status == 0, result.err
+        found = json.loads(oodcli("inspect", merged, "--json").out)
+        assert found["made"]["averaged"] == (name == "ema")
+
+
+@pytest.mark.parametrize("end", ["v.h5", "f.h5", "id.h5", "d/c2ir-z.safetensors", "s.csv"])
+def test_averaged_weights_are_said(averages, end):
+    for name in ("plain", "ema"):
+        path = averages / f"{name}.{end}"
+        found = json.loads(oodcli("inspect", path, "--json").out)
+        assert found["made"]["averaged"] == (name == "ema")
+        assert ("the averaged ones" in oodcli("inspect", path).out) == (name == "ema")
+
+
+def test_what_does_not_say_which_weights_is_of_plain_ones(averages, tmp_path, monkeypatch):
+    monkeypatch.chdir(averages)
+    for name in ("plain", "ema"):
+        path = Path(shutil.copy(f"{name}.id.h5", tmp_path / f"{name}.h5"))
+        with h5py.File(path, "r+") as file:
+            del file.attrs["averaged"]
+        made = json.loads(Path(f"{name}.s.csv.json").read_text())
+        del made["averaged"]
+        (tmp_path / f"{name}.csv.json").write_text(json.dumps(made))
+        shutil.copy(f"{name}.s.csv", tmp_path / f"{name}.csv")
+        found = json.loads(oodcli("inspect", path, "--json").out)
+        assert not found["made"]["averaged"]
+        fitted = ("fit", path, "--ood", "plain.f.h5", "-d", "energy", "-o", tmp_path / name)
+        assert oodcli(*fitted).status == 0
+        both = ("--id", tmp_path / f"{name}.csv", "--ood", "x=plain.s.csv", "--resamples", 0)
+        if name == "plain":  # the other one has another detector, too
+            assert oodcli("evaluate", *both).status == 0
+
+
+@pytest.mark.parametrize("key", ["state_dict", "state_dict_ema"])
+def test_one_set_of_weights_is_the_same_with_and_without_ema(made, tmp_path, key):
+    state = torch.load(made / "digits.pt", weights_only=True)
+    torch.save({key: state}, tmp_path / "one.pt")
+    shutil.copy(made / "digits.toml", tmp_path / "one.toml")
+    with chdir(tmp_path):
+        for name, option in (("a", ()), ("b", ("--ema",))):
+            words = ("extract", "one.pt", made / "id.npz", "-o", f"{name}.h5", *option)
+            assert oodcli(*words).status == 0
+            assert not json.loads(oodcli("inspect", f"{name}.h5", "--json").out)["made"]["averaged"]
+        fitted = oodcli("fit", "a.h5", "--calibrate", "b.h5", "-d", "knn", "-o", "d")
+        assert fitted.status == 0, fitted.err
+        scored = oodcli("score", "one.pt", made / "id.npz", "-d", "d/knn.safetensors", "--ema")
+        assert scored.status == 0, scored.err
+
+
+def test_averaged_weights_under_a_prefix(made, tmp_path):
+    state = torch.load(made / "digits.pt", weights_only=True)
+    other = {f"ema_model.{name}": value * 1.01 for name, value in state.items()}
+    shutil.copy(made / "digits.toml", tmp_path / "net.toml")
+    for saved, expected in ((state | other, True), (other, False)):
+        torch.save(saved, tmp_path / "net.pt")
+        for option in ((), ("--ema",)):
+            out = tmp_path / f"{len(saved)}{len(option)}.h5"
+            assert oodcli("extract", tmp_path / "net.pt", made / "id.npz", "-o", out, *option)
+            with h5py.File(out) as file:
+                assert file.attrs["averaged"] == (expected and bool(option))
+
+
 def test_resizing_does_not_concern_virtual_images(made, tmp_path):
     for name in ("digits.pt", "digits.toml"):
         shutil.copy(made / name, tmp_path / name)

@@ -3,6 +3,7 @@ process makes."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -529,6 +530,23 @@ def test_a_team_finds_thresholds_and_gates_in_the_whole_stream(team, fitted, fol
     assert results[0].status == 4
     assert results[1].status == results[2].status == 0
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "three.csv").read_bytes()
+
+
+def test_processes_that_do_not_come(fitted, monkeypatch):
+    """As where somebody's training, which torchrun has started, calls oodcli."""
+    module = importlib.import_module("torch.distributed.rendezvous")
+
+    class Empty(Store):
+        def check(self, keys: list[str]) -> bool:
+            return all(key in self.said for key in keys)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("oodcli.team.PATIENCE", 0.2)
+    monkeypatch.setattr(module, "rendezvous", lambda url: iter([(Empty(), 0, 2)]))
+    result = oodcli("score", fitted / "digits.pt", "noise:uniform?n=5", "-d", "msp", "-o", "x.csv")
+    assert result.status == 1
+    assert "take TORCHELASTIC_RUN_ID out of its environment" in result.err
 
 
 DYING = """

@@ -154,7 +154,8 @@ def progress(
     """A bar with images/s and the time left on a terminal; elsewhere a line a minute.
 
     The yielded function is told how much more is done; total is in the same unit, of which an
-    image has per_image, and so is what was done before. It raises what a signal has asked for."""
+    image has per_image, and so is what was done before; a total of 0 is not known. It raises what a
+    signal has asked for."""
     with _shown(total, what, per_image, before) as advance, interrupts.loop(advance) as step:
         yield step
 
@@ -179,9 +180,14 @@ def _shown(total: int, what: str, per_image: int, before: int) -> Iterator[Calla
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         start = time.monotonic()
-        images = total // per_image
+        images = total // per_image if total else "?"
         task = bar.add_task(
-            "", total=total, completed=before, done=before // per_image, images=images, rate=""
+            "",
+            total=total or None,
+            completed=before,
+            done=before // per_image,
+            images=images,
+            rate="",
         )
         done = before
 
@@ -204,11 +210,12 @@ def _line_a_minute(total: int, what: str, per_image: int, before: int) -> Callab
         now = time.monotonic()
         if now - last >= 60:
             last = now
-            left = (total - done) * (now - start) / max(done - before, 1)
             rate = (done - before) / per_image / (now - start)
-            say(
-                f"{what}: {done // per_image} of {total // per_image} images, {rate:.1f}/s, "
-                f"{duration(left)} left"
-            )
+            line = f"{what}: {done // per_image} of {total // per_image} images, {rate:.1f}/s"
+            left = (total - done) * (now - start) / max(done - before, 1)
+            if total:
+                say(f"{line}, {duration(left)} left")
+            else:
+                say(line.replace(" of 0", ""))
 
     return advance

@@ -246,6 +246,7 @@ def command(
 def _require_same_network(classifier: Classifier, checkpoint: Path, images: str) -> None:
     """Virtual images tell of the network that they were made from, and of no other."""
     from oodcli.errors import OodcliError
+    from oodcli.files.made import weights_of
     from oodcli.files.virtual import read_provenance
 
     origin = read_provenance(Path(images))
@@ -253,6 +254,11 @@ def _require_same_network(classifier: Classifier, checkpoint: Path, images: str)
         raise OodcliError(
             f"{images} was made from the checkpoint {origin.checkpoint_sha256[:12]}…, but "
             f"{checkpoint} is {classifier.sha256[:12]}…: extract it with that one, or invert this"
+        )
+    if origin.averaged != classifier.averaged:
+        raise OodcliError(
+            f"{images} was made from the {weights_of(origin.averaged)} of the checkpoint, but "
+            f"these are its {weights_of(classifier.averaged)}: give --ema to both or to neither"
         )
     here = classifier.preprocessing
     # How photographs are resized does not concern images that have the right size already.

@@ -135,6 +135,7 @@ def _how(made: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
         "input": input_of(preprocessing) if preprocessing else None,
         "mean, std": mean_std(preprocessing) if preprocessing else None,
         "checkpoint": made["checkpoint_sha256"],
+        "weights": "the averaged ones (--ema)" if made.get("averaged") else None,
     }
 
 

@@ -15,6 +15,7 @@ from oodcli.cli import console, details
 from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
+    from oodcli.checkpoint import Overrides
     from oodcli.classifier import Classifier
 
 
@@ -180,20 +181,11 @@ class ModelOptions:
     def load(self, checkpoint: Path) -> Classifier:
         """The classifier; what was assumed about it is said on standard error. Raises
         CheckpointError, or OodcliError for an option that makes no sense."""
-        from oodcli.checkpoint import Overrides, load_classifier
+        from oodcli.checkpoint import load_classifier
 
         classifier = load_classifier(
             checkpoint,
-            Overrides(
-                arch=self.arch,
-                num_classes=self.num_classes,
-                input_size=_size(self.input_size),
-                mean=_numbers("--mean", self.mean),
-                std=_numbers("--std", self.std),
-                class_names=_names(self.class_names),
-                layers=self.layers,
-                card=self.card,
-            ),
+            self.overrides(),
             device=self.resolved_device(),
             prefer_ema=self.ema,
             trust_pickle=self.trust_pickle,
@@ -203,6 +195,21 @@ class ModelOptions:
         details.say_classifier(self, checkpoint, classifier)
         console.lap("checkpoint")
         return classifier
+
+    def overrides(self) -> Overrides:
+        """What is said about the network. Raises OodcliError for what makes no sense."""
+        from oodcli.checkpoint import Overrides
+
+        return Overrides(
+            arch=self.arch,
+            num_classes=self.num_classes,
+            input_size=_size(self.input_size),
+            mean=_numbers("--mean", self.mean),
+            std=_numbers("--std", self.std),
+            class_names=_names(self.class_names),
+            layers=self.layers,
+            card=self.card,
+        )
 
     def job(self) -> dict[str, Any]:
         """What else decides which network that is, for a journal."""

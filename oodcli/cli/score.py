@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,11 +30,15 @@ from oodcli.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from oodcli.classifier import Classifier
     from oodcli.detectors.base import Detector
     from oodcli.features import Rows
     from oodcli.files.hdf5 import Provenance
+    from oodcli.files.journal import Journal
+    from oodcli.images.pieces import Piece
     from oodcli.stages.chosen import Chosen, FitReference
-    from oodcli.stages.record import Progress
+    from oodcli.stages.record import Progress, Work
+    from oodcli.stages.score import Scoring
     from oodcli.stages.verdict import Rule, StreamRule
 
 _VERDICT = "Verdicts"
@@ -128,6 +133,15 @@ def command(
     restart: Restart = False,
     timeout: Timeout = None,
     shard: Shard = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ray|ray://HOST:PORT",
+            help="Score over a Ray cluster; IMAGES may also be an address such as s3://…, a "
+            "pattern of .tar files, or Parquet.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     *,
@@ -142,7 +156,7 @@ def command(
     from oodcli.shards import WHOLE
     from oodcli.stages.chosen import choose_detectors, fingerprint, placed
     from oodcli.stages.record import Work, file_state, job_of, shard_of
-    from oodcli.stages.score import score_to_file
+    from oodcli.stages.score import Scoring, score_to_file
 
     share, team = teams.part(shard, images)
     if output is not None:
@@ -164,6 +178,9 @@ def command(
             f"--shard {share}: a threshold from the whole stream cannot be found in a part of it; "
             "merge the parts first, then choose one by --threshold NAME=NUMBER"
         )
+    if engine is not None:
+        shared = team is not None or not share.whole
+        _refuse_with_engine(engine, images, output, timeout, shared=shared)
     if team is not None and output is None:
         raise OodcliError("torchrun's processes score into one file together: name it with -o")
     given = parameters(param)
@@ -171,7 +188,7 @@ def command(
         opened = (
             _from_cache(checkpoint, mirror, stack)
             if images is None
-            else _from_images(checkpoint, images, mirror, timeout, model)
+            else _from_images(checkpoint, images, mirror, timeout, model, engine is not None)
         )
         wanted = detector or [_default(opened, checkpoint, images is not None)]
         chosen = choose_detectors(
@@ -181,6 +198,7 @@ def command(
             opened.made.checkpoint_sha256,
             opened.fit_reference,
             opened.made.preprocessing,
+            opened.made.averaged,
         )
         if not chosen:
             raise OodcliError("no detector is possible with what was recorded")
@@ -191,6 +209,7 @@ def command(
             opened.made,
             shard=shard_of(share, opened.count, opened.unit(chosen), opened.listing)
             or opened.made.shard,
+            device=opened.made.device if engine is None else "ray",
         )
         kept = None
         about: dict[str, Any] = {}
@@ -229,8 +248,19 @@ def command(
                 "verdicts": {name: rule.basis for name, rule in rules.items()},
                 "mirror": mirror,
             }
-        chosen = placed(chosen, model.resolved_device())
         work = Work(kept, share, team)
+        if opened.cluster is not None:
+            scoring = Scoring.of(
+                chosen,
+                opened.made.class_names,
+                rules,
+                streamed=stream_rule is not None,
+                mirror=mirror,
+                explain=explain,
+            )
+            address = engine if engine != "ray" else None
+            work = opened.cluster(kept, chosen, scoring, address)
+        chosen = placed(chosen, model.resolved_device())
         mine = work.part(opened.count, opened.unit(chosen))
         advance = stack.enter_context(console.progress(len(mine), "score", before=work.rows))
         rows = opened.record(chosen, advance)
@@ -288,7 +318,8 @@ class Opened:
     record: rows [start, stop) for some detectors. job: what else decides which rows those are.
     count: how many there are. unit: rows that are scored together. listing: SHA-256 of the list
     of images. fit_reference: fits a detector on noise; None without the network.
-    extracted_by: the command that made a cache."""
+    extracted_by: the command that made a cache. cluster: all of the job at a Ray cluster of that
+    address."""
 
     made: Provenance
     available: frozenset[str]
@@ -299,6 +330,7 @@ class Opened:
     listing: Callable[[], str]
     fit_reference: FitReference | None = None
     extracted_by: str | None = None
+    cluster: Callable[[Journal | None, Sequence[Chosen], Scoring, str | None], Work] | None = None
 
 
 def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
@@ -354,15 +386,20 @@ def _from_images(
     mirror: bool,
     timeout: float | None,
     model: ModelOptions,
+    engine: bool,
 ) -> Opened:
     from oodcli.files.hdf5 import format_of
     from oodcli.files.virtual import FORMAT
     from oodcli.images import open_images
+    from oodcli.images.pieces import is_remote
     from oodcli.recording import Recorder, recordable
-    from oodcli.stages.chosen import fit_on_noise, needs, odin_step
+    from oodcli.stages.chosen import needs, odin_step
+    from oodcli.stages.cluster import pieces_of
     from oodcli.stages.record import listing, paths_sha256, provenance, record_images
 
     classifier = model.load(path)
+    if engine and is_remote(images):
+        return _from_anywhere(path, images, mirror, model, classifier)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
     if source.note:
         console.say(f"note: {source.note}")
@@ -411,11 +448,6 @@ def _from_images(
             "--batch-size": batch_size,
         }
 
-    def fit_reference(kind: type[Detector], given: Mapping[str, Any]) -> Detector:
-        Recorder(classifier, kind.fit_needs(**given))  # raises where that is not possible
-        console.say(f"note: {kind.name} is standardised on {kind.reference_images} first")
-        return fit_on_noise(classifier, kind, given, batch_size)
-
     return Opened(
         made,
         recordable(classifier),
@@ -424,8 +456,117 @@ def _from_images(
         len(source),
         lambda chosen: batch_size,
         lambda: paths_sha256(source),
-        fit_reference,
+        _fit_reference(classifier, batch_size),
+        cluster=_cluster(
+            path, images, mirror, model, classifier, lambda: pieces_of(source, batch_size)
+        )
+        if engine
+        else None,
     )
+
+
+def _from_anywhere(
+    path: Path, images: str, mirror: bool, model: ModelOptions, classifier: Classifier
+) -> Opened:
+    """Images that only a cluster reads: how many there are is not known before."""
+    from oodcli.images.pieces import pieces, sizes
+    from oodcli.recording import recordable
+    from oodcli.stages.record import provenance
+
+    batch_size = model.resolved_batch_size(classifier)
+    made = provenance(
+        classifier,
+        source=images,
+        command=console.command_line(),
+        seed=model.seed,
+        precision=model.resolved_precision(fast=False),
+        virtual=False,
+    )
+
+    def listing() -> str:
+        return hashlib.sha256("\n".join(sizes(images)).encode()).hexdigest()
+
+    def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
+        return lambda start, stop: ()  # the cluster does
+
+    return Opened(
+        made,
+        recordable(classifier),
+        record,
+        lambda: {**model.job(), "the list of images": listing(), "--batch-size": batch_size},
+        0,
+        lambda chosen: batch_size,
+        listing,
+        _fit_reference(classifier, batch_size),
+        cluster=_cluster(
+            path, images, mirror, model, classifier, lambda: pieces(images, batch_size)
+        ),
+    )
+
+
+def _fit_reference(classifier: Classifier, batch_size: int) -> FitReference:
+    from oodcli.recording import Recorder
+    from oodcli.stages.chosen import fit_on_noise
+
+    def fit_reference(kind: type[Detector], given: Mapping[str, Any]) -> Detector:
+        Recorder(classifier, kind.fit_needs(**given))  # raises where that is not possible
+        console.say(f"note: {kind.name} is standardised on {kind.reference_images} first")
+        return fit_on_noise(classifier, kind, given, batch_size)
+
+    return fit_reference
+
+
+def _cluster(
+    path: Path,
+    images: str,
+    mirror: bool,
+    model: ModelOptions,
+    classifier: Classifier,
+    pieces: Callable[[], Sequence[Piece]],
+) -> Callable[[Journal | None, Sequence[Chosen], Scoring, str | None], Work]:
+    from oodcli.stages.cluster import ClusterWork, Job, Network, Reading
+
+    def work(
+        kept: Journal | None, chosen: Sequence[Chosen], scoring: Scoring, address: str | None
+    ) -> Work:
+        network = Network.of(
+            path, model.overrides(), prefer_ema=model.ema, trust_pickle=model.trust_pickle
+        )
+        job = Job(
+            network,
+            Reading(
+                images,
+                classifier.preprocessing,
+                classifier.class_names,
+                model.resolved_batch_size(classifier),
+            ),
+            model.resolved_precision(fast=False),
+            mirror,
+            chosen,
+            scoring,
+        )
+        return ClusterWork(kept, job=job, pieces=pieces(), address=address)
+
+    return work
+
+
+def _refuse_with_engine(
+    engine: str, images: str | None, output: Path | None, timeout: float | None, *, shared: bool
+) -> None:
+    """Raises OodcliError for what does not go with ``--engine``."""
+    from oodcli.errors import OodcliError
+
+    if engine != "ray" and not engine.startswith("ray://"):
+        raise OodcliError(f"--engine {engine}: expected ray, or ray://HOST:PORT")
+    for wrong, words in (
+        (images is None, "a cache is scored faster here: leave it out"),
+        (images == "-", "its hosts have no standard input: give a file with the list"),
+        (output is None, "it needs a file for the scores: name one with -o"),
+        (timeout is not None, "--timeout-per-image is not for it: leave one of them out"),
+        (shared, "it shares the work by itself: leave out --shard, and start it without torchrun"),
+    ):
+        if wrong:
+            raise OodcliError(f"--engine {engine}: {words}")
 
 
 def _default(opened: Opened, path: Path, network: bool) -> str:
@@ -461,7 +602,8 @@ def _why_not(path: Path, opened: Opened) -> str | None:
 
     try:
         artefact = read_artefact(path)
-        require_same_network(artefact, opened.made.checkpoint_sha256, opened.made.preprocessing)
+        made = opened.made
+        require_same_network(artefact, made.checkpoint_sha256, made.preprocessing, made.averaged)
     except OodcliError as error:
         return str(error)
     if artefact.detector.name != "duo":

@@ -38,7 +38,8 @@ class Artefact:
     calibrations: ``plain`` and, for ``score --mirror``, ``mirror``. threshold: learnt from labelled
     rows. path: the file that it was read from. preprocessing: of the images that it was fitted or
     calibrated on; None in files of before. recorded: what else is known of how those rows were made
-    (arch, seed, device, precision, command). command: the command line that made the artefact."""
+    (arch, seed, device, precision, averaged, command). command: the command line that made the
+    artefact."""
 
     detector: Detector
     checkpoint_sha256: str
@@ -55,6 +56,11 @@ class Artefact:
         """The OOD data that the detector has learnt from, in words; empty where there are none."""
         ood = self.fitted_on.get("ood")
         return f"OOD images ({ood})" if ood else ""
+
+    @property
+    def averaged(self) -> bool:
+        """As of a Classifier: the one that those rows were recorded with."""
+        return bool(self.recorded.get("averaged", False))
 
 
 def write_artefact(artefact: Artefact, path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oodcli.errors import FileError
 from oodcli.features import (
+    INPUT,
     LAYER_PARTS,
     BatchNorm,
     Features,
@@ -89,7 +90,18 @@ class CacheWriter:
         self._label[start:stop] = rows.labels.cpu().numpy()
         self._list.update(listed(rows.paths, rows.labels, rows.errors))
         self._row = stop
-        if stop == self._count:
+        self._sum_up()
+
+    def declare(self, features: Features) -> None:
+        """What is recorded of a row, where there was none that could be read. features: of any
+        number of rows, none of which is written."""
+        if not self._rows:
+            named = {name: rows for name, rows in features.rows().items() if name != "label"}
+            self._create(features, named)
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        if self._row == self._count:
             self._file.attrs[ROWS_SHA256] = self._list.hexdigest()
             for name, content in self._contents.items():
                 self._rows[name].attrs[SHA256] = content.hexdigest()
@@ -103,11 +115,12 @@ class CacheWriter:
     def _create(self, features: Features, named: dict[str, Tensor]) -> None:
         for name, rows in named.items():
             width = rows.shape[1]
+            chunk = (max(1, min(self._count, CHUNK_BYTES // (4 * width))), width)
             self._rows[name] = self._file.create_dataset(
                 name,
                 (self._count, width),
                 "float32",
-                chunks=(max(1, min(self._count, CHUNK_BYTES // (4 * width))), width),
+                chunks=chunk if self._count else None,
                 fillvalue=np.nan,
             )
             # Of the rows before, not one could be read.
@@ -286,6 +299,8 @@ def _block_rows(constants: Features) -> int:
 def _unlike(features: Features, classes: int) -> str:
     """The first record whose width does not fit the others, in words; empty where all do."""
     rows = features.rows()
+    if {"batchnorm.mean", "batchnorm.var"} & features.recorded and INPUT not in features.batchnorm:
+        return f"/batchnorm/{INPUT} is missing"
     expected: dict[str, int] = {}
     for view in ("", "mirror/"):
         expected |= dict.fromkeys(

@@ -203,6 +203,7 @@ def _detector(path: Path, _: str) -> dict[str, Any]:
                 "torch_version": metadata.get("torch_version"),
                 "checkpoint_sha256": metadata["checkpoint_sha256"],
                 "arch": recorded.get("arch"),
+                "averaged": bool(recorded.get("averaged", False)),
                 "preprocessing": json.loads(metadata.get("preprocessing", "null")),
                 "tensors_sha256": metadata.get(TENSORS_SHA256),
             },

@@ -105,6 +105,25 @@ class Journal:
                     return
                 yield _restored(self.path, rows, payload, restore)
 
+    def kept_by(
+        self, place: Callable[[Record], Any], restore: Callable[[Record], Block]
+    ) -> Iterator[Block]:
+        """What was kept, ordered by place; of records of one place, the first. Raises FileError as
+        ``kept`` does."""
+        offsets: dict[Any, int] = {}
+        with open(self._handle, "rb", closefd=False) as file:
+            file.seek(self._start)
+            at = self._start
+            for rows, payload in _records(file):
+                if payload == _COMPLETE:
+                    break
+                offsets.setdefault(_restored(self.path, rows, payload, place), at)
+                at = file.tell()
+            for _, at in sorted(offsets.items()):
+                file.seek(at)
+                rows, payload = next(_records(file))
+                yield _restored(self.path, rows, payload, restore)
+
     def append(self, record: Record) -> None:
         """Keeps a block. Raises FileError when the disk refuses; what was kept before stays."""
         head = self._head()

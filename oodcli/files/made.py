@@ -71,6 +71,7 @@ _KINDS: Mapping[str, type | UnionType] = {
     ),
     **dict.fromkeys(("seed", "rows"), int),
     **dict.fromkeys(("detectors", "verdicts", "preprocessing"), dict),
+    "averaged": bool | NoneType,
     "extracted_by": str | NoneType,
     "shard": dict | NoneType,
 }
@@ -87,8 +88,8 @@ def _is_preprocessing(found: Mapping[str, Any]) -> bool:
 
 def require_same_origin(made: Mapping[str, Mapping[str, Any] | None]) -> None:
     """Raises FileError when of files that are compared, by their names, two come from different
-    checkpoints or preprocessing, or a detector that both have is not the same; what has nothing
-    beside it may be anything."""
+    checkpoints, weights or preprocessing, or a detector that both have is not the same; what has
+    nothing beside it may be anything."""
     known = {name: about for name, about in made.items() if about is not None}
     for (one, first), (other, second) in _pairs(known):
         for key, words in (("checkpoint_sha256", "checkpoint"), ("preprocessing", "preprocessing")):
@@ -97,6 +98,12 @@ def require_same_origin(made: Mapping[str, Mapping[str, Any] | None]) -> None:
                     f"{one} was scored with the {words} {_shown(first.get(key))}, but {other} with "
                     f"{_shown(second.get(key))}: score both alike"
                 )
+        averaged = [bool(each.get("averaged")) for each in (first, second)]
+        if averaged[0] != averaged[1]:
+            raise FileError(
+                f"{one} was scored with the {weights_of(averaged[0])} of the checkpoint, but "
+                f"{other} with its {weights_of(averaged[1])}: give --ema to both or to neither"
+            )
         for detector in first["detectors"].keys() & second["detectors"].keys():
             mine, theirs = first["detectors"][detector], second["detectors"][detector]
             if mine != theirs:
@@ -104,6 +111,11 @@ def require_same_origin(made: Mapping[str, Mapping[str, Any] | None]) -> None:
                     f"{one} was scored with {detector} {_shown(mine)}, but {other} with "
                     f"{_shown(theirs)}: score both with the same artefact and parameters"
                 )
+
+
+def weights_of(averaged: bool) -> str:
+    """Which of a checkpoint's weights were taken, in words."""
+    return f"{'averaged' if averaged else 'plain'} weights"
 
 
 def _pairs(

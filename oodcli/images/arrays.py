@@ -239,14 +239,12 @@ class VirtualImages(ImageSource):
     grain = 64
 
     def __init__(self, path: Path, preprocessing: Preprocessing, num_classes: int) -> None:
-        import h5py
-
-        from oodcli.files.hdf5 import VERSION, dataset
+        from oodcli.files.hdf5 import VERSION, dataset, opened
 
         self.name = str(path)
         self._path = path
         try:
-            with h5py.File(path, "r") as file:
+            with opened(path) as file:
                 self._check_format(file.attrs.get("format"))
                 if int(file.attrs.get("version", VERSION)) > VERSION:
                     raise ImagesError(
@@ -315,9 +313,9 @@ class VirtualImages(ImageSource):
 
     @contextmanager
     def reading(self) -> Iterator[Fetch]:
-        import h5py
+        from oodcli.files.hdf5 import opened
 
-        with h5py.File(self._path, "r") as file:
+        with opened(self._path) as file:
             images = file["images"]
 
             def fetch(start: int, stop: int) -> partial[Rows]:

@@ -247,7 +247,7 @@ def _parts(name: str) -> tuple[str, ...]:
     return tuple(part for part in PurePosixPath(name).parts if part not in (".", ".."))
 
 
-def _wanted(name: str) -> bool:
+def is_image(name: str) -> bool:
     """Whether a member of an archive is an image: by suffix, not hidden, not macOS's shadow."""
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in _parts(name))
     return _has_image_suffix(name) and not hidden
@@ -261,7 +261,7 @@ class ZipOfImages(_Archive):
             members = [
                 Member(info.filename, info.header_offset, info.file_size)
                 for info in archive.infolist()
-                if not info.is_dir() and _wanted(info.filename)
+                if not info.is_dir() and is_image(info.filename)
             ]
         unique = {member.name: member for member in members}  # the last of a name counts
         return [unique[name] for name in sorted(unique)], None
@@ -272,7 +272,7 @@ class ZipOfImages(_Archive):
             yield self._fetcher(lambda member: archive.read(member.name))
 
 
-class _StrictHeader(tarfile.TarInfo):
+class StrictHeader(tarfile.TarInfo):
     """tarfile takes a damaged header for the end of the archive; rows would be missing unseen. And
     it reads the whole of an entry that holds a long name."""
 
@@ -306,7 +306,7 @@ class TarOfImages(_Archive):
     def _index(self) -> tuple[list[Member], str | None]:
         found: dict[str, Member] = {}
         links: list[tuple[str, str]] = []
-        with tarfile.open(self._path, tarinfo=_StrictHeader) as archive:
+        with tarfile.open(self._path, tarinfo=StrictHeader) as archive:
             compressed = not isinstance(archive.fileobj, io.BufferedReader)
             while (info := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # it keeps a kilobyte a member
@@ -318,13 +318,13 @@ class TarOfImages(_Archive):
                 elif info.issym():
                     target = os.path.join(os.path.dirname(info.name), info.linkname)
                     links.append((info.name, os.path.normpath(target).replace(os.sep, "/")))
-                elif _wanted(info.name) and not info.isdir():
+                elif is_image(info.name) and not info.isdir():
                     error = f"an entry of type {info.type!r}, not a file"
                     found[info.name] = Member(info.name, 0, 0, error)
         for name, target in links:
             missing = Member(name, 0, 0, "a link to what is not a file of the archive")
             found[name] = found.get(target, missing)._replace(name=name)
-        members = [member for name, member in found.items() if _wanted(name)]
+        members = [member for name, member in found.items() if is_image(name)]
         in_order = sorted(members, key=lambda member: member.name)
         if compressed and [m.name for m in members] != [m.name for m in in_order]:
             return members, "rows are in the order of the compressed archive, not sorted by path"

@@ -20,6 +20,7 @@ from oodcli.images.files import (
     list_from_text,
 )
 from oodcli.images.generated import Noise, TorchvisionImages
+from oodcli.images.pieces import is_remote
 from oodcli.images.pixels import SUFFIXES
 from oodcli.images.source import ImageSource
 
@@ -57,6 +58,11 @@ def open_images(
     path = Path(spec)
     if os.path.isdir(path):  # unlike Path.is_dir, False for what is out of reach
         return folder(path, class_names)
+    if is_remote(spec):
+        raise ImagesError(
+            f"{spec}: addresses, patterns of .tar files and Parquet of images are read by "
+            "'oodcli score … --engine ray'"
+        )
     if not os.path.exists(path):
         raise ImagesError(f"{spec} does not exist, or is out of reach: give {KINDS}")
     name = path.name.lower()

@@ -153,7 +153,11 @@ def _submit(
 
 
 def _assemble(paths: list[str], parts: list[Future[Rows]], preprocessing: Preprocessing) -> Batch:
-    rows = [part.result() for part in parts]
+    return assembled(paths, [part.result() for part in parts], preprocessing)
+
+
+def assembled(paths: list[str], rows: list[Rows], preprocessing: Preprocessing) -> Batch:
+    """Decoded rows, at least one part of them, together as the network takes them."""
     pixels = rows[0].pixels if len(rows) == 1 else torch.cat([part.pixels for part in rows])
     if pixels.dtype == torch.uint8:
         pixels = pixels.permute(0, 3, 1, 2).float().div_(255)  # (M, C, H, W), channels last

@@ -19,6 +19,7 @@ from oodcli.features import INPUT, BatchNorm, Features, lacking, recorded
 from oodcli.files.artefact import Artefact
 from oodcli.files.cache import FeatureCache
 from oodcli.files.hdf5 import damage, dataset, reading
+from oodcli.files.made import weights_of
 from oodcli.files.virtual import FORMAT, MADE_BY, read_provenance
 from oodcli.metrics import MEAN
 from oodcli.report.evaluation import ID
@@ -57,7 +58,10 @@ class LayerInputs:
         others = [*self.ood.values(), *([self.virtual] if self.virtual else [])]
         for cache in others:
             made = cache.provenance
-            self._require_same(cache.path, "extracted", made.checkpoint_sha256, made.preprocessing)
+            self._require_same(
+                *(cache.path, "extracted", made.checkpoint_sha256, made.averaged),
+                made.preprocessing,
+            )
         if self.virtual is not None and not self.virtual.provenance.virtual:
             raise FileError(
                 f"{self.virtual.path} holds features of real images, but --virtual takes those of "
@@ -65,7 +69,9 @@ class LayerInputs:
             )
         if self.images is not None:
             made = read_provenance(self.images)
-            self._require_same(self.images, "made", made.checkpoint_sha256, made.preprocessing)
+            self._require_same(
+                *(self.images, "made", made.checkpoint_sha256, made.averaged), made.preprocessing
+            )
         if self.lsgm is not None:
             where = self.lsgm.path or Path(self.lsgm.detector.name)
             if not isinstance(self.lsgm.detector, LSGM):
@@ -74,17 +80,29 @@ class LayerInputs:
                     "an artefact of lsgm, or leave -d out"
                 )
             self._require_same(
-                where, "fitted", self.lsgm.checkpoint_sha256, self.lsgm.preprocessing
+                *(where, "fitted", self.lsgm.checkpoint_sha256, self.lsgm.averaged),
+                self.lsgm.preprocessing,
             )
 
     def _require_same(
-        self, path: Path, verb: str, sha256: str, preprocessing: Preprocessing | None
+        self,
+        path: Path,
+        verb: str,
+        sha256: str,
+        averaged: bool,
+        preprocessing: Preprocessing | None,
     ) -> None:
         ours = self.id.provenance
         if sha256 != ours.checkpoint_sha256:
             raise FileError(
                 f"{path} was {verb} with the checkpoint {sha256[:12]}…, but {self.id.path} with "
                 f"{ours.checkpoint_sha256[:12]}…: use one checkpoint"
+            )
+        if averaged != ours.averaged:
+            raise FileError(
+                f"{path} was {verb} with the {weights_of(averaged)} of the checkpoint, but "
+                f"{self.id.path} with its {weights_of(ours.averaged)}: give --ema to both or to "
+                "neither"
             )
         unlike = None if preprocessing is None else preprocessing.unlike(ours.preprocessing)
         if unlike is not None:

@@ -20,6 +20,7 @@ from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, OdinStep
 from oodcli.files.artefact import Artefact, read_artefact
+from oodcli.files.made import weights_of
 from oodcli.images import open_images
 from oodcli.recording import Recorder
 from oodcli.stages.record import record_images
@@ -74,12 +75,13 @@ def choose_detectors(
     sha256: str,
     fit_reference: FitReference | None = None,
     preprocessing: Preprocessing | None = None,
+    averaged: bool | None = None,
 ) -> list[Chosen]:
     """Detectors from names and artefacts' paths; ``all`` is every one that needs no images of its
     own and that ``available`` allows. One that is given twice, fitted on virtual and on real
     images, has the columns ``knn[virtual]`` and ``knn[real]``. Raises DetectorError or FileError
-    for one that is unknown, needs fitting, belongs to another checkpoint or preprocessing or is
-    there twice otherwise."""
+    for one that is unknown, needs fitting, belongs to another checkpoint, other weights or
+    preprocessing or is there twice otherwise."""
     chosen: list[Chosen] = []
     made: set[str] = set()
 
@@ -99,7 +101,7 @@ def choose_detectors(
                 raise DetectorError(_must_be_fitted(kind))
             make(kind)
         elif word.endswith(".safetensors") or Path(word).is_file():
-            chosen.append(_belonging(Path(word), sha256, preprocessing))
+            chosen.append(_belonging(Path(word), sha256, preprocessing, averaged))
         else:
             detectors.get(word)  # raises the sentence that lists the names
     chosen = _told_apart(chosen)
@@ -166,14 +168,22 @@ def further_rows(kind: type[Detector]) -> dict[str, str]:
 
 
 def require_same_network(
-    artefact: Artefact, sha256: str, preprocessing: Preprocessing | None = None
+    artefact: Artefact,
+    sha256: str,
+    preprocessing: Preprocessing | None = None,
+    averaged: bool | None = None,
 ) -> None:
-    """Raises FileError when an artefact was made for another checkpoint, or on images that were
-    prepared in another way."""
+    """Raises FileError when an artefact was made for another checkpoint or for other weights of it,
+    or on images that were prepared in another way; None is not compared."""
     if artefact.checkpoint_sha256 != sha256:
         raise FileError(
             f"{artefact.path} was fitted for the checkpoint {artefact.checkpoint_sha256[:12]}…, "
             f"but this is {sha256[:12]}…: fit it on features of this checkpoint"
+        )
+    if averaged is not None and artefact.averaged != averaged:
+        raise FileError(
+            f"{artefact.path} was fitted for the {weights_of(artefact.averaged)} of the "
+            f"checkpoint, but these are {weights_of(averaged)}: give --ema to both or to neither"
         )
     if artefact.preprocessing is None or preprocessing is None:
         return
@@ -185,9 +195,11 @@ def require_same_network(
         )
 
 
-def _belonging(path: Path, sha256: str, preprocessing: Preprocessing | None) -> Chosen:
+def _belonging(
+    path: Path, sha256: str, preprocessing: Preprocessing | None, averaged: bool | None
+) -> Chosen:
     artefact = read_artefact(path)
-    require_same_network(artefact, sha256, preprocessing)
+    require_same_network(artefact, sha256, preprocessing, averaged)
     trained_on = artefact.fitted_on.get("kind", "")
     if trained_on and artefact.detector.reference_images is not None:
         trained_on = "noise" if trained_on == "real" else trained_on

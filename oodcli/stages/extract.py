@@ -62,7 +62,8 @@ def extract_to_file(
             timeout=timeout,
         )
 
-    blocks = work.blocks(Restored(recorder), kept, make, progress)
+    restored = Restored(recorder)
+    blocks = work.blocks(restored, kept, make, progress)
     if blocks is None:
         return None
     rows_here = work.share.part(len(source), batch_size)
@@ -81,6 +82,11 @@ def extract_to_file(
                 right, labelled = _hits(features)
                 agreed, known = agreed + right, known + labelled
                 row = stop
+            if unreadable == len(rows_here):  # of a share; a whole without a row is refused
+                nothing = restored.nothing
+                if sensitivity_from is not None:
+                    nothing = _with_sensitivity(nothing, sensitivity_from, row, row)
+                writer.declare(nothing)
         if journal is not None:
             journal.finish(path, force=force)
     return {
@@ -111,7 +117,8 @@ class Restored:
         self._recorder = recorder
 
     @cached_property
-    def _nothing(self) -> Features:
+    def nothing(self) -> Features:
+        """What is recorded of no image."""
         preprocessing = self._recorder.classifier.preprocessing
         blank = torch.zeros(1, preprocessing.channels, *preprocessing.input_size)
         features = self._recorder(blank, torch.tensor([-1]))
@@ -127,7 +134,7 @@ class Restored:
         def read(name: str, rows: Tensor) -> Tensor:
             return torch.from_numpy(record.arrays[f"rows/{name}"]).to(rows.dtype)
 
-        features = self._nothing.map_rows(read, count) if count else None
+        features = self.nothing.map_rows(read, count) if count else None
         return Rows(paths, labels, errors, features)
 
 

@@ -21,6 +21,7 @@ from oodcli.files.artefact import Artefact, write_artefact
 from oodcli.files.atomic import atomic, refuse_existing
 from oodcli.files.cache import FeatureCache
 from oodcli.files.hdf5 import Provenance
+from oodcli.files.made import weights_of
 from oodcli.stages.chosen import further_rows, require_same_network, score_views
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ class FitInputs:
 
     @property
     def provenance(self) -> Provenance:
-        """That of the first of them, whose checkpoint and preprocessing are those of all. Raises
-        FileError when they differ."""
+        """That of the first of them, whose checkpoint, weights and preprocessing are those of all.
+        Raises FileError when they differ."""
         given = (self.train, *self.calibrate, self.ood, self.noise)
         caches = [cache for cache in given if cache is not None]
         if not caches:
@@ -54,6 +55,12 @@ class FitInputs:
                     f"{cache.path} was extracted with the checkpoint "
                     f"{cache.provenance.checkpoint_sha256[:12]}…, but {first.path} with "
                     f"{first.provenance.checkpoint_sha256[:12]}…: use one checkpoint"
+                )
+            weights, known = (weights_of(each.provenance.averaged) for each in (cache, first))
+            if weights != known:
+                raise FileError(
+                    f"{cache.path} was extracted with the {weights} of the checkpoint, but "
+                    f"{first.path} with its {known}: give --ema to both or to neither"
                 )
             unlike = cache.provenance.preprocessing.unlike(first.provenance.preprocessing)
             if unlike is not None:
@@ -78,7 +85,7 @@ def fit_to_folder(
     already. Everything is fitted before anything is written. command: the command line, for the
     artefacts. leave_out: those that cannot be fitted on these rows are left out, which is said, as
     long as one can. Raises DetectorError when one cannot be fitted on these rows or is there twice,
-    FileError when an artefact is of another checkpoint or preprocessing."""
+    FileError when an artefact is of another checkpoint, other weights or preprocessing."""
     names = [each.detector.name if isinstance(each, Artefact) else each.name for each in chosen]
     for name in names:
         path = folder / f"{name}.safetensors"
@@ -96,7 +103,9 @@ def fit_to_folder(
     made = []
     for each in chosen:
         if isinstance(each, Artefact):
-            require_same_network(each, origin.checkpoint_sha256, origin.preprocessing)
+            require_same_network(
+                each, origin.checkpoint_sha256, origin.preprocessing, origin.averaged
+            )
             made.append(_calibrate_one(each, inputs))
             continue
         try:
@@ -136,9 +145,8 @@ def _with_origin(artefact: Artefact, origin: Provenance, command: str) -> Artefa
 
 def _how_made(rows: Provenance) -> dict[str, Any]:
     """What an artefact keeps of how rows were made."""
-    return {
-        name: getattr(rows, name) for name in ("arch", "seed", "device", "precision", "command")
-    }
+    kept = ("arch", "seed", "device", "precision", "averaged", "command")
+    return {name: getattr(rows, name) for name in kept}
 
 
 LONG = 10.0

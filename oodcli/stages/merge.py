@@ -148,8 +148,7 @@ def _part(path: Path, made: Provenance, rows: int, **more: Any) -> Part:
 
 def _features(path: Path) -> Part:
     with open_cache(path) as cache:
-        # Where not one image could be read, nothing is recorded.
-        recorded = {"--record": sorted(cache.recorded)} if cache.widths else {}
+        recorded = {"--record": sorted(cache.recorded)}
         return _part(path, cache.provenance, cache.count, **recorded)
 
 
@@ -186,6 +185,7 @@ _ALIKE = {
     "class_names": "--class-names",
     "seed": "--seed",
     "precision": "--precision",
+    "averaged": "--ema",
     "oodcli_version": "oodcli",
     "torch_version": "torch",
     "detectors": "the detectors",

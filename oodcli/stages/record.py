@@ -17,7 +17,7 @@ from oodcli.errors import ImagesError
 from oodcli.features import Rows
 from oodcli.files.hdf5 import Provenance
 from oodcli.files.journal import Block, Journal, Record
-from oodcli.images import ImageSource, batches
+from oodcli.images import Batch, ImageSource, batches
 from oodcli.recording import Recorder
 from oodcli.shards import WHOLE, Shard, Share
 from oodcli.team import Team
@@ -50,13 +50,18 @@ def record_images(
     for batch in batches(
         source, classifier.preprocessing, batch_size, start=start, stop=stop, timeout=timeout
     ):
-        good = torch.tensor([error is None for error in batch.errors])
-        images = batch.images if change is None else change(batch.images)
-        features = recorder(images, batch.labels[good]) if len(images) else None
-        if features is not None and classifier.device.type != "cpu":
-            features = features.to(torch.device("cpu"))
-        yield Rows(batch.paths, batch.labels, batch.errors, features)
+        yield recorded_batch(recorder, batch, change)
         progress(len(batch.paths))
+
+
+def recorded_batch(recorder: Recorder, batch: Batch, change: Change | None = None) -> Rows:
+    """A batch through the network, in the processor's memory."""
+    good = torch.tensor([error is None for error in batch.errors])
+    images = batch.images if change is None else change(batch.images)
+    features = recorder(images, batch.labels[good]) if len(images) else None
+    if features is not None and recorder.classifier.device.type != "cpu":
+        features = features.to(torch.device("cpu"))
+    return Rows(batch.paths, batch.labels, batch.errors, features)
 
 
 class _Rows(Protocol):
@@ -149,6 +154,7 @@ def job_of(made: Provenance, **more: Any) -> dict[str, Any]:
     """What decides the contents of a file made so, by the names that users know: for a journal."""
     return {
         "the checkpoint": made.checkpoint_sha256,
+        "--ema": made.averaged,
         "the images": made.source,
         "--arch": made.arch,
         "the preprocessing": made.preprocessing.to_dict(),
@@ -224,6 +230,7 @@ def provenance(
         seed=seed,
         device=str(classifier.device),
         precision=precision,
+        averaged=classifier.averaged,
         virtual=virtual,
         matched_accuracy=matched_accuracy,
         shard=shard,

@@ -63,18 +63,15 @@ def score_to_file(
     stream_rule: thresholds from the whole stream, which is then kept in memory. explain: adds
     ``<detector>.why``. A detector that has learnt from OOD data has ``<detector>.saw``.
     ``<detector>`` is the name of the chosen one, such as ``knn[real]``."""
-    rules = dict(rules or {})
-    if stream_rule is not None:
-        rules |= {each.name: Rule() for each in chosen}
-    columns: list[str] = []
-    for each in chosen:
-        columns.append(each.name)
-        if each.name in rules:
-            columns += rules[each.name].columns(each.name, torch.zeros(0))
-        if each.saw:
-            columns.append(f"{each.name}.saw")
-        if _explained(each.detector, explain):
-            columns.append(f"{each.name}.why")
+    scoring = Scoring.of(
+        chosen,
+        class_names,
+        rules or {},
+        streamed=stream_rule is not None,
+        mirror=mirror,
+        explain=explain,
+    )
+    columns, rules = scoring.columns, scoring.rules
     total = unreadable = infinite = 0
     paths = hashlib.sha256()
     flagged = dict.fromkeys(rules, 0)
@@ -82,11 +79,9 @@ def score_to_file(
 
     def score() -> Iterator[ScoreBlock]:
         for block in rows():
-            yield _score_block(
-                block, columns, chosen, class_names, rules, mirror=mirror, explain=explain
-            )
+            yield scoring(block, chosen)
 
-    scored = work.blocks(_restored, _kept, score, progress)
+    scored = work.blocks(_restored, kept_scores, score, progress)
     if scored is None:
         return None
     scored = work.readable(scored)
@@ -137,7 +132,8 @@ def score_to_file(
     return ScoreSummary(total, unreadable, infinite, flagged, thresholds)
 
 
-def _kept(block: ScoreBlock) -> Record:
+def kept_scores(block: ScoreBlock) -> Record:
+    """What a journal keeps of scores."""
     arrays = {"confidence": block.confidence}
     words: dict[str, Any] = {}
     for name, cells in block.scores.items():
@@ -164,43 +160,73 @@ def _explained(detector: Detector, wanted: bool) -> bool:
     return detector.always_explains or (wanted and detector.explains)
 
 
-def _score_block(
-    block: Rows,
-    columns: Sequence[str],
-    chosen: Sequence[Chosen],
-    class_names: Sequence[str],
-    rules: Mapping[str, Rule],
-    *,
-    mirror: bool,
-    explain: bool,
-) -> ScoreBlock:
-    scores: dict[str, NDArray[np.float64] | Sequence[str]] = {}
-    predicted: list[str] = []
-    confidence = np.zeros(0)
-    features = block.features
-    if features is None or not len(features):
-        scores = {column: np.zeros(0) for column in columns}
-    else:
-        top = torch.softmax(recorded(features.logits).double(), 1).max(1)
-        predicted = [class_names[index] for index in top.indices.tolist()]
-        confidence = top.values.numpy()
-        there: dict[torch.device | None, Features] = {None: features}
+@dataclass(frozen=True)
+class Scoring:
+    """Recorded rows → scores. columns: of the file, between confidence and error."""
+
+    columns: tuple[str, ...]
+    class_names: tuple[str, ...]
+    rules: Mapping[str, Rule]
+    mirror: bool
+    explain: bool
+
+    @classmethod
+    def of(
+        cls,
+        chosen: Sequence[Chosen],
+        class_names: Sequence[str],
+        rules: Mapping[str, Rule],
+        *,
+        streamed: bool = False,
+        mirror: bool = False,
+        explain: bool = False,
+    ) -> Scoring:
+        """streamed: every detector gets a threshold from the whole stream."""
+        if streamed:
+            rules = {**rules, **{each.name: Rule() for each in chosen}}
+        columns: list[str] = []
         for each in chosen:
-            if each.device not in there:
-                there[each.device] = features.to(each.device or torch.device("cpu"))
-            values = score_views(each.detector, there[each.device], mirror=mirror).cpu()
-            scores[each.name] = values.double().numpy()
+            columns.append(each.name)
             if each.name in rules:
-                scores |= rules[each.name].columns(each.name, values)
+                columns += rules[each.name].columns(each.name, torch.zeros(0))
             if each.saw:
-                scores[f"{each.name}.saw"] = [each.saw] * len(values)
+                columns.append(f"{each.name}.saw")
             if _explained(each.detector, explain):
-                scores[f"{each.name}.why"] = each.detector.explain(there[each.device])
-    return ScoreBlock(
-        block.paths,
-        [class_names[i] if 0 <= i < len(class_names) else "" for i in block.labels.tolist()],
-        [error or "" for error in block.errors],
-        predicted,
-        confidence,
-        scores,
-    )
+                columns.append(f"{each.name}.why")
+        return cls(tuple(columns), tuple(class_names), dict(rules), mirror, explain)
+
+    def __call__(self, block: Rows, chosen: Sequence[Chosen]) -> ScoreBlock:
+        """chosen: as before, on whichever devices."""
+        scores: dict[str, NDArray[np.float64] | Sequence[str]] = {}
+        predicted: list[str] = []
+        confidence = np.zeros(0)
+        features = block.features
+        if features is None or not len(features):
+            scores = {column: np.zeros(0) for column in self.columns}
+        else:
+            top = torch.softmax(recorded(features.logits).double(), 1).max(1)
+            predicted = [self.class_names[index] for index in top.indices.tolist()]
+            confidence = top.values.numpy()
+            there: dict[torch.device | None, Features] = {None: features}
+            for each in chosen:
+                if each.device not in there:
+                    there[each.device] = features.to(each.device or torch.device("cpu"))
+                values = score_views(each.detector, there[each.device], mirror=self.mirror).cpu()
+                scores[each.name] = values.double().numpy()
+                if each.name in self.rules:
+                    scores |= self.rules[each.name].columns(each.name, values)
+                if each.saw:
+                    scores[f"{each.name}.saw"] = [each.saw] * len(values)
+                if _explained(each.detector, self.explain):
+                    scores[f"{each.name}.why"] = each.detector.explain(there[each.device])
+        return ScoreBlock(
+            block.paths,
+            [
+                self.class_names[i] if 0 <= i < len(self.class_names) else ""
+                for i in block.labels.tolist()
+            ],
+            [error or "" for error in block.errors],
+            predicted,
+            confidence,
+            scores,
+        )

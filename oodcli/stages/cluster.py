@@ -1,0 +1,375 @@
+"""Scores over a Ray cluster: images are read and decoded by its processors, the network runs on its
+GPUs (or processors), and what they make comes back here, in any order, into the journal.
+
+Ray Data moves, throttles and repeats the work; a piece that was lost with a host is made again
+elsewhere, and what comes twice counts once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from oodcli.checkpoint import Overrides, load_classifier
+from oodcli.classifier import Classifier, Preprocessing
+from oodcli.errors import ImagesError, OodcliError
+from oodcli.files.journal import Block, Record
+from oodcli.images import ImageSource, open_images
+from oodcli.images.decoding import decode_rows
+from oodcli.images.pieces import Piece, chunks, labels_of
+from oodcli.images.reading import assembled
+from oodcli.images.source import Rows as Decoded
+from oodcli.recording import Recorder
+from oodcli.stages.chosen import Chosen, needs, odin_step, placed
+from oodcli.stages.record import Progress, Work, recorded_batch
+from oodcli.stages.score import Scoring, kept_scores
+
+PLACE = "place"
+"""In the words of a record: the piece, the chunk of it, and whether that is its last."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A classifier that can be loaded on another host: the files that it is made of, by name.
+    overrides: whose card and code, if any, are among the files."""
+
+    checkpoint: str
+    files: Mapping[str, bytes]
+    overrides: Overrides
+    prefer_ema: bool
+    trust_pickle: bool
+
+    @classmethod
+    def of(
+        cls, path: Path, overrides: Overrides, *, prefer_ema: bool, trust_pickle: bool
+    ) -> Network:
+        """Raises OodcliError when a file cannot be read."""
+        code, colon, factory = (overrides.arch or "").partition(".py:")
+        card = overrides.card or path.with_suffix(".toml")
+        paths = {path.name: path}
+        if card.is_file():
+            paths["card.toml"] = card
+            overrides = replace(overrides, card=Path("card.toml"))
+        if colon:
+            paths["code.py"] = Path(f"{code}.py")
+            overrides = replace(overrides, arch=f"code.py:{factory}")
+        try:
+            files = {name: each.read_bytes() for name, each in paths.items()}
+        except OSError as error:
+            raise OodcliError(f"{path} cannot be read: {error.strerror or error}") from error
+        return cls(path.name, files, overrides, prefer_ema, trust_pickle)
+
+    def load(self, device: str) -> Classifier:
+        """The same network here."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for file, data in self.files.items():
+                (folder / file).write_bytes(data)
+            here = self.overrides
+            if here.card is not None:
+                here = replace(here, card=folder / here.card)
+            if here.arch is not None and here.arch.startswith("code.py:"):
+                here = replace(here, arch=f"{folder}/{here.arch}")
+            return load_classifier(
+                folder / self.checkpoint,
+                here,
+                device=device,
+                prefer_ema=self.prefer_ema,
+                trust_pickle=self.trust_pickle,
+            )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What decoding takes. images: as the user named them."""
+
+    images: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every host must know. mirror, precision: of recording. scoring: recorded rows → scores
+    of the chosen detectors."""
+
+    network: Network
+    reading: Reading
+    precision: str
+    mirror: bool
+    chosen: Sequence[Chosen]
+    scoring: Scoring
+
+
+# ------------------------------------------------------------------- what runs on the other hosts
+
+
+@cache
+def _source(images: str, preprocessing: Preprocessing, class_names: tuple[str, ...]) -> ImageSource:
+    """Listed once in a process."""
+    return open_images(images, preprocessing, class_names)
+
+
+class Decoder:
+    """Pieces → decoded chunks; one that fails gives a fault instead, for the user to read."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        torch.set_num_threads(1)
+        for data in batch["piece"]:
+            piece = cast(Piece, pickle.loads(data))
+            number = 0
+            try:
+                waiting: tuple[list[str], Decoded] | None = None
+                for found in self._decoded(piece):
+                    if waiting is not None:
+                        yield _payload(piece, number, False, *waiting)
+                        number += 1
+                    waiting = found
+                paths, rows = waiting or ([], self._nothing())
+                yield _payload(piece, number, True, paths, rows)
+            except OodcliError as fault:
+                yield {"data": [pickle.dumps(str(fault))], "fault": [True]}
+
+    def _decoded(self, piece: Piece) -> Iterator[tuple[list[str], Decoded]]:
+        job = self._reading
+        if piece.kind != "rows":
+            for chunk in chunks(piece, job.batch_size):
+                labels = labels_of(chunk.labels, job.class_names)
+                yield chunk.paths, decode_rows(labels, chunk.loads, job.preprocessing)
+            return
+        source = _source(job.images, job.preprocessing, job.class_names)
+        paths = source.paths(piece.start, piece.stop)
+        if tuple(paths[:1] + paths[-1:]) != piece.names:
+            raise ImagesError(
+                f"{job.images} is not the same on all hosts: row {piece.start} is "
+                f"{(paths or ['missing'])[0]} on one and {piece.names[0]} where the job began"
+            )
+        with source.reading() as fetch:
+            for start in range(piece.start, piece.stop, job.batch_size):
+                stop = min(start + job.batch_size, piece.stop)
+                bounds = [*range(start, stop, source.grain), stop]
+                parts = [fetch(*ends)(job.preprocessing) for ends in pairwise(bounds)]
+                labels = torch.cat([part.labels for part in parts])
+                errors = [error for part in parts for error in part.errors]
+                pixels = torch.cat([part.pixels for part in parts])
+                yield source.paths(start, stop), Decoded(labels, errors, pixels)
+
+    def _nothing(self) -> Decoded:
+        return decode_rows(torch.zeros(0, dtype=torch.int64), [], self._reading.preprocessing)
+
+
+def _payload(
+    piece: Piece, chunk: int, last: bool, paths: list[str], rows: Decoded
+) -> dict[str, Any]:
+    place = (piece.number, chunk, last)
+    data = (place, paths, rows.labels.numpy(), rows.errors, rows.pixels.numpy())
+    return {"data": [pickle.dumps(data, pickle.HIGHEST_PROTOCOL)], "fault": [False]}
+
+
+class Scorer:
+    """Decoded chunks → records of scores, with the network on this host's device."""
+
+    def __init__(self, job: Job) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._job = job
+        self._classifier = job.network.load(device)
+        self._chosen = placed(job.chosen, device)
+        self._recorder = Recorder(
+            self._classifier,
+            needs(job.chosen, mirror=job.mirror),
+            odin=odin_step(each.detector for each in job.chosen),
+            precision=job.precision,
+        )
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        found = [
+            data if fault else self._scored(data)
+            for data, fault in zip(batch["data"], batch["fault"], strict=True)
+        ]
+        return {"data": found, "fault": batch["fault"]}
+
+    def _scored(self, data: bytes) -> bytes:
+        place, paths, labels, errors, pixels = pickle.loads(data)
+        rows = Decoded(torch.from_numpy(labels), errors, torch.from_numpy(pixels))
+        batch = assembled(paths, [rows], self._job.reading.preprocessing)
+        block = self._job.scoring(recorded_batch(self._recorder, batch), self._chosen)
+        record = kept_scores(block)
+        words = {**record.words, PLACE: place}
+        return pickle.dumps(record._replace(words=words), pickle.HIGHEST_PROTOCOL)
+
+
+BATCHES = 8
+"""Of images that are listed already, in a piece."""
+
+
+def pieces_of(source: ImageSource, batch_size: int) -> list[Piece]:
+    """The rows of a source that every host can open."""
+    size = BATCHES * batch_size
+    found = []
+    for number, start in enumerate(range(0, len(source), size)):
+        stop = min(start + size, len(source))
+        paths = source.paths(start, stop)
+        found.append(Piece(number, "rows", source.name, start, stop, (paths[0], paths[-1])))
+    return found
+
+
+# ---------------------------------------------------------------------------- what runs at the user
+
+
+@dataclass(frozen=True)
+class ClusterWork(Work):
+    """A job whose blocks a cluster makes. pieces: all of it. address: of the cluster; None for the
+    one that RAY_ADDRESS names, or a new one of this host alone."""
+
+    job: Job | None = None
+    pieces: Sequence[Piece] = field(default_factory=tuple)
+    address: str | None = None
+
+    def blocks(
+        self,
+        restore: Callable[[Record], Block],
+        keep: Callable[[Block], Record],
+        make: Callable[[], Iterable[Block]],
+        progress: Progress,
+    ) -> Iterator[Block] | None:
+        """All blocks in order, once every piece is here."""
+        journal = self.journal
+        assert journal is not None
+        assert self.job is not None
+        seen: dict[int, dict[int, bool]] = {}
+
+        def note(record: Record) -> Record:
+            piece, chunk, last = record.words[PLACE]
+            seen.setdefault(piece, {})[chunk] = last
+            return record
+
+        for _ in journal.kept(note):
+            pass
+        left = [piece for piece in self.pieces if not _is_whole(seen.get(piece.number, {}))]
+        if left:
+            with _connected(self.address):
+                for record in _made(self.job, left):
+                    piece, chunk, _ = record.words[PLACE]
+                    if chunk not in seen.get(piece, {}):  # else it came twice
+                        journal.append(note(record))
+                    progress(record.rows)
+        missing = [each.number for each in self.pieces if not _is_whole(seen.get(each.number, {}))]
+        if missing:
+            raise OodcliError(
+                f"the cluster has lost {len(missing)} of {len(self.pieces)} pieces: give the same "
+                "command again, which goes on with those"
+            )
+        return journal.kept_by(lambda record: tuple(record.words[PLACE][:2]), restore)
+
+
+def _is_whole(found: Mapping[int, bool]) -> bool:
+    """found: chunk → whether it is the last of its piece."""
+    last = next((number for number, is_last in found.items() if is_last), None)
+    return last is not None and found.keys() >= set(range(last + 1))
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """Raises OodcliError when there is no Ray, or no cluster."""
+    try:
+        import ray
+    except ImportError:
+        raise OodcliError("--engine ray needs Ray: pip install 'oodcli[ray]'") from None
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(
+            # Ray would also look for the last cluster of this host, dead or alive.
+            address=address or os.environ.get("RAY_ADDRESS") or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OodcliError(f"the Ray cluster is out of reach: {reason}") from error
+    try:
+        with redirect_stdout(sys.stderr):  # where Ray tells of what was lost
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _made(job: Job, pieces: Sequence[Piece]) -> Iterator[Record]:
+    """Records of pieces, as they come. Raises ImagesError for a piece that cannot be read at all,
+    OodcliError when the cluster gives up."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext, from_items
+    from ray.exceptions import RayError
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    resources = ray.cluster_resources()
+    gpus, processors = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    # Where there is no GPU, a network takes a small share of a processor in Ray's books: were it a
+    # whole one, those that are left when a host is lost could all be taken by networks, which
+    # would then wait for ever for images that nobody decodes.
+    each = {"num_gpus": 1} if gpus else {"num_cpus": 0.1}
+    most = gpus or max(1, processors // 2)
+    reading, shared = ray.put(job.reading), ray.put(job)
+    items = [{"piece": pickle.dumps(piece)} for piece in pieces]
+    dataset = (
+        from_items(items, override_num_blocks=len(items))
+        .map_batches(_decode, fn_args=(reading,), batch_size=1, num_cpus=1)
+        .map_batches(
+            _RemoteScorer,
+            fn_constructor_args=(shared,),
+            batch_size=1,
+            compute=ActorPoolStrategy(min_size=1, max_size=most),
+            **each,
+        )
+    )
+    try:
+        for row in dataset.iter_rows():
+            found = pickle.loads(row["data"])
+            if row["fault"]:
+                raise ImagesError(found)
+            yield found
+    except RayError as error:
+        cause = getattr(error, "cause", None) or error
+        lines = str(cause).strip().splitlines() or [type(error).__name__]
+        raise OodcliError(
+            f"the cluster has given up: {lines[-1]}; the same command goes on from here"
+        ) from error
+
+
+@cache
+def _decoder(reference: Any) -> Decoder:
+    """One in a process."""
+    import ray
+
+    return Decoder(ray.get(reference))
+
+
+def _decode(batch: dict[str, Any], reference: Any) -> Iterator[dict[str, Any]]:
+    return _decoder(reference)(batch)
+
+
+class _RemoteScorer(Scorer):
+    def __init__(self, reference: Any) -> None:
+        import ray
+
+        super().__init__(ray.get(reference))
