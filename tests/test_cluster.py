@@ -270,10 +270,11 @@ def images(tmp_path_factory) -> Path:
     return place
 
 
-def test_scores_are_those_of_one_process(fitted, images, tmp_path):
+def test_scores_are_those_of_one_process(fitted, images, tmp_path, monkeypatch):
     words = ["-d", "energy", "-d", str(fitted / "fitted" / "c2ir-z.safetensors")]
     words += ["--batch-size", "4", "--mirror", "--explain", "--threshold", "energy=-5"]
-    checkpoint, photos = str(fitted / "digits.pt"), str(images / "photos")
+    monkeypatch.chdir(images)  # which is not where the cluster's processes are
+    checkpoint, photos = str(fitted / "digits.pt"), "photos"
     result = oodcli("score", checkpoint, photos, *words, "-o", tmp_path / "one.csv")
     assert result.status == 3, result.err
     more = {"npz": str(fitted / "test.npz"), "noise": "noise:blob?n=50"}
@@ -282,6 +283,7 @@ def test_scores_are_those_of_one_process(fitted, images, tmp_path):
     shards, parquet = str(images / "s{0..2}.tar"), str(images / "x.parquet")
     script = f"""
         more = {more!r}
+        os.chdir({str(images)!r})
         for name, images, words in (
             ("many", {photos!r}, {words!r}),
             *((name + "2", spec, ["-d", "msp"]) for name, spec in more.items()),
@@ -290,8 +292,10 @@ def test_scores_are_those_of_one_process(fitted, images, tmp_path):
             ("lost", "s3.tar,", ["-d", "energy"]),
         ):
             print("=>", name, run(
-                "score", {checkpoint!r}, images, *words, "--engine", "ray", "-o", name + ".csv"
+                "score", {checkpoint!r}, images, *words, "--engine", "ray",
+                "-o", {str(tmp_path)!r} + "/" + name + ".csv"
             ), flush=True)
+        os.chdir({str(tmp_path)!r})
         open("bad.tar", "wb").write(open({str(images / "s0.tar")!r}, "rb").read()[:2000])
         open("bad2.tar", "wb").write(b"x")
         print("=> bad", run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -536,6 +537,7 @@ def _cluster(
             network,
             Reading(
                 images,
+                os.getcwd(),
                 classifier.preprocessing,
                 classifier.class_names,
                 model.resolved_batch_size(classifier),

@@ -93,9 +93,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Reading:
-    """What decoding takes. images: as the user named them."""
+    """What decoding takes. images: as the user named them, in ``folder``."""
 
     images: str
+    folder: str
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     batch_size: int
@@ -131,6 +132,8 @@ class Decoder:
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         torch.set_num_threads(1)
+        if os.path.isdir(self._reading.folder):  # else nothing that is relative to it is here
+            os.chdir(self._reading.folder)
         for data in batch["piece"]:
             piece = cast(Piece, pickle.loads(data))
             number = 0
