@@ -59,6 +59,7 @@ SMALLER = (
 
 README_NOT_RUN = {
     "python3 -m venv .venv": "installs packages",
+    "torchrun": "needs a launcher, several jobs and a cluster, which have tests of their own",
 }
 """Commands of README.md, by their beginning, that are not run."""
 

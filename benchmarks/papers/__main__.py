@@ -1,0 +1,121 @@
+"""The tables of the papers, taken anew with oodcli's commands on networks and images of yours.
+
+    python -m benchmarks.papers CONFIG DATA --work DIR [TABLE …] [--network NAME …]
+    python -m benchmarks.papers write [--check]
+
+The first step runs the tables (all of them without TABLE) of every network in CONFIG, whose paths
+are relative to the folder DATA, and puts their figures into benchmarks/papers/results.json; what is
+there of other tables and networks stays. What was run before in the WORK folder is not run again.
+The second step needs neither: it writes docs/results.md from that file, and with --check fails
+where the page is another. benchmarks/papers/here.toml is the configuration of that page,
+public.toml one of the papers' own data sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.papers.config import read_config
+from benchmarks.papers.page import PAGE, RESULTS, page
+from benchmarks.papers.runs import Runs
+from benchmarks.papers.table import TABLES, get
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if words is None else words)
+    if given[:1] == ["write"]:
+        return _write(given[1:])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers")
+    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("data", type=Path, metavar="DATA")
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], metavar="TABLE")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--machine", default=platform.processor(), metavar="WORDS")
+    parser.add_argument("--network", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
+    options = parser.parse_args(given)
+    config = read_config(options.config)
+    unknown = sorted(set(options.network) - config.networks.keys())
+    if unknown:
+        parser.error(f"no network '{unknown[0]}' in {options.config}")
+    options.work.mkdir(parents=True, exist_ok=True)
+    for name in options.tables or TABLES:
+        for network in config.networks.values():
+            if name in network.tables and network.name in (options.network or config.networks):
+                runs = Runs(config, network, options.data.resolve(), options.work.resolve())
+                measured(runs, name, options.results, options.machine)
+    return 0
+
+
+def measured(runs: Runs, name: str, results: Path, machine: str) -> None:
+    """Takes one table on one network, into the results."""
+    rows = get(name).measure(runs)
+    found = read_results(results)
+    found["machine"] = machine
+    found["versions"] = versions()
+    if runs.counts.keys() >= runs.network.sets.keys():  # not where it was timed alone
+        found["networks"] = found.get("networks", {}) | {runs.network.name: _said(runs)}
+    tables = found.setdefault("tables", {})
+    commands = dict.fromkeys(runs.commands)
+    shown = [re.sub(r"(?<=[ =])/\S*/", "", command) for command in commands]  # no folder of ours
+    entry = {"date": date.today().isoformat(), "commands": shown, "rows": rows}
+    tables[name] = tables.get(name, {}) | {runs.network.name: entry}
+    results.write_text(text_of(found), encoding="utf-8")
+
+
+def text_of(results: Mapping[str, Any]) -> str:
+    """JSON with lists of numbers on a line."""
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    numbers = r"\[\s+((?:-?[\d.]+,?\s+)+)\]"
+    return re.sub(numbers, lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
+
+
+def _said(runs: Runs) -> dict[str, Any]:
+    """Of a network, for the page."""
+    return {
+        "checkpoint": Path(runs.network.checkpoint).name,
+        "accuracy": round(100 * runs.accuracy, 2),
+        "test": Path(runs.network.test).name,
+        "train": Path(runs.network.train).name,
+        "tested": runs.counts.get("ID", 0),
+        "sets": {name: runs.counts.get(name, 0) for name in runs.network.sets},
+        "virtual_images_per_class": runs.config.per_class,
+        "seeds": list(runs.config.seeds),
+    }
+
+
+def read_results(path: Path = RESULTS) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
+
+
+def versions() -> dict[str, str]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    names = ("oodcli", "torch", "numpy", "scikit-learn")
+    return {"python": python, **{name: version(name) for name in names}}
+
+
+def _write(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers write")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(words)
+    made = page(read_results())
+    if PAGE.exists() and PAGE.read_text("utf-8") == made:
+        return 0
+    print(f"{PAGE.name}: {'is not up to date' if options.check else 'written'}")
+    if not options.check:
+        PAGE.write_text(made, encoding="utf-8")
+    return int(options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

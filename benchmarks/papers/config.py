@@ -1,0 +1,109 @@
+"""What the tables are taken on: networks and image sets, named in a TOML file.
+
+Paths are relative to the data folder, and images are anything that oodcli takes: a folder, an
+``.npz``, ``torchvision:SVHN?root=.&split=test``, ``noise:…``. Unknown keys are an error.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.papers.table import TABLES
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """images: what is scored. learn: other images of the same kind, for detectors that learn from
+    OOD images; without it every other row of an .npz is learnt from and the rest is scored."""
+
+    images: str
+    learn: str = ""
+
+
+@dataclass(frozen=True)
+class Network:
+    """test, train: in-distribution images. stages: names of the layers that LSGM's figures choose
+    from. tables: all that this network allows. sets: names of the OOD sets."""
+
+    name: str
+    checkpoint: str
+    test: str
+    train: str
+    sets: Mapping[str, ImageSet]
+    stages: tuple[str, ...]
+    tables: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Config:
+    """networks: by name. per_class: virtual images. seeds: of the inversion. noise: how many
+    images of each kind."""
+
+    networks: Mapping[str, Network]
+    per_class: int
+    seeds: tuple[int, ...]
+    noise: int
+    resamples: int
+
+
+def read_config(path: Path) -> Config:
+    """Raises ValueError for a key that is missing or unknown, and for an unknown set or table."""
+    with path.open("rb") as file:
+        found = tomllib.load(file)
+    usual = {"per_class": 50, "seeds": [0, 1], "noise": 2000, "resamples": 1000}
+    _refuse_unknown(found, {*usual, "test", "train", "sets", "networks"}, str(path))
+    sets = {name: _image_set(name, value) for name, value in found.get("sets", {}).items()}
+    networks = {}
+    for name, given in found.get("networks", {}).items():
+        _refuse_unknown(given, {each.name for each in fields(Network)} - {"name"}, name)
+        whole = {"test": found.get("test"), "train": found.get("train"), **given}
+        absent = [key for key in ("checkpoint", "test", "train") if not whole.get(key)]
+        if absent:
+            raise ValueError(f"{path}: {name} has no {absent[0]}")
+        networks[name] = Network(
+            name=name,
+            checkpoint=whole["checkpoint"],
+            test=whole["test"],
+            train=whole["train"],
+            sets={each: _known(each, sets, "set") for each in given.get("sets", sets)},
+            stages=tuple(given.get("stages", ("layer1", "layer2", "layer3"))),
+            tables=tuple(_name(each) for each in given.get("tables", TABLES)),
+        )
+    if not networks:
+        raise ValueError(f"{path} names no network: expected a table [networks.NAME]")
+    settings = {key: found.get(key, value) for key, value in usual.items()}
+    return Config(networks=networks, **{**settings, "seeds": tuple(settings["seeds"])})
+
+
+def _image_set(name: str, value: Any) -> ImageSet:
+    if isinstance(value, str):
+        return ImageSet(value)
+    _refuse_unknown(value, {"images", "learn"}, name)
+    return ImageSet(**value)
+
+
+def _name(table: str) -> str:
+    _known(table, TABLES, "table")
+    return table
+
+
+def _known(name: str, among: Mapping[str, Any], what: str) -> Any:
+    if name not in among:
+        raise ValueError(f"no {what} '{name}': expected one of {', '.join(among)}")
+    return among[name]
+
+
+def _refuse_unknown(found: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(found.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown key '{unknown[0]}': expected {', '.join(sorted(known))}"
+        )
