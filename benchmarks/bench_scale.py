@@ -120,7 +120,8 @@ def main() -> None:
     checkpoint = str(options.checkpoint)
     noise = f"noise:blob?n={options.images or 128}"
     score = ["score", checkpoint, noise, "-d", "energy", "-d", "rg"]
-    invert = ["invert", checkpoint, "--per-class", str(options.per_class), "--no-compile"]
+    invert = ["invert", checkpoint, "--per-class", str(options.per_class)]
+    invert += ["--no-compile", "--batch-size", "50"]  # shards are cut between batches
     report = {
         "machine": machine(),
         "images": options.images or 128,
