@@ -1383,3 +1383,27 @@ def test_progress_is_a_line_a_minute_without_a_terminal(total, words, capsys, mo
             now += 1
             advance(3)
     assert capsys.readouterr().err == f"score: 70 {words}\n"
+
+
+def test_fitting_and_evaluating_tell_how_far_they_are(fitted, tmp_path, monkeypatch):
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 61
+        return now
+
+    checkpoint = fitted / "digits.pt"
+    for name in ("id", "ood"):
+        words = ["score", checkpoint, fitted / "test.npz", "-d", "msp", "-d", "energy"]
+        assert oodcli(*words, "-o", tmp_path / f"{name}.csv").status == 0
+    monkeypatch.setattr("oodcli.cli.console.time.monotonic", clock)
+    words = ["fit", fitted / "v.features.h5", "-d", "c2ir-z", "-d", "knn", "-o", tmp_path / "d"]
+    told = oodcli(*words).err
+    assert re.search(r"fit: 1 of 2 detectors, \d\.\d/min, \d+ min left\n", told)
+    assert "fit: 2 of 2 detectors, " in told
+    words = ["evaluate", "--id", tmp_path / "id.csv", "--ood", f"x={tmp_path / 'ood.csv'}"]
+    told = oodcli(*words, "--resamples", 2).err
+    assert "evaluate: 1 of 2 detectors, " in told
+    assert "evaluate: 2 of 2 detectors, " in told
+    assert "detectors" not in oodcli(*words, "--resamples", 2, "-q").err

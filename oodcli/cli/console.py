@@ -161,12 +161,21 @@ def progress(
 
 
 @contextmanager
-def _shown(total: int, what: str, per_image: int, before: int) -> Iterator[Callable[[int], None]]:
+def steps(total: int, what: str, unit: str) -> Iterator[Callable[[], None]]:
+    """The same of few long steps, such as detectors that are fitted; signals act at once."""
+    with _shown(total, what, 1, 0, unit) as advance:
+        yield lambda: advance(1)
+
+
+@contextmanager
+def _shown(
+    total: int, what: str, per_image: int, before: int, unit: str = "images"
+) -> Iterator[Callable[[int], None]]:
     if quiet:
         yield lambda count: None
         return
     if not sys.stderr.isatty():
-        yield _line_a_minute(total, what, per_image, before)
+        yield _line_a_minute(total, what, per_image, before, unit)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -174,7 +183,7 @@ def _shown(total: int, what: str, per_image: int, before: int) -> Iterator[Calla
     columns = (
         TextColumn(what),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[done]}/{task.fields[images]} images"),
+        TextColumn("{task.fields[done]}/{task.fields[images]} " + unit),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
@@ -195,12 +204,18 @@ def _shown(total: int, what: str, per_image: int, before: int) -> Iterator[Calla
             nonlocal done
             done += count
             rate = (done - before) / per_image / max(time.monotonic() - start, 1e-9)
-            bar.update(task, completed=done, done=done // per_image, rate=f"{rate:.1f}/s")
+            bar.update(task, completed=done, done=done // per_image, rate=_rate(rate))
 
         yield advance
 
 
-def _line_a_minute(total: int, what: str, per_image: int, before: int) -> Callable[[int], None]:
+def _rate(each_second: float) -> str:
+    return f"{each_second:.1f}/s" if each_second >= 0.1 else f"{each_second * 60:.1f}/min"
+
+
+def _line_a_minute(
+    total: int, what: str, per_image: int, before: int, unit: str
+) -> Callable[[int], None]:
     start = last = time.monotonic()
     done = before
 
@@ -211,7 +226,7 @@ def _line_a_minute(total: int, what: str, per_image: int, before: int) -> Callab
         if now - last >= 60:
             last = now
             rate = (done - before) / per_image / (now - start)
-            line = f"{what}: {done // per_image} of {total // per_image} images, {rate:.1f}/s"
+            line = f"{what}: {done // per_image} of {total // per_image} {unit}, {_rate(rate)}"
             left = (total - done) * (now - start) / max(done - before, 1)
             if total:
                 say(f"{line}, {duration(left)} left")

@@ -181,10 +181,15 @@ def _compare(
     if detector:
         id_scores = id_scores.only(detector)
         ood_scores = {name: scores.only(detector) for name, scores in ood_scores.items()}
-    evaluation = replace(
-        evaluate_files(id_scores, ood_scores, resamples=resamples, seed=seed),
-        command=console.command_line(),
-    )
+    with console.steps(len(id_scores.detectors), "evaluate", "detectors") as advance:
+        evaluation = evaluate_files(
+            id_scores,
+            ood_scores,
+            resamples=resamples,
+            seed=seed,
+            progress=lambda done, total: advance(),
+        )
+    evaluation = replace(evaluation, command=console.command_line())
     console.lap("metrics")
     written = []
     if output is not None:

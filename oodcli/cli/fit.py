@@ -121,7 +121,7 @@ def command(
         hyperparameters = {name: kind.parse(given.get(name, {})) for name, kind in kinds.items()}
         details.say_fit(inputs, chosen, hyperparameters)
         console.lap("caches")
-        with make_folder(output):
+        with make_folder(output), console.steps(len(chosen), "fit", "detectors") as advance:
             summary = fit_to_folder(
                 inputs,
                 chosen,
@@ -130,6 +130,7 @@ def command(
                 command=console.command_line(),
                 leave_out=everything,
                 force=force,
+                progress=advance,
             )
     console.lap("fitting")
     if json:

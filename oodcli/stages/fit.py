@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,12 +80,14 @@ def fit_to_folder(
     command: str = "",
     leave_out: bool = False,
     force: bool = False,
+    progress: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Fits and calibrates detectors, one artefact each; one that comes as an artefact is fitted
     already. Everything is fitted before anything is written. command: the command line, for the
     artefacts. leave_out: those that cannot be fitted on these rows are left out, which is said, as
-    long as one can. Raises DetectorError when one cannot be fitted on these rows or is there twice,
-    FileError when an artefact is of another checkpoint, other weights or preprocessing."""
+    long as one can. progress: called after each. Raises DetectorError when one cannot be fitted on
+    these rows or is there twice, FileError when an artefact is of another checkpoint, other weights
+    or preprocessing."""
     names = [each.detector.name if isinstance(each, Artefact) else each.name for each in chosen]
     for name in names:
         path = folder / f"{name}.safetensors"
@@ -107,6 +109,7 @@ def fit_to_folder(
                 each, origin.checkpoint_sha256, origin.preprocessing, origin.averaged
             )
             made.append(_calibrate_one(each, inputs))
+            progress()
             continue
         try:
             made.append(_fit_one(each, dict(hyperparameters.get(each.name, {})), inputs))
@@ -114,6 +117,7 @@ def fit_to_folder(
             if not leave_out or (each is chosen[-1] and not made):
                 raise
             log.info(f"{each.name} is left out: {error}")
+        progress()
     summary = []
     with ExitStack() as stack:
         for artefact in made:
