@@ -371,12 +371,13 @@ def test_quality_does_not_depend_on_how_it_is_added():
         return {"counts": np.array([10.0, 3.3, 9.0]), "moments/a": sums, "memory/a": sums * 0 + 1}
 
     parts = [part() for _ in range(5)]
+    parts[4]["counts"] = np.array([10.0, 8.3, 4.0])
     added = {name: sum(each[name] for each in parts[1:]) for name in parts[0]}
     added["memory/a"] = parts[0]["memory/a"]
     found = report(parts)
     assert found == report([parts[0], added])
-    assert found["cross_entropy"] == pytest.approx(0.33)
-    assert found["agreement"] == 0.9
+    assert found["cross_entropy"] == pytest.approx(0.43)
+    assert found["agreement"] == 0.8
 
 
 # --------------------------------------------------------------------------------------- torchrun
@@ -502,6 +503,11 @@ def test_other_sizes_of_a_team_are_refused(team, fitted, folder, tmp_path):
     assert result.status == 1
     assert "need an output where all of them see it, or --shard and 'oodcli merge'" in result.err
     assert not (tmp_path / "folder.h5").exists()
+    # And one that has done its share of another job.
+    assert team(3, *words, "--seed", 1, "--restart", ranks=[1])[1].status == 0
+    assert team(3, *words, ranks=[2])[2].status == 0
+    result = team(3, *words, store=store, ranks=[0])[0]
+    assert "folder.h5.2-of-3.partial was begun with --seed 1, but now it is 0" in result.err
     result = oodcli(*words)
     assert "was begun with the share of this process 1/3" in result.err
     assert oodcli(*words, "--restart").status == 3
