@@ -227,6 +227,9 @@ def test_scores_of_shards_of_a_cache_can_be_merged(fitted, folder, cut, whole, t
     for path in cut("folder.h5", 3):
         shards.append(path.with_suffix(".csv"))
         assert oodcli("score", path, "-d", "energy", "-o", shards[-1]).status in (0, 3)
+    result = oodcli("score", tmp_path / "folder2.h5", "-d", "energy", "--shard", "1/2")
+    assert result.status == 1
+    assert "is shard 2/3 already" in result.err
     result = oodcli("merge", *shards, "-o", tmp_path / "merged.csv")
     assert result.status == 3, result.err
     oodcli("score", whole("folder.h5"), "-d", "energy", "-o", tmp_path / "whole.csv")

@@ -191,6 +191,11 @@ def command(
             if images is None
             else _from_images(checkpoint, images, mirror, timeout, model, engine is not None)
         )
+        if opened.made.shard is not None and not share.whole:
+            raise OodcliError(
+                f"--shard {share}: {checkpoint} is shard {opened.made.shard} already, and so are "
+                "its scores: leave --shard out"
+            )
         wanted = detector or [_default(opened, checkpoint, images is not None)]
         chosen = choose_detectors(
             wanted,
