@@ -334,9 +334,16 @@ def test_a_network_is_trained_and_goes_on_after_an_interruption(tmp_path, monkey
     )
     data = [str(tmp_path / "a.npz")] * 2
     settings = ["--arch", "resnet8-cifar", "--batch-size", "8", "--device", "cpu", "--lr", "0.05"]
+    settings += ["--half", "1"]
+    monkeypatch.setattr(train_cifar, "EVERY", 2)
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     assert train_cifar.main([*data, "-o", str(whole), *settings, "--epochs", "4"]) == 0
-    assert "epoch 4 of 4: 100.00 % right" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "epoch 4 of 4: 100.00 % of 24 right" in said
+    assert re.findall(r"step (\d+) of 12 at (\d+) px", said) == [
+        ("2", "16"),
+        *((str(step), "32") for step in range(4, 13, 2)),
+    ]
     assert not list(tmp_path.glob("*.partial"))
     save, saved = train_cifar.Training.save, []
 
@@ -352,7 +359,7 @@ def test_a_network_is_trained_and_goes_on_after_an_interruption(tmp_path, monkey
     with pytest.raises(SystemExit, match="was kept by another command"):
         train_cifar.main([*data, "-o", str(parts), *settings, "--epochs", "5"])
     assert train_cifar.main([*data, "-o", str(parts), *settings, "--epochs", "4"]) == 0
-    assert "going on after 2 epochs" in capfd.readouterr().err
+    assert "going on after 4 of 12 steps" in capfd.readouterr().err
     assert parts.read_bytes() == whole.read_bytes()
     inspected = json.loads(oodcli("inspect", whole, "--json").out)
     assert inspected["arch"] == "resnet8-cifar"
@@ -366,7 +373,7 @@ def test_steps_alone_write_nothing(tmp_path, capfd):
     words = [*data, "-o", str(tmp_path / "n.safetensors"), "--arch", "resnet8-cifar"]
     assert train_cifar.main([*words, "--device", "cpu", "--batch-size", "4", "--steps", "3"]) == 0
     assert re.search(
-        r"step 3: loss \d\.\d+, [\d.]+ images/s, [\d.]+ h in all", capfd.readouterr().err
+        r"step 3 of 200 at 32 px: loss \d\.\d+, [\d.]+ images/s", capfd.readouterr().err
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
