@@ -162,6 +162,11 @@ class Classifier:
         return {name: norm for name, norm in found.items() if isinstance(norm, _BatchNorm)}
 
     @property
+    def last_map(self) -> Tap | None:
+        """The last tap with several positions: what a pooling makes the embedding of."""
+        return next((tap for tap in reversed(self.taps) if tap.spatial_size > 1), None)
+
+    @property
     def retrained(self) -> RetrainedHead | None:
         """The head, where it was trained to tell what is out of distribution."""
         found = None if self.head_name is None else self.network.get_submodule(self.head_name)

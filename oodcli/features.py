@@ -18,6 +18,7 @@ ROW_RECORDS = (
     "layers.mean",
     "layers.std",
     "layers.gram",
+    "layers.peak",
     "layers.gradient",
     "layers.sensitivity",
     "batchnorm.mean",
@@ -28,7 +29,7 @@ ROW_RECORDS = (
 )
 """What can be recorded per image; the words of ``extract --record`` and of ``Detector.needs``."""
 
-LAYER_PARTS = ("mean", "std", "gradient", "sensitivity", "gram")
+LAYER_PARTS = ("mean", "std", "gradient", "sensitivity", "gram", "peak")
 """The fields of ``Layer`` with a row an image."""
 
 KNOWN_RECORDS = frozenset(ROW_RECORDS) | {"label", "head", "batchnorm.running"}
@@ -66,8 +67,9 @@ class Layer:
     """One tapped layer. mean, std: (N, C), over the spatial positions of its output (std with
     divisor HW). gradient: (N, C), spatial mean of ∂y_c/∂A. sensitivity: (N, C), virtual images
     only: gradient/Δy averaged over the trajectory (C2IR, eq. 8-9). gram: (N, 10·C), stages only:
-    row sums of the Gram matrices of orders 1 to 10, order by order. kind: batchnorm, block, stage
-    or other."""
+    row sums of the Gram matrices of orders 1 to 10, order by order. peak: (N, C), the last layer
+    with positions only: the largest of each channel over them, 0 where none is positive. kind:
+    batchnorm, block, stage or other."""
 
     kind: str
     mean: Tensor | None = None
@@ -75,6 +77,7 @@ class Layer:
     gradient: Tensor | None = None
     sensitivity: Tensor | None = None
     gram: Tensor | None = None
+    peak: Tensor | None = None
 
 
 @dataclass(frozen=True)

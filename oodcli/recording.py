@@ -92,6 +92,12 @@ def spatial_moments(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, T
     return mean.float(), (squares / count - mean.square()).clamp_min_(0).float()
 
 
+def peaks(activation: Tensor, channel_dim: int = 1) -> Tensor:
+    """The largest of each channel of (N, C, …) or (N, …, C) over the positions, 0 where none is
+    positive: (N, C) float32. NaN where a position is NaN."""
+    return activation.movedim(channel_dim, 1).flatten(2).amax(2).clamp_min(0).float()
+
+
 class Recorder:
     """Runs the network once per batch and keeps what was asked for; in smaller batches, from then
     on, where the memory is too short.
@@ -185,6 +191,7 @@ class Recorder:
         embedding: list[Tensor] = []
         readings: dict[str, Tensor] = {}
         retrained = self.classifier.retrained
+        last = self.classifier.last_map if "layers.peak" in self.what else None
 
         def receive(tap: Tap, given: Tensor, output: Tensor) -> Tensor | None:
             mean = variance = None
@@ -204,6 +211,7 @@ class Recorder:
                 gram=gram_sums(output.detach().movedim(tap.channel_dim, 1))
                 if tap.kind == "stage" and "layers.gram" in self.what
                 else None,
+                peak=peaks(output.detach(), tap.channel_dim) if tap is last else None,
             )
             if "layers.gradient" in self.what:
                 # A following in-place ReLU must change the copy, not what we differentiate by.
@@ -236,7 +244,7 @@ class Recorder:
                 score = logits.gather(1, target[:, None]).sum()
                 layers = self._with_gradients(layers, outputs, score)
         odin = self._odin_logits(given, logits) if "odin.logits" in self.what else None
-        if not self.what & {"layers.mean", "layers.std", "layers.gradient", "layers.gram"}:
+        if not any(word.startswith("layers.") for word in self.what):
             layers = {}
         return Features(
             count=len(images),
@@ -337,6 +345,8 @@ def recordable(classifier: Classifier) -> frozenset[str]:
         words |= {"layers.mean", "layers.std", "layers.gradient"}
     if any(tap.kind == "stage" for tap in classifier.taps):
         words |= {"layers.gram"}
+    if classifier.last_map is not None:
+        words |= {"layers.peak"}
     if classifier.batchnorms:
         words |= {"batchnorm.mean", "batchnorm.var", "batchnorm.running", "layers.sensitivity"}
     return frozenset(words)
@@ -359,6 +369,8 @@ def why_not(classifier: Classifier, words: list[str]) -> str:
         reasons.append("no layer to tap was found in it (choose some with --layers)")
     elif "layers.gram" in words:
         reasons.append("no stages were found in it")
+    elif "layers.peak" in words:
+        reasons.append("no layer with several positions was found in it")
     others = set(words) - {"deconf.h", "mos.others"}  # which no other choice could give
     return f"{classifier.arch} cannot give {', '.join(words)}: {'; '.join(reasons)}" + (
         "; choose what is recorded with --record or --for" if others else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from oodcli.detectors.output_space import MLS
 from oodcli.errors import DetectorError, FileError, OodcliError
 from oodcli.features import Features
 from oodcli.files.marks import read_marks
-from oodcli.inversion.degrade import blurred, match_accuracy
+from oodcli.images.arrays import VirtualImages
+from oodcli.images.source import Rows
+from oodcli.inversion.degrade import SEQUENCE, Patched, match_accuracy, patched
 from oodcli.stages.chosen import score_views
 from oodcli.stages.verdict import Rule
 
@@ -141,28 +145,82 @@ def test_matching_accuracy():
     assert reached in (0.8, 0.9)
     with pytest.raises(OodcliError, match=r"right on 70\.0% .*less than the 90\.0%"):
         match_accuracy(lambda s: 0.7, 0.9)
-    with pytest.raises(OodcliError, match="no blur brings the network down"):
+    with pytest.raises(OodcliError, match="no patches bring the network down"):
         match_accuracy(lambda s: 0.95, 0.9)
     with pytest.raises(OodcliError, match="between 0 and 1"):
         match_accuracy(lambda s: 0.95, 92)
 
 
-def test_blur_by_hand():
-    """A single bright pixel becomes the Gaussian itself; a constant stays what it is."""
-    image = torch.zeros(1, 2, 15, 11)
-    image[0, 1, 7, 5] = 1
-    sigma = 1.3
-    out = blurred(image, sigma)
-    assert out.shape == image.shape
-    assert not out[0, 0].any()
-    offsets = torch.arange(-4, 5).double()
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).float()
-    torch.testing.assert_close(out[0, 1, 3:12, 1:10], kernel[:, None] * kernel[None, :])
-    flat = torch.full((2, 3, 8, 8), 0.7)
-    torch.testing.assert_close(blurred(flat, 20.0), flat)
-    assert blurred(image, 0.0) is image
-    assert blurred(image[:0], 1.0).shape == (0, 2, 15, 11)
+def test_patches_by_hand():
+    """Where, how large and what, for one image; the same in any company."""
+    images, others = torch.zeros(40, 2, 20, 10), torch.ones(40, 2, 20, 10)
+    numbers = torch.arange(40)
+    out = patched(images, others, numbers, 0.9)
+    for number in (0, 7, 39):
+        u, y, x = ((number + 0.5) * each % 1 for each in SEQUENCE)
+        height, width = round(0.9 * u**2 * 20), round(0.9 * u**2 * 10)
+        top, left = int(y * (20 - height + 1)), int(x * (10 - width + 1))
+        expected = torch.zeros(2, 20, 10)
+        expected[:, top : top + height, left : left + width] = 1
+        assert torch.equal(out[number], expected)
+    rows = torch.tensor([31, 4])
+    assert torch.equal(patched(images[:2], others[:2], rows, 0.9), out[rows])
+    assert torch.equal(patched(images, others, numbers, 0.0), images)
+    # u² is evenly spread: half of the patches have less than a quarter of the largest side.
+    share = out[:, 0].mean((1, 2)).sqrt()
+    assert 0.4 < (share < 0.9 / 4).double().mean() < 0.65
+    whole = patched(images, others, numbers, 64.0).mean((1, 2, 3))
+    assert (whole == 1).double().mean() > 0.8
+
+
+class Numbered(VirtualImages):
+    """Images that hold their own number."""
+
+    def __init__(self, labels):
+        self.labels, self.name, self.labelled, self.note = labels, "numbers", True, None
+
+    @contextmanager
+    def reading(self):
+        def decode(start, stop, preprocessing):
+            pixels = torch.arange(start, stop).float()[:, None, None, None].expand(-1, 3, 8, 8)
+            return Rows(self.labels[start:stop], [None] * (stop - start), pixels)
+
+        yield lambda start, stop: partial(decode, start, stop)
+
+    def weight(self, start, stop):
+        return stop - start
+
+    def paths(self, start, stop):
+        return [f"numbers[{row}]" for row in range(start, stop)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "distance"),
+    [
+        (torch.arange(12) // 4, 6),  # class after class: half of the way
+        (torch.arange(12) % 3, 7),  # 6 further on is the same class
+        (torch.zeros(5, dtype=torch.int64), 2),
+        (torch.arange(2), 1),
+        (torch.zeros(1, dtype=torch.int64), 0),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_patches_come_from_other_classes(labels, distance, size):
+    source = Patched(Numbered(labels), 64.0)
+    assert len(source) == len(labels)
+    assert source.weight(0, 1) == 2
+    assert source.paths(0, 1) == ["numbers[0]"]
+    found = []
+    with source.reading() as fetch:
+        for start in range(0, len(labels), size):
+            found.append(fetch(start, min(start + size, len(labels)))(None).pixels)
+    found = torch.cat(found)
+    other = (torch.arange(len(labels)) + distance) % len(labels)
+    for number, image in enumerate(found):
+        assert set(image.unique().tolist()) <= {float(number), float(other[number])}
+    assert (found[:, 0].amax((1, 2)) == torch.maximum(other, torch.arange(len(labels)))).any()
+    if len(labels.unique()) > 1:
+        assert (labels[other] != labels).all()
 
 
 def test_a_verdict_at_its_very_limit():

@@ -299,8 +299,8 @@ def test_all_detectors(fitted):
     both = [name for name in detectors.names() if name in {*free, "1c-sum"}]
     assert list(rows(result.out)[0]) == ["path", "label", "predicted", "confidence", *both, "error"]
     fit = oodcli("fit", fitted / "v.features.h5", "-d", "all", "-o", fitted / "all", "--json")
-    # supervised needs OOD rows, 1c-sum and duo noise, and gram a record that is made on demand.
-    others = {*free, "supervised", "1c-sum", "duo", "gram"}
+    # supervised needs OOD rows, 1c-sum, duo and trio noise, and gram a record made on demand.
+    others = {*free, "supervised", "1c-sum", "duo", "trio", "gram"}
     made = [artefact["detector"] for artefact in json.loads(fit.out)]
     assert made == [name for name in ORDINARY if name not in others]
     again = ("fit", fitted / "v.features.h5", "-p", "knn.k=9999", "-o", fitted / "some", "--json")
@@ -442,7 +442,7 @@ def pool(fitted):
         path,
     )
     assert made.status == 0, made.err
-    assert "brings the network down to 95.00%" in made.err
+    assert "bring the network down to 95.00%" in made.err
     return path
 
 
@@ -694,7 +694,7 @@ def test_learning_from_marks(fitted, tmp_path):
     before = rows(oodcli("score", checkpoint, listing, "-d", artefact).out)
     assert before[0]["1c-sum"] != found[0]["1c-sum"]
     # Marked are the weights that were learnt, not the threshold alone.
-    assert "fitted on 300 real images, and on OOD images (labelled rows)" in fit.err
+    assert "fitted on 300 noise images, and on OOD images (labelled rows)" in fit.err
     assert {row["1c-sum.saw"] for row in found} == {"OOD images (labelled rows)"}
     assert "1c-sum has learnt from OOD images (labelled rows)" in result.err
     assert "1c-sum.saw" not in before[0]

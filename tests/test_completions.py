@@ -82,7 +82,7 @@ def answered(line):
         ("oodcli extract x.pt y --record al", ["all"]),
         (
             "oodcli extract x.pt y --record=logits,layers.mean,l",
-            [f"logits,layers.mean,layers.{word}" for word in ("std", "gram", "gradient")],
+            [f"logits,layers.mean,layers.{word}" for word in ("std", "gram", "peak", "gradient")],
         ),
         ("oodcli extract x.pt y --record logits,al", [""]),
         ("oodcli score x.pt --arch torchvision:alex", ["torchvision:alexnet"]),

@@ -1,4 +1,4 @@
-"""duo: its formula, what it is fitted on, and when score takes it by itself."""
+"""duo and trio: their formula, what they are fitted on, and when score takes them by itself."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from test_cli import fails
 
 from oodcli import detectors
 from oodcli.detectors.c2ir_z import C2IRZ
-from oodcli.detectors.duo import Duo, median_and_spread, on_common_scale
+from oodcli.detectors.duo import Duo, Trio, median_and_spread, on_common_scale
 from oodcli.detectors.one_class_sum import OneClassSum
+from oodcli.detectors.peak import Peak
 from oodcli.errors import DetectorError, FileError
+from oodcli.features import Features, Layer
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
 from oodcli.files.cache import open_cache
-from oodcli.recording import Recorder, recordable
+from oodcli.recording import Recorder, peaks, recordable
 
 # ---------------------------------------------------------------------------- the formula
 
@@ -52,13 +54,14 @@ def test(rows):
     return rows(9, 4)
 
 
-def test_the_formula_against_a_naive_one(three, test):
+@pytest.mark.parametrize(("kind", "further"), [(Duo, ()), (Trio, (Peak(),))])
+def test_the_formula_against_a_naive_one(three, test, kind, further):
     expected = np.zeros(9)
-    for part in (C2IRZ.fit(three["train"]), OneClassSum.fit(three["noise"])):
+    for part in (C2IRZ.fit(three["train"]), OneClassSum.fit(three["noise"]), *further):
         pool = part.score(three["pool"]).numpy()
         low, median, high = np.percentile(pool, [25, 50, 75])
         expected += (part.score(test).numpy() - median) / (high - low)
-    found = Duo.fit(**three).score(test)
+    found = kind.fit(**three).score(test)
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
 
 
@@ -98,10 +101,11 @@ def test_blocks_are_the_whole(three, test):
     torch.testing.assert_close(Duo.fit(**blocks).score(test), whole, rtol=1e-9, atol=1e-9)
 
 
-def test_a_score_is_its_contributions_and_a_constant(three, test):
-    duo = Duo.fit(**three)
+@pytest.mark.parametrize(("kind", "more"), [(Duo, 0), (Trio, 1)])
+def test_a_score_is_its_contributions_and_a_constant(three, test, kind, more):
+    duo = kind.fit(**three)
     names, terms = duo.contributions(test)
-    assert len(names) == terms.shape[1] == len(duo.deviation.layers) + 1 + 14
+    assert len(names) == terms.shape[1] == len(duo.deviation.layers) + 1 + 14 + more
     rest = duo.score(test) - terms.sum(1)
     torch.testing.assert_close(rest, rest[:1].expand(9), rtol=1e-9, atol=1e-9)
     # Each is counted from what is usual on the pool.
@@ -136,14 +140,54 @@ def test_rows_of_the_pool_that_are_not_finite_do_not_count(three, test, monkeypa
         Duo.fit(**three)
 
 
+def test_peaks_by_hand():
+    activation = torch.tensor([[[[1.0, 3.0], [-2.0, 0.5]], [[-1.0, -3.0], [-2.0, -4.0]]]])
+    assert peaks(activation).tolist() == [[3.0, 0.0]]
+    assert torch.equal(peaks(activation.movedim(1, -1), -1), peaks(activation))
+    layers = {
+        "a": Layer("block", mean=torch.zeros(1, 3)),
+        "b": Layer("stage", peak=torch.tensor([[3.0, 4.0]])),
+    }
+    assert Peak().score(Features(1, layers=layers)).tolist() == [-5.0]
+    layers["b"] = Layer("stage", peak=torch.tensor([[3.0, torch.nan]]))
+    assert Peak().score(Features(1, layers=layers)).tolist() == [torch.inf]
+    layers["a"] = layers["b"]
+    with pytest.raises(DetectorError, match="2 layers have peaks"):
+        Peak().score(Features(1, layers=layers))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_peaks_are_those_of_the_map_that_is_pooled(precision):
+    network = networks.classifier(networks.Residual())
+    images = networks.images(4)
+    kept = {}
+    last = network.network.get_submodule("layer2")
+    last.register_forward_hook(lambda _, __, out: kept.update(map=out))
+    seen = Recorder(network, frozenset({"layers.peak"}), precision=precision)(images)
+    assert [name for name, layer in seen.layers.items() if layer.peak is not None] == ["layer2"]
+    found = seen.layers["layer2"].peak
+    assert found.dtype == torch.float32
+    assert torch.equal(found, kept["map"].flatten(2).amax(2).clamp_min(0).float())
+
+
+def test_a_network_without_a_map_has_no_peaks():
+    network = networks.classifier(networks.Residual())
+    assert "layers.peak" in recordable(network)
+    flat = replace(network, taps=tuple(replace(tap, spatial_size=1) for tap in network.taps))
+    with pytest.raises(DetectorError, match="no layer with several positions"):
+        Recorder(flat, frozenset({"layers.peak"}))
+
+
 # ---------------------------------------------------------------------------- the artefact
 
 
-def test_an_artefact_holds_both_parts(three, test, tmp_path):
-    duo = Duo.fit(**three)
-    path = tmp_path / "duo.safetensors"
+@pytest.mark.parametrize("kind", [Duo, Trio])
+def test_an_artefact_holds_both_parts(three, test, tmp_path, kind):
+    duo = kind.fit(**three)
+    path = tmp_path / f"{kind.name}.safetensors"
     write_artefact(Artefact(duo, "abc", {"rows": 24, "kind": "virtual"}), path)
     again = read_artefact(path).detector
+    assert type(again) is kind
     assert torch.equal(again.score(test), duo.score(test))
     for part in ("deviation", "indicators"):
         mine, its = getattr(duo, part), getattr(again, part)
@@ -212,6 +256,7 @@ def place(fitted, tmp_path_factory):
         ("extract", checkpoint, "noise:uniform?n=300", *output(folder, "n")),
         ("extract", checkpoint, folder / "test.npz", "--mirror", *output(folder, "id")),
         fit(folder, "-d", "duo", "-d", "1c-sum", "-d", "c2ir-z", "-o", folder / "detectors"),
+        fit(folder, "-d", "trio", "-o", folder / "more"),
     ):
         result = oodcli(*words)
         assert result.status == 0, result.err
@@ -274,7 +319,7 @@ def test_noise_beside_other_rows_is_noise_alone(place, tmp_path):
 
 
 def test_all_that_can_be_fitted(place, tmp_path):
-    names = "1c-sum", "duo"
+    names = "1c-sum", "duo", "trio"
     for more, expected in (
         (("--noise", place / "n.h5", "--calibrate", place / "p.h5"), names),
         (("--noise", place / "n.h5"), names[:1]),
@@ -393,6 +438,26 @@ def test_it_is_the_default_where_it_is_at_hand(place, tmp_path, monkeypatch):
     cached = oodcli("score", place / "id.h5")
     assert f"note: no -d, so {here}: the strongest" in cached.err
     assert "duo" in scores(cached.out)[0]
+
+
+def test_trio_goes_before_duo(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "detectors", "detectors")
+    shutil.copy(place / "more" / "trio.safetensors", "detectors")
+    result = oodcli("score", place / "id.h5", "--explain")
+    assert "note: no -d, so detectors/trio.safetensors: the strongest" in result.err
+    found = scores(result.out)
+    assert any("peak, minus the length" in row["trio.why"] for row in found)
+    made = read_artefact(Path("detectors") / "trio.safetensors")
+    with open_cache(place / "id.h5") as cache:
+        expected = made.detector.score(next(iter(cache.rows(Trio.needs))))
+    assert [float(row["trio"]) for row in found] == pytest.approx(expected.tolist(), rel=1e-8)
+    # A cache of before has no peaks, and takes the next best.
+    words = ("extract", place / "digits.pt", place / "test.npz", "--for", "duo")
+    assert oodcli(*words, "-o", "old.h5").status == 0
+    result = oodcli("score", "old.h5")
+    assert "left aside: detectors/trio.safetensors needs layers.peak, which is not" in result.err
+    assert "no -d, so detectors/duo.safetensors" in result.err
 
 
 def test_a_cache_takes_it_from_the_working_directory_alone(place, tmp_path, monkeypatch):

@@ -22,10 +22,10 @@ CHECKPOINT = "checkpoints/resnet20-12fca82f.th"
 BATCH = 128
 
 UNLISTED = {
-    *("odin", "godin", "mos", "c2ir", "c2ir-z", "duo"),
+    *("odin", "godin", "mos", "c2ir", "c2ir-z", "peak", "duo", "trio"),
     *("supervised", "gram", "1d", "lsgm"),
 }
-"""They have free choices: a step, virtual images, OOD rows to learn from; or a
+"""Not in the reference, or with free choices: a step, virtual images, OOD rows to learn from; or a
 head of their own."""
 
 pytestmark = pytest.mark.slow

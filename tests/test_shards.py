@@ -435,13 +435,13 @@ def test_a_team_makes_what_one_process_makes(job, size, team, whole, fitted, fol
 
 def test_a_team_agrees_on_what_one_finds_out(team, whole, fitted, folder, tmp_path):
     """Those that are not the first need the first one's word, here from before."""
-    for job, name in (("invert.h5", "decisions"), ("pool.h5", "blur")):
+    for job, name in (("invert.h5", "decisions"), ("pool.h5", "patches")):
         words = [*commands(fitted, folder)[job], "-o", tmp_path / job]
         found = {
             "decisions": {"batch_size": 8, "half_steps": 0, "path": "eager"},
-            "blur": {"sigma": 0.5, "reached": 0.5},
+            "patches": {"side": 0.5, "reached": 0.5},
         }[name]
-        if name == "blur":
+        if name == "patches":
             with h5py.File(whole(job)) as file:
                 assert file.attrs["matched_accuracy"] == 0.9
         store = Store()
@@ -457,7 +457,7 @@ def test_a_team_agrees_on_what_one_finds_out(team, whole, fitted, folder, tmp_pa
         if name == "decisions":
             same(whole(job), tmp_path / job)
         else:
-            assert "a blur of 0.500 pixels" in result.err
+            assert "patches of up to 0.500 of the side" in result.err
 
 
 def test_a_team_goes_on_where_it_was(team, whole, fitted, folder, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ RECORDS = (
     "layers.mean",
     "layers.std",
     "layers.gram",
+    "layers.peak",
     "layers.gradient",
     "batchnorm.mean",
     "batchnorm.var",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +45,7 @@ def command(
         typer.Option(
             metavar="WORD,WORD",
             help="logits, embedding, layers.mean, layers.std, layers.gradient, batchnorm.mean, "
-            "batchnorm.var, layers.gram, odin.logits, deconf.h, mos.others, or all.",
+            "batchnorm.var, layers.gram, layers.peak, odin.logits, deconf.h, mos.others, or all.",
             show_default="everything that one pass gives; of virtual images, the gradients too",
         ),
     ] = None,
@@ -65,8 +64,8 @@ def command(
         typer.Option(
             min=0,
             max=1,
-            help="Blur virtual images until the network is right on this share of "
-            "them, its published test accuracy: rows to calibrate on.",
+            help="Put patches of others into virtual images until the network is right on this "
+            "share of them, its published test accuracy: rows to calibrate on.",
             show_default=False,
         ),
     ] = None,
@@ -94,7 +93,8 @@ def command(
     from oodcli.files.journal import journal, refuse_output
     from oodcli.files.virtual import FORMAT
     from oodcli.images import open_images
-    from oodcli.inversion.degrade import blurred
+    from oodcli.images.arrays import VirtualImages
+    from oodcli.inversion.degrade import Patched
     from oodcli.recording import CHEAP, Recorder, recordable
     from oodcli.shards import WHOLE
     from oodcli.stages.chosen import odin_step
@@ -153,7 +153,7 @@ def command(
         what |= {"mirror"}
     precision = model.resolved_precision(fast=False)
     batch_size = model.resolved_batch_size(classifier)
-    if match_accuracy is not None and not virtual:
+    if match_accuracy is not None and not isinstance(source, VirtualImages):
         raise OodcliError(
             f"--match-accuracy is for virtual images, made by invert, but {images} is not"
         )
@@ -174,7 +174,7 @@ def command(
         "the list of images": listing(source),
         "--record": sorted(recorder.asked),
         "odin": asdict(recorder.odin),
-        "--match-accuracy": match_accuracy,
+        "--match-accuracy": None if match_accuracy is None else ["patches", match_accuracy],
         "--batch-size": batch_size,
     }
     with ExitStack() as stack:
@@ -188,26 +188,26 @@ def command(
             )
         )
         details.say_journal(kept)
-        change = None
-        if match_accuracy is not None:
+        if match_accuracy is not None and isinstance(source, VirtualImages):
+            plain, target = source, match_accuracy
 
             def degrade() -> dict[str, Any]:
-                sigma, reached = degrading(
-                    classifier, source, match_accuracy, batch_size=batch_size, precision=precision
+                side, reached = degrading(
+                    classifier, plain, target, batch_size=batch_size, precision=precision
                 )
-                return {"sigma": sigma, "reached": reached}
+                return {"side": side, "reached": reached}
 
             decided = kept.about.decided
             if team is not None:
-                decided = team.agree("blur", decided, degrade)
+                decided = team.agree("patches", decided, degrade)
             kept.about.decided.update(decided or degrade())
             decided = kept.about.decided
-            change = partial(blurred, sigma=decided["sigma"])
+            source = Patched(plain, decided["side"])
             console.say(
-                f"a blur of {decided['sigma']:.3f} pixels brings the network down to "
+                f"patches of up to {decided['side']:.3f} of the side bring the network down to "
                 f"{decided['reached']:.2%} of these {len(source)} virtual images"
             )
-            console.lap("the blur")
+            console.lap("the patches")
         work = Work(kept, share, team)
         mine = len(work.part(len(source), batch_size))
         advance = stack.enter_context(console.progress(mine, "extract", before=kept.rows))
@@ -218,7 +218,6 @@ def command(
             path,
             made,
             batch_size=batch_size,
-            change=change,
             sensitivity_from=Path(images) if virtual and "layers.gradient" in what else None,
             force=force,
             progress=advance,

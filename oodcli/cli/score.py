@@ -577,12 +577,12 @@ def _refuse_with_engine(
 
 
 def _default(opened: Opened, path: Path, network: bool) -> str:
-    """An artefact of duo that is at hand; otherwise the strongest detector that needs nothing but
-    the checkpoint, by mean AUROC on ResNet-20."""
+    """An artefact of trio or duo that is at hand; otherwise the strongest detector that needs
+    nothing but the checkpoint, by mean AUROC on ResNet-20."""
     from oodcli import detectors
 
-    for artefact in _duo_at_hand(path, network):
-        reason = _why_not(artefact, opened)
+    for name, artefact in _at_hand(path, network):
+        reason = _why_not(artefact, name, opened)
         if reason is None:
             console.say(f"note: no -d, so {artefact}: the strongest that needs no real images")
             return str(artefact)
@@ -592,16 +592,18 @@ def _default(opened: Opened, path: Path, network: bool) -> str:
     return name
 
 
-def _duo_at_hand(path: Path, network: bool) -> Iterator[Path]:
-    """Artefacts of duo in ``detectors`` of the working directory, and beside a checkpoint."""
-    places = [Path("detectors", "duo.safetensors")]
-    if network:
-        beside = path.parent
-        places += [beside / places[0], beside / f"{path.stem}.duo.safetensors"]
-    yield from (place for place in dict.fromkeys(places) if place.is_file())
+def _at_hand(path: Path, network: bool) -> Iterator[tuple[str, Path]]:
+    """Artefacts of trio, then of duo, in ``detectors`` of the working directory and beside a
+    checkpoint."""
+    for name in ("trio", "duo"):
+        places = [Path("detectors", f"{name}.safetensors")]
+        if network:
+            beside = path.parent
+            places += [beside / places[0], beside / f"{path.stem}.{name}.safetensors"]
+        yield from ((name, place) for place in dict.fromkeys(places) if place.is_file())
 
 
-def _why_not(path: Path, opened: Opened) -> str | None:
+def _why_not(path: Path, name: str, opened: Opened) -> str | None:
     """Why an artefact cannot be the default for these rows, in words; None where it can."""
     from oodcli.errors import OodcliError
     from oodcli.files.artefact import read_artefact
@@ -613,8 +615,8 @@ def _why_not(path: Path, opened: Opened) -> str | None:
         require_same_network(artefact, made.checkpoint_sha256, made.preprocessing, made.averaged)
     except OodcliError as error:
         return str(error)
-    if artefact.detector.name != "duo":
-        return f"{path} is an artefact of {artefact.detector.name}, not of duo"
+    if artefact.detector.name != name:
+        return f"{path} is an artefact of {artefact.detector.name}, not of {name}"
     lacking = sorted(artefact.detector.score_needs - opened.available)
     return f"{path} needs {', '.join(lacking)}, which is not there" if lacking else None
 
@@ -683,7 +685,7 @@ def _basis(name: str, rules: dict[str, Rule], found: dict[str, float]) -> str:
         f" (calibrated on: {rule.calibration.words}; for a nominal {rule.rate:.1%}, the luck of "
         f"that draw leaves {low:.1%} to {high:.1%} false alarms"
         + (
-            "; virtual images proved lenient by up to 5 points)"
+            "; virtual images proved up to 2 points strict and 6 lenient)"
             if rule.calibration.virtual
             else ")"
         )

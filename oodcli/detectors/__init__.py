@@ -55,7 +55,9 @@ _WHERE = {
     "lsgm": "lsgm:LSGM",
     "c2ir": "c2ir:C2IR",
     "c2ir-z": "c2ir_z:C2IRZ",
+    "peak": "peak:Peak",
     "duo": "duo:Duo",
+    "trio": "duo:Trio",
 }
 """Name → module and class, in the order of the listings. A new detector is one line here and one
 class; small ones of the same paper share a file."""

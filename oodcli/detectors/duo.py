@@ -1,10 +1,11 @@
-"""Duo: two detectors that need no data and err on different images, on a common scale and added."""
+"""Duo and trio: detectors that need no data and err on different images, on a common scale and
+added."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from oodcli.detectors.base import Blocks, Detector, finite_rows
 from oodcli.detectors.c2ir_z import C2IRZ
 from oodcli.detectors.one_class_sum import OneClassSum
+from oodcli.detectors.peak import Peak
 from oodcli.errors import DetectorError
 from oodcli.features import Features
 
@@ -36,7 +38,7 @@ class Duo(Detector):
     """r(c2ir-z) + r(1c-sum), r(s) = (s − median)/interquartile range over a pool of virtual images
     that the network errs on as often as on real ones. Nothing is tuned, and no image is real.
 
-    deviation, indicators: the two, fitted. median, spread: (2,), of their scores on the pool.
+    deviation, indicators: the two, fitted. median, spread: (P,), of the scores on the pool.
     usual: (T,), medians of what the scores are sums of, for explanations.
     """
 
@@ -48,6 +50,8 @@ class Duo(Detector):
     noise_images = OneClassSum.reference_images
     needs_pool = True
     explains = True
+    further: ClassVar[tuple[Detector, ...]] = ()
+    """What is added besides, and needs no fitting."""
 
     deviation: C2IRZ
     indicators: OneClassSum
@@ -64,7 +68,8 @@ class Duo(Detector):
         """One pass over each: c2ir-z on train, 1c-sum on noise, and for each row of the pool the
         terms of both are kept. Raises DetectorError when a record is missing or one of the three
         has no row, and when a score does not vary over the pool."""
-        parts = C2IRZ.fit(train), OneClassSum.fit(noise)
+        deviation, indicators = C2IRZ.fit(train), OneClassSum.fit(noise)
+        parts: tuple[Detector, ...] = (deviation, indicators, *cls.further)
         kept: list[tuple[Tensor, Tensor]] = []
         for block in finite_rows(pool, cls.needs, cls.name):
             scores = _scores_of(parts, block)
@@ -81,12 +86,16 @@ class Duo(Detector):
                     "more the same score, so it has no scale: calibrate on more and different "
                     "images"
                 )
-        return cls(*parts, median, spread, median_and_spread(terms)[0])
+        return cls(deviation, indicators, median, spread, median_and_spread(terms)[0])
+
+    @property
+    def parts(self) -> tuple[Detector, ...]:
+        return self.deviation, self.indicators, *self.further
 
     def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
-        """What the two scores are the sums of, each from its median on the pool and in the unit of
-        the sum: a score is their sum and a constant."""
-        parts = [part.contributions(test) for part in (self.deviation, self.indicators)]
+        """What the scores are the sums of, each from its median on the pool and in the unit of the
+        sum: a score is their sum and a constant."""
+        parts = [part.contributions(test) for part in self.parts]
         names = [name for words, _ in parts for name in words]
         pairs = zip(self.spread, parts, strict=True)
         units = torch.cat([unit.expand(terms.shape[1]) for unit, (_, terms) in pairs])
@@ -95,15 +104,26 @@ class Duo(Detector):
         )
 
     def _score(self, test: Features) -> Tensor:
-        scores = _scores_of((self.deviation, self.indicators), test)
+        scores = _scores_of(self.parts, test)
         return on_common_scale(scores, self.median, self.spread).sum(1)
 
 
+@dataclass(frozen=True)
+class Trio(Duo):
+    """r(c2ir-z) + r(1c-sum) + r(peak): ``duo``, and what neither of the two sees, as they look at
+    means and variances over positions. How it was designed: docs/protocol.md."""
+
+    name = "trio"
+    about = "c2ir-z + 1c-sum + peak, each by its median and quartiles on the accuracy-matched pool"
+    needs = Duo.needs | Peak.needs
+    further = (Peak(),)
+
+
 def _scores_of(parts: Sequence[Detector], block: Features) -> Tensor:
-    """(N, 2)."""
+    """(N, P)."""
     return torch.stack([part.score(block) for part in parts], 1)
 
 
 def _terms_of(parts: Sequence[Detector], block: Features) -> Tensor:
-    """(N, T), those of the one after those of the other."""
+    """(N, T), part by part."""
     return torch.cat([part.contributions(block)[1] for part in parts], 1)

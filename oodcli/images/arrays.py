@@ -233,7 +233,7 @@ class VirtualImages(ImageSource):
     (N, C, H, W), normalised by that preprocessing, and ``/label`` int64 (N,).
 
     They are taken back to pixels, which are not clipped, brought to the size that is asked for,
-    and normalised anew.
+    and normalised anew. labels: (N,) int64, -1 = unknown.
     """
 
     grain = 64
@@ -275,7 +275,7 @@ class VirtualImages(ImageSource):
             )
         if 0 in shape:
             raise ImagesError(f"{path} has no images: make it again with oodcli invert")
-        self._labels, label_note = numbered(
+        self.labels, label_note = numbered(
             torch.from_numpy(labels.astype(np.int64)), num_classes, "labels of the virtual images"
         )
         self._row_bytes: int = 4 * math.prod(shape[1:])
@@ -287,7 +287,7 @@ class VirtualImages(ImageSource):
         )
         notes = [label_note, size_note if made != wanted else None]
         self.note = "; ".join(note for note in notes if note) or None
-        self.labelled = bool((self._labels >= 0).any())
+        self.labelled = bool((self.labels >= 0).any())
 
     def weight(self, start: int, stop: int) -> int:
         return (stop - start) * self._row_bytes
@@ -305,7 +305,7 @@ class VirtualImages(ImageSource):
             )
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def paths(self, start: int, stop: int) -> list[str]:
         name = printable(self._path.as_posix())
@@ -325,7 +325,7 @@ class VirtualImages(ImageSource):
                     raise ImagesError(
                         f"{self.name} is damaged at image {start}: make it again with oodcli invert"
                     ) from error
-                return partial(self._decode, self._labels[start:stop], normalised)
+                return partial(self._decode, self.labels[start:stop], normalised)
 
             yield fetch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from oodcli.files.hdf5 import Provenance, writing
 from oodcli.files.journal import Record
 from oodcli.files.virtual import read_sensitivity
 from oodcli.images import ImageSource
-from oodcli.inversion.degrade import blurred, match_accuracy
+from oodcli.images.arrays import VirtualImages
+from oodcli.inversion.degrade import Patched, match_accuracy
 from oodcli.recording import Recorder
-from oodcli.stages.record import ALONE, Change, Progress, Work, no_progress, record_images
+from oodcli.stages.record import ALONE, Progress, Work, no_progress, record_images
 
 
 def extract_to_file(
@@ -32,7 +33,6 @@ def extract_to_file(
     provenance: Provenance,
     *,
     batch_size: int,
-    change: Change | None = None,
     sensitivity_from: Path | None = None,
     force: bool = False,
     progress: Progress = no_progress,
@@ -56,7 +56,6 @@ def extract_to_file(
             recorder,
             batch_size,
             progress,
-            change,
             start=part.start + work.rows,
             stop=part.stop,
             timeout=timeout,
@@ -139,18 +138,22 @@ class Restored:
 
 
 def degrading(
-    classifier: Classifier, source: ImageSource, target: float, *, batch_size: int, precision: str
+    classifier: Classifier,
+    source: VirtualImages,
+    target: float,
+    *,
+    batch_size: int,
+    precision: str,
 ) -> tuple[float, float]:
-    """The blur that brings the network's accuracy on virtual images down to ``target``: its
-    standard deviation in pixels, and the accuracy reached. Raises OodcliError when the target is
-    out of reach."""
+    """The patches that bring the network's accuracy on virtual images down to ``target``: the side
+    of the largest, in sides of an image, and the accuracy reached. Raises OodcliError when the
+    target is out of reach."""
     recorder = Recorder(classifier, frozenset({"logits"}), precision=precision)
 
-    def accuracy(sigma: float) -> float:
-        change = partial(blurred, sigma=sigma)
+    def accuracy(side: float) -> float:
+        images = Patched(source, side)
         counts = [
-            _hits(rows.features)
-            for rows in record_images(classifier, source, recorder, batch_size, change=change)
+            _hits(rows.features) for rows in record_images(classifier, images, recorder, batch_size)
         ]
         return sum(right for right, _ in counts) / max(sum(known for _, known in counts), 1)
 

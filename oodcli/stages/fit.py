@@ -192,7 +192,7 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
             "source": cache.provenance.source,
             "rows": cache.count,
             "rows_sha256": cache.rows_sha256,
-            "kind": "virtual" if cache.provenance.virtual else "real",
+            "kind": _kind_of(cache.provenance),
             "ood": None if not kind.uses_ood or inputs.ood is None else inputs.ood.path.name,
         }
         if kind.uses_ood and inputs.ood is not None:
@@ -235,6 +235,12 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     if held_out is None:
         return artefact
     return replace(artefact, calibrations={"plain": calibrate(held_out, [], None)})
+
+
+def _kind_of(rows: Provenance) -> str:
+    if rows.virtual:
+        return "virtual"
+    return "noise" if rows.source.startswith("noise:") else "real"
 
 
 @contextmanager

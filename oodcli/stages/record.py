@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from oodcli import __version__
 from oodcli.classifier import Classifier
@@ -24,9 +23,6 @@ from oodcli.team import Team
 
 Progress = Callable[[int], None]
 
-Change = Callable[[Tensor], Tensor]
-"""What is done to images (N, C, H, W), normalised, before the network sees them."""
-
 
 def no_progress(count: int) -> None:
     """Nobody is watching."""
@@ -38,27 +34,24 @@ def record_images(
     recorder: Recorder,
     batch_size: int,
     progress: Progress = no_progress,
-    change: Change | None = None,
     *,
     start: int = 0,
     stop: int | None = None,
     timeout: float | None = None,
 ) -> Iterator[Rows]:
-    """The rows [start, stop) of a source, by default all, in order, recorded a batch at a time,
-    ``change`` made before; in the processor's memory, where detectors work. timeout: seconds for an
-    image to be read."""
+    """The rows [start, stop) of a source, by default all, in order, recorded a batch at a time; in
+    the processor's memory, where detectors work. timeout: seconds for an image to be read."""
     for batch in batches(
         source, classifier.preprocessing, batch_size, start=start, stop=stop, timeout=timeout
     ):
-        yield recorded_batch(recorder, batch, change)
+        yield recorded_batch(recorder, batch)
         progress(len(batch.paths))
 
 
-def recorded_batch(recorder: Recorder, batch: Batch, change: Change | None = None) -> Rows:
+def recorded_batch(recorder: Recorder, batch: Batch) -> Rows:
     """A batch through the network, in the processor's memory."""
     good = torch.tensor([error is None for error in batch.errors])
-    images = batch.images if change is None else change(batch.images)
-    features = recorder(images, batch.labels[good]) if len(images) else None
+    features = recorder(batch.images, batch.labels[good]) if len(batch.images) else None
     if features is not None and recorder.classifier.device.type != "cpu":
         features = features.to(torch.device("cpu"))
     return Rows(batch.paths, batch.labels, batch.errors, features)

@@ -1,0 +1,37 @@
+"""The highest activations of the last map: an object is seen at few positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from oodcli.detectors.base import Detector
+from oodcli.errors import DetectorError
+from oodcli.features import Features
+
+
+@dataclass(frozen=True)
+class Peak(Detector):
+    """−‖p‖, p_k the largest value of channel k over the positions of the last map before the
+    pooling, 0 where none is positive."""
+
+    name = "peak"
+    source = "this project"
+    about = "minus the length of the last map's highest activations"
+    needs = frozenset({"layers.peak"})
+    explains = True
+
+    def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
+        """One term, the score itself: (N, 1)."""
+        return [f"{self.name}, {self.about}"], self._score(test)[:, None]
+
+    def _score(self, test: Features) -> Tensor:
+        found = [layer.peak for layer in test.layers.values() if layer.peak is not None]
+        if len(found) != 1:
+            raise DetectorError(
+                f"peak: {len(found)} layers have peaks, expected the last one alone: extract again"
+            )
+        p = found[0].double()
+        return -p.square().sum(1).sqrt()
