@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -373,12 +374,67 @@ def test_a_host_is_lost_in_the_middle(fitted, images, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.fixture
+def head(tmp_path):
+    """The ray:// address of a cluster in processes of its own, which asks for no token."""
+    pytest.importorskip("grpc")
+    pytest.importorskip("ray")
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    words = ["start", "--head", "--block", "--num-cpus", "2", "--include-dashboard", "false"]
+    words += ["--port", str(ports[0]), "--ray-client-server-port", str(ports[1])]
+    words += ["--min-worker-port", "0", "--max-worker-port", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", *words, "--disable-usage-stats"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"},
+    )
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "Ray runtime started" in line:
+                break
+        else:
+            pytest.skip(f"no cluster can be started: {''.join(said)[-500:]}")
+        yield f"ray://127.0.0.1:{ports[1]}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_cluster_from_outside(head, fitted, images, tmp_path):
+    words = ["score", fitted / "digits.pt", images / "photos", "-d", "energy", "-o"]
+    one = oodcli(*words, tmp_path / "one.csv")
+    for _ in range(4):  # a server that has just started, on a busy machine, refuses some
+        result = subprocess.run(
+            [sys.executable, "-m", "oodcli", *words, tmp_path / "many.csv", "--engine", head],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"},
+        )
+        if "the Ray cluster is out of reach" not in result.stderr:
+            break
+    assert result.returncode == one.status == 3, result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "many.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+
+
+@pytest.mark.slow
 def test_a_cluster_out_of_reach(fitted, tmp_path):
     pytest.importorskip("ray")
     words = ["score", fitted / "digits.pt", fitted / "test.npz", "-d", "msp", "-o"]
     result = oodcli(*words, tmp_path / "x.csv", "--engine", "ray://127.0.0.1:1")
     assert result.status == 1
     assert "the Ray cluster is out of reach" in result.err
+    assert "RAY_AUTH_MODE=token" in result.err
     assert os.listdir(tmp_path) == []
 
 

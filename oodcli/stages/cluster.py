@@ -12,8 +12,11 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -35,6 +38,9 @@ from oodcli.recording import Recorder
 from oodcli.stages.chosen import Chosen, needs, odin_step, placed
 from oodcli.stages.record import Progress, Work, recorded_batch
 from oodcli.stages.score import Scoring, kept_scores
+
+PATIENCE = 30.0
+"""Seconds that a lost or interrupted cluster is waited for at the end."""
 
 PLACE = "place"
 """In the words of a record: the piece, the chunk of it, and whether that is its last."""
@@ -266,8 +272,9 @@ class ClusterWork(Work):
             pass
         left = [piece for piece in self.pieces if not _is_whole(seen.get(piece.number, {}))]
         if left:
-            with _connected(self.address):
-                for record in _made(self.job, left):
+            # What Ray still does for an interrupted job must end before the connection does.
+            with _connected(self.address), closing(_made(self.job, left)) as records:
+                for record in records:
                     piece, chunk, _ = record.words[PLACE]
                     if chunk not in seen.get(piece, {}):  # else it came twice
                         journal.append(note(record))
@@ -298,28 +305,63 @@ def _connected(address: str | None) -> Iterator[None]:
         yield
         return
     try:
-        ray.init(
-            # Ray would also look for the last cluster of this host, dead or alive.
-            address=address or os.environ.get("RAY_ADDRESS") or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what becomes our error below
+            ray.init(
+                # Ray would also look for the last cluster of this host, dead or alive.
+                address=address or os.environ.get("RAY_ADDRESS") or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OodcliError(f"the Ray cluster is out of reach: {reason}") from error
+        raise OodcliError(
+            f"the Ray cluster is out of reach: {reason} (where it asks for a token, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
+        ) from error
     try:
         with redirect_stdout(sys.stderr):  # where Ray tells of what was lost
             yield
     finally:
+        _let_end(PATIENCE)
         ray.shutdown()
 
 
-def _made(job: Job, pieces: Sequence[Piece]) -> Iterator[Record]:
+def _let_end(seconds: float) -> None:
+    """Waits for threads of Ray Data that were told to end, for which it waits two seconds alone:
+    one that asks Ray for something after its end takes the whole process along."""
+    until = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "StreamingExecutor" or thread.name == "iter_threaded":
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+def _made(job: Job, pieces: Sequence[Piece]) -> Generator[Record, None, None]:
     """Records of pieces, as they come. Raises ImagesError for a piece that cannot be read at all,
     OodcliError when the cluster gives up."""
     import ray
-    from ray.data import ActorPoolStrategy, DataContext, from_items
     from ray.exceptions import RayError
+
+    rows = _relayed(job, pieces) if ray.util.client.ray.is_connected() else _rows(job, pieces)
+    try:
+        with closing(rows):
+            for row in rows:
+                found = pickle.loads(row["data"])
+                if row["fault"]:
+                    raise ImagesError(found)
+                yield found
+    except RayError as error:
+        cause = getattr(error, "cause", None) or error
+        lines = str(cause).strip().splitlines() or [type(error).__name__]
+        raise OodcliError(
+            f"the cluster has given up: {lines[-1]}; the same command goes on from here"
+        ) from error
+
+
+def _rows(job: Job, pieces: Sequence[Piece]) -> Generator[dict[str, Any], None, None]:
+    """What the pipeline makes of pieces: ``data``, a pickled record, or words of a ``fault``."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext, from_items
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -345,18 +387,28 @@ def _made(job: Job, pieces: Sequence[Piece]) -> Iterator[Record]:
             **each,
         )
     )
-    try:
-        for row in dataset.iter_rows():
-            found = pickle.loads(row["data"])
-            if row["fault"]:
-                raise ImagesError(found)
-            yield found
-    except RayError as error:
-        cause = getattr(error, "cause", None) or error
-        lines = str(cause).strip().splitlines() or [type(error).__name__]
-        raise OodcliError(
-            f"the cluster has given up: {lines[-1]}; the same command goes on from here"
-        ) from error
+    yield from dataset.iter_rows()
+
+
+def _relayed(job: Job, pieces: Sequence[Piece]) -> Generator[dict[str, Any], None, None]:
+    """The same over a ray:// address, through which Ray Data cannot be driven: it is driven by an
+    actor in the cluster, which is asked for one row after the other, and for the next one while
+    the last is worked on."""
+    import ray
+
+    relay = ray.remote(_Relay).options(num_cpus=0).remote(job, pieces)
+    coming = relay.next.remote()
+    while (row := ray.get(coming)) is not None:
+        coming = relay.next.remote()
+        yield row
+
+
+class _Relay:
+    def __init__(self, job: Job, pieces: Sequence[Piece]) -> None:
+        self._rows = _rows(job, pieces)
+
+    def next(self) -> dict[str, Any] | None:
+        return next(self._rows, None)
 
 
 @cache
