@@ -447,7 +447,7 @@ def test_trio_goes_before_duo(place, tmp_path, monkeypatch):
     result = oodcli("score", place / "id.h5", "--explain")
     assert "note: no -d, so detectors/trio.safetensors: the strongest" in result.err
     found = scores(result.out)
-    assert any("peak, minus the length" in row["trio.why"] for row in found)
+    assert any("the last map of features is low" in row["trio.why"] for row in found)
     made = read_artefact(Path("detectors") / "trio.safetensors")
     with open_cache(place / "id.h5") as cache:
         expected = made.detector.score(next(iter(cache.rows(Trio.needs))))
