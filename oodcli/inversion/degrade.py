@@ -76,9 +76,8 @@ class Patched(ImageSource):
         first = (start + self._next) % count
         last = first + stop - start
         yield first, min(last, count)
-        while last > count:
-            last -= count
-            yield 0, min(last, count)
+        if last > count:
+            yield 0, last - count
 
 
 class _Patching:
