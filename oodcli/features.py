@@ -269,7 +269,7 @@ def _finite(block: Features, need: str) -> Tensor | None:
     for name, rows in block.rows().items():
         first, *rest = name.split("/")
         if need == ".".join([first, *rest[-1:]]) and rows.ndim > 1:
-            found.append(torch.isfinite(rows).all(1))
+            found.append((rows * 0).sum(1) == 0)  # of isfinite, a fourth of the time
     return torch.stack(found).all(0) if found else None
 
 

@@ -13,10 +13,11 @@ from scipy import stats
 from torch import nn
 
 from oodcli import detectors
-from oodcli.detectors import batchnorm, latent_space, react, rg, thinkback
+from oodcli.detectors import batchnorm, react, rg, thinkback
 from oodcli.detectors import last_layer_gradient as gradient
 from oodcli.detectors.class_statistics import column_moments
 from oodcli.detectors.klm import kl_matching
+from oodcli.detectors.msp import softmax
 from oodcli.detectors.one_class_sum import SUMMED
 from oodcli.detectors.output_space import entropy
 from oodcli.detectors.supervised import INDICATORS
@@ -134,7 +135,9 @@ def test_angles_do_not_depend_on_scale():
         torch.testing.assert_close(
             score(name, larger), score(name, block) * factor, rtol=1e-6, atol=1e-6
         )
-    assert latent_space.positive_part(torch.tensor([-1.0]), torch.tensor([2.0]))[0] == -1
+    # It is the weight whose sign counts, not the embedding's.
+    found = latent([[-1.0, 4.0]], [2.0, -1.0])
+    assert (found["norm+"], found["act+"]) == ([-1], [2])
 
 
 # ---------------------------------------------------------------------------- BatchNorm
@@ -355,11 +358,11 @@ def test_small_differences_keep_their_digits():
     """In float64, too, 1 − p is exactly 0 at a gap of 40."""
     logits, embedding = torch.tensor([[40.0, 0.0, 0.0]]), torch.ones(1, 1)
     q = math.exp(-40)
-    assert gradient.igoe(logits, gradient.length(embedding)).item() == pytest.approx(
+    assert gradient.igoe(softmax(logits), gradient.length(embedding)).item() == pytest.approx(
         8 * q, rel=1e-9, abs=0
     )
     expected = (2 * q) ** 2 + 2 * q**2
-    found = thinkback.thinkback(logits, embedding).item()
+    found = thinkback.thinkback(logits, embedding.square().sum(1)).item()
     assert found == pytest.approx(expected, rel=1e-9, abs=0)
 
 
@@ -423,9 +426,9 @@ def test_rg_add_where_a_term_does_not_vary():
 def test_automatic_temperature_has_the_smallest_spread():
     block = rows()
     blocks = [block.select(slice(0, 13)), block.select(slice(13, 40))]
+    squares = block.embedding.double().square().sum(1)
     spread = {
-        float(T): float(thinkback.thinkback(block.logits, block.embedding, T).std())
-        for T in range(1, 6)
+        float(T): float(thinkback.thinkback(block.logits, squares, T).std()) for T in range(1, 6)
     }
     kind = detectors.get("thinkback")
     assert kind.fit(blocks, T="auto").T == min(spread, key=spread.get) == 5

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from oodcli.detectors.base import Blocks, Detector, finite_rows
+from oodcli.detectors.msp import probabilities
 from oodcli.features import Features, recorded
 
 TINY = torch.finfo(torch.float64).tiny
@@ -44,7 +45,7 @@ class KLMatching(Detector):
         """One pass. Raises DetectorError when there is no row."""
         total: Tensor | None = None
         for block in finite_rows(train, cls.needs, cls.name):
-            p = torch.softmax(recorded(block.logits).double(), 1)
+            p = block.shared(probabilities)
             if total is None:
                 total = p.new_zeros(p.shape[1], p.shape[1])
             total.index_add_(0, recorded(block.logits).argmax(1), p)

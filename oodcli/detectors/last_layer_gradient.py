@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oodcli.detectors.base import Detector, by_rows
 from oodcli.detectors.energy import energy
-from oodcli.detectors.msp import max_softmax
+from oodcli.detectors.msp import probabilities, sum_of_others
 from oodcli.features import Features, recorded
 
 TINY = torch.finfo(torch.float32).tiny
@@ -25,24 +25,22 @@ def length(embedding: Tensor) -> Tensor:
     return by_rows(lambda u: u.double().abs().sum(1), embedding)
 
 
-def gradnorm(logits: Tensor, u: Tensor) -> Tensor:
+def gradnorm(p: Tensor, u: Tensor) -> Tensor:
     """−‖∂KL(uniform ‖ p)/∂W‖₁ = −‖u‖₁ Σ|1/K − p| (RG, eq. 3 and 6).
 
-    logits: (N, K), u: (N,) the lengths ‖u‖₁. Returns (N,) float64, higher = more OOD.
+    p: (N, K) the softmax, u: (N,) the lengths ‖u‖₁. Returns (N,) float64, higher = more OOD.
     """
-    p = torch.softmax(logits.double(), 1)
-    return -u * (1 / logits.shape[1] - p).abs().sum(1)
+    return -u * (1 / p.shape[1] - p).abs().sum(1)
 
 
-def igoe(logits: Tensor, u: Tensor) -> Tensor:
+def igoe(p: Tensor, u: Tensor) -> Tensor:
     """E_{y∼p} ‖∂ log p_y/∂W‖₁ = ‖u‖₁ · 2 Σ p(1 − p) (RG, eq. 4), large = OOD: the text under eq. 4
     has it the other way, but an uncertain p has the longest gradients.
 
     The largest p's 1 − p is taken as the sum of the others: the difference loses its digits.
-    logits: (N, K), u: (N,) the lengths ‖u‖₁. Returns (N,) float64, higher = more OOD.
+    p: (N, K) the softmax, u: (N,) the lengths ‖u‖₁. Returns (N,) float64, higher = more OOD.
     """
-    p = torch.softmax(logits.double(), 1)
-    others = (1 - p).scatter(1, logits.argmax(1, keepdim=True), max_softmax(logits)[:, None])
+    others = (1 - p).scatter(1, p.argmax(1, keepdim=True), sum_of_others(p)[:, None])
     return u * 2 * (p * others).sum(1)
 
 
@@ -82,7 +80,7 @@ class GradNorm(LastLayerGradient):
     about = "minus the gradient's length towards a uniform softmax"
 
     def _score(self, test: Features) -> Tensor:
-        return gradnorm(recorded(test.logits), test.shared(_length))
+        return gradnorm(test.shared(probabilities), test.shared(_length))
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Igoe(LastLayerGradient):
     about = "expected length of the log-likelihood's gradient"
 
     def _score(self, test: Features) -> Tensor:
-        return igoe(recorded(test.logits), test.shared(_length))
+        return igoe(test.shared(probabilities), test.shared(_length))
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,20 @@ class Products(NamedTuple):
     uw: Tensor
 
 
-def products(u: Tensor, w: Tensor) -> Products:
-    """u, w: (N, D) float64."""
-    return Products(u.square().sum(1), w.square().sum(1), (u * w).sum(1))
+def products(u: Tensor, k: Tensor, weight: Tensor, positive: bool) -> Products:
+    """positive: both vectors have zeros outside the components where w_k > 0, what the + in a name
+    means. u: (N, D), k: (N,) the predicted classes, weight: (K, D)."""
+    w = weight.double()
+    inside = (w > 0).double()  # (K, D)
+    if positive:
+        w = w.clamp_min(0)
 
+    def some(u: Tensor, k: Tensor) -> Tensor:
+        u = u.double() * inside[k] if positive else u.double()  # (n, D)
+        return torch.stack([u.square().sum(1), (u * w[k]).sum(1)], 1)
 
-def positive_part(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Both vectors with zeros outside the components where w_k > 0: what the + in a name means.
-    u, w: (N, D). Returns two of the same shape."""
-    return torch.where(w > 0, u, 0), w.clamp_min(0)
+    uu, uw = by_rows(some, u, k).unbind(1)
+    return Products(uu, w.square().sum(1)[k], uw)
 
 
 def norm(of: Products) -> Tensor:
@@ -59,14 +64,8 @@ def activation(of: Products) -> Tensor:
 
 def predicted_products(test: Features, positive: bool) -> Products:
     """Of the rows of a block, k the predicted class (by the logits, with bias)."""
-    weight = recorded(test.head).weight.double()
-
-    def some(embedding: Tensor, k: Tensor) -> Tensor:
-        u, w = embedding.double(), weight[k]  # (n, D)
-        return torch.stack(products(*(positive_part(u, w) if positive else (u, w))), 1)
-
-    found = by_rows(some, recorded(test.embedding), recorded(test.logits).argmax(1))  # (N, 3)
-    return Products(*found.unbind(1))
+    k = recorded(test.logits).argmax(1)
+    return products(recorded(test.embedding), k, recorded(test.head).weight, positive)
 
 
 class LatentSpace(Detector):

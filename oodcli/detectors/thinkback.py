@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from oodcli.detectors.base import Blocks, Detector, by_rows, finite_rows, require_positive
-from oodcli.detectors.msp import max_softmax
+from oodcli.detectors.latent_space import predicted_products
+from oodcli.detectors.msp import softmax, sum_of_others
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
 
@@ -27,18 +28,16 @@ def residual(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     logits: (N, K). Returns (N, K) float64, rows sum to 0.
     """
-    p = torch.softmax(logits.double() / temperature, 1)
-    others = max_softmax(logits, temperature)[:, None]
-    return p.scatter(1, logits.argmax(1, keepdim=True), -others) / temperature
+    p = softmax(logits, temperature)
+    return p.scatter(1, p.argmax(1, keepdim=True), -sum_of_others(p)[:, None]) / temperature
 
 
-def thinkback(logits: Tensor, embedding: Tensor, temperature: float = 1.0) -> Tensor:
+def thinkback(logits: Tensor, uu: Tensor, temperature: float = 1.0) -> Tensor:
     """Σ_ij δw_ij² = ‖e‖² ‖u‖², as δW = e uᵀ (Thinkback, eq. 5 and 7); the head's weights, no bias.
 
-    logits: (N, K), embedding: (N, D). Returns (N,) float64, higher = more OOD.
+    logits: (N, K), uu: (N,) the squares ‖u‖². Returns (N,) float64, higher = more OOD.
     """
-    squares = by_rows(lambda u: u.double().square().sum(1), embedding)
-    return residual(logits, temperature).square().sum(1) * squares
+    return residual(logits, temperature).square().sum(1) * uu
 
 
 def thinkback_norm(
@@ -64,6 +63,10 @@ def expected_square(blocks: Iterable[tuple[Tensor, Tensor]], temperature: float 
         total = total + residual(logits, temperature).square().T @ embedding.double().square()
         count += len(logits)
     return total / count
+
+
+def _squares(block: Features) -> Tensor:
+    return block.shared(predicted_products, False).uu
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Thinkback(Detector):
             [
                 torch.stack(
                     [
-                        thinkback(recorded(b.logits), recorded(b.embedding), temperature)
+                        thinkback(recorded(b.logits), _squares(b), temperature)
                         for temperature in TEMPERATURES
                     ]
                 )
@@ -115,7 +118,7 @@ class Thinkback(Detector):
 
     def _score(self, test: Features) -> Tensor:
         assert self.T != "auto"
-        return thinkback(recorded(test.logits), recorded(test.embedding), self.T)
+        return thinkback(recorded(test.logits), _squares(test), self.T)
 
 
 @dataclass(frozen=True)

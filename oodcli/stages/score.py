@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from oodcli.detectors.base import Detector
-from oodcli.features import Features, Rows, recorded
+from oodcli.detectors.msp import probabilities
+from oodcli.features import Features, Rows
 from oodcli.files.atomic import atomic
 from oodcli.files.journal import Record
 from oodcli.files.made import made_path, write_made
@@ -204,7 +205,7 @@ class Scoring:
         if features is None or not len(features):
             scores = {column: np.zeros(0) for column in self.columns}
         else:
-            top = torch.softmax(recorded(features.logits).double(), 1).max(1)
+            top = features.shared(probabilities).max(1)
             predicted = [self.class_names[index] for index in top.indices.tolist()]
             confidence = top.values.numpy()
             there: dict[torch.device | None, Features] = {None: features}
