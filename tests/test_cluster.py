@@ -119,7 +119,7 @@ def test_shards_by_pattern(tmp_path):
     assert sizes(str(tmp_path / "s*.tar")) != before
 
 
-def test_parquet_with_the_bytes_of_images(tmp_path):
+def test_parquet_with_the_bytes_of_images(tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     import pyarrow
     import pyarrow.parquet
@@ -142,6 +142,22 @@ def test_parquet_with_the_bytes_of_images(tmp_path):
     pyarrow.parquet.write_table(nested, tmp_path / "nested.parquet")
     (piece,) = pieces(str(tmp_path / "*ed.parquet"), 5)
     assert read(piece) == [(f"{tmp_path}/nested.parquet#0/a.png", "cat", "8x8")]
+    large = picture(0) + bytes(10**7)
+    repeated = pyarrow.table({"image": pyarrow.array([large]).take([0] * 70)})
+    pyarrow.parquet.write_table(repeated, tmp_path / "large.parquet")
+    assert (tmp_path / "large.parquet").stat().st_size < 2 * 10**6
+    found_sizes = []
+    batches = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile,
+        "iter_batches",
+        lambda file, rows, **options: [
+            found_sizes.append(each.nbytes) or each for each in batches(file, rows, **options)
+        ],
+    )
+    rows = read(pieces(str(tmp_path / "large.parquet"), 5)[0])
+    assert [size for _, _, size in rows] == ["8x8"] * 70
+    assert 10**8 < max(found_sizes) < 1 << 28  # of 700 MB
     other = pyarrow.table({"text": ["a"]})
     pyarrow.parquet.write_table(other, tmp_path / "other.parquet")
     with pytest.raises(ImagesError, match="has the columns text, none of which is image"):

@@ -513,6 +513,29 @@ def test_a_dataset_in_place_of_layers_is_not_searched(fitted: Path, tmp_path: Pa
         refused(oodcli("inspect", "--verify", path), "c.h5", "no group")
 
 
+def test_a_damaged_index_of_chunks_does_not_end_the_process(fitted: Path, tmp_path: Path) -> None:
+    """The library crashes where it is asked for the size of such an index, not where it reads."""
+    path = tmp_path / "c.h5"
+    shutil.copy(fitted / "v.h5", path)
+    with h5py.File(path, "a", libver="latest") as file:
+        file.create_dataset("more", (40, 4), "f4", chunks=(2, 2), maxshape=(None, None))[:] = 1
+        file["more"].attrs["sha256"] = "0" * 64
+    content = bytearray(path.read_bytes())
+    content[content.index(b"BTHD\0\x0a") + 15] ^= 4
+    path.write_bytes(content)
+    words = [sys.executable, "-m", "oodcli", "inspect", "--verify", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    refused(Result(done.returncode, done.stdout, done.stderr), "c.h5", "is truncated, damaged")
+
+
+def test_a_group_in_itself_has_an_end(fitted: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.h5"
+    shutil.copy(fitted / "v.h5", path)
+    with h5py.File(path, "a") as file:
+        file["again"] = file["/"]
+    refused(oodcli("inspect", "--verify", path), "c.h5", "is too deep")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -130,6 +130,46 @@ def test_parquet_has_types(tmp_path: Path) -> None:
     assert table.to_pylist()[0]["msp.ood"] == 1
 
 
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_parquet_file_that_unpacks_to_much_more_is_refused(tmp_path: Path, typed: bool) -> None:
+    """8 GB of paths in a few kB: one, which all rows have."""
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    many = 8192
+    path = arrow.DictionaryArray.from_arrays(
+        arrow.array([0] * many, arrow.int32()), arrow.array(["x" * 10**6])
+    )
+    rest = {"label": [""], "predicted": ["cat"], "confidence": [0.5], "msp": [0.25], "error": [""]}
+    table = arrow.table({"path": path, **{name: cell * many for name, cell in rest.items()}})
+    made = tmp_path / "s.parquet"
+    pyarrow.parquet.write_table(table, made, store_schema=typed)
+    assert made.stat().st_size < 200_000
+    with pytest.raises(FileError, match=r"s.parquet: column 'path' unpacks to more than 256 MB"):
+        read_scores(made)
+    short = table.slice(0, 100)
+    pyarrow.parquet.write_table(short, made, store_schema=typed)
+    assert len(read_scores(made).paths) == 100
+
+
+def test_a_parquet_file_that_says_it_unpacks_to_much_more_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    monkeypatch.setattr("oodcli.files.scores._UNPACKED", 1 << 20)
+    cells = {"path": ["x" * (1 << 21)], "label": [""], "predicted": ["cat"], "confidence": [0.5]}
+    table = arrow.table({**cells, "msp": [0.25], "error": [""]})
+    pyarrow.parquet.write_table(table, tmp_path / "s.parquet")
+    with pytest.raises(FileError, match=r"s.parquet: column 'path' unpacks to more than 1 MB"):
+        read_scores(tmp_path / "s.parquet")
+    nested = table.set_column(0, "path", arrow.array([["a", "b"]]))
+    pyarrow.parquet.write_table(nested, tmp_path / "s.parquet")
+    with pytest.raises(FileError, match=r"column 'path' is of the type list<"):
+        read_scores(tmp_path / "s.parquet")
+
+
 def test_read_back(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"s.{suffix}", ROWS, ("msp", "energy"))
     scores = read_scores(path)

@@ -52,6 +52,8 @@ WORDS = (".basis", ".why", ".saw")
 
 _SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 _ROW_GROUP = 8192
+_UNPACKED = 1 << 28
+"""Bytes that the texts of so many rows may have in a parquet file."""
 
 
 def is_detector(column: str) -> bool:
@@ -620,11 +622,14 @@ def _parquet_rows(path: Path) -> Iterator[_Numbered]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            texts = _parquet_texts(path, file)
+        # A text that many rows have may be stored once, which a few bytes can make any size of.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             header = file.schema_arrow.names
             yield "header", header
             number = 0
             for batch in file.iter_batches(batch_size=_ROW_GROUP):
-                columns = [column.to_pylist() for column in batch.columns]
+                columns = [_parquet_cells(path, *each) for each in zip(header, batch, strict=True)]
                 for cells in zip(*columns, strict=True):
                     number += 1
                     yield f"row {number}", cells
@@ -632,6 +637,41 @@ def _parquet_rows(path: Path) -> Iterator[_Numbered]:
     except (arrow.ArrowException, ValueError, OverflowError, MemoryError, LookupError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileError(f"{path} is not parquet, or is cut off ({reason}): score again") from None
+
+
+def _parquet_texts(path: Path, file: Any) -> list[str]:
+    """The columns of texts. Raises FileError where a column holds lists or the like, or says that
+    it unpacks to more than scores have."""
+    from pyarrow import types
+
+    for index, column in enumerate(file.schema_arrow):
+        if types.is_nested(column.type):
+            raise FileError(f"{path}: column {column.name!r} is of the type {column.type}")
+        for group in range(file.num_row_groups):
+            chunk = file.metadata.row_group(group).column(index)
+            if chunk.total_uncompressed_size > max(_UNPACKED, 4096 * chunk.num_values):
+                raise _too_large(path, column.name)
+    kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return [each.name for each in file.schema_arrow if any(kind(each.type) for kind in kinds)]
+
+
+def _parquet_cells(path: Path, name: str, column: Any) -> list[Any]:
+    """The cells of one column of a batch."""
+    from pyarrow import compute, types
+
+    if types.is_dictionary(column.type):
+        lengths = compute.binary_length(column.dictionary)
+        if (compute.sum(lengths.take(column.indices)).as_py() or 0) > _UNPACKED:
+            raise _too_large(path, name)
+        column = column.dictionary_decode()
+    return list(column.to_pylist())
+
+
+def _too_large(path: Path, name: str) -> FileError:
+    return FileError(
+        f"{path}: column {name!r} unpacks to more than {_UNPACKED >> 20} MB for a few rows: it is "
+        "no scores file"
+    )
 
 
 _READERS: Mapping[Format, Callable[[Path], Iterator[_Numbered]]] = {

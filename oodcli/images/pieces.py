@@ -33,6 +33,7 @@ IMAGE_COLUMNS = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "cls", "fine_label")
 PATH_COLUMNS = ("path", "__key__", "file_name")
 MOST_FILES = 1 << 24
+ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,11 @@ def _parquet(piece: Piece) -> Iterator[_Row]:
         before = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
         columns = [each for each in (image, label, path) if each is not None]
         number = before
-        for batch in file.iter_batches(64, row_groups=[piece.start], columns=columns):
+        # An image that many rows have may be stored once: no more of them than fit in the memory.
+        group = file.metadata.row_group(piece.start)
+        chunks = [group.column(i).total_uncompressed_size for i in range(group.num_columns)]
+        rows = max(1, min(ROWS_AT_ONCE, LARGEST_MEMBER // max(chunks)))
+        for batch in file.iter_batches(rows, row_groups=[piece.start], columns=columns):
             for row in batch.to_pylist():
                 yield _parquet_row(piece, number, row, image, label, path)
                 number += 1
