@@ -90,6 +90,7 @@ def _said(runs: Runs) -> dict[str, Any]:
         "sets": {name: runs.counts.get(name, 0) for name in runs.network.sets},
         "virtual_images_per_class": runs.config.per_class,
         "seeds": list(runs.config.seeds),
+        "precision": runs.config.precision,
     }
 
 

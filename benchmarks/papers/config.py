@@ -45,13 +45,14 @@ class Network:
 @dataclass(frozen=True)
 class Config:
     """networks: by name. per_class: virtual images. seeds: of the inversion. noise: how many
-    images of each kind."""
+    images of each kind. precision: of the passes over images."""
 
     networks: Mapping[str, Network]
     per_class: int
     seeds: tuple[int, ...]
     noise: int
     resamples: int
+    precision: str
 
 
 def read_config(path: Path) -> Config:
@@ -59,6 +60,7 @@ def read_config(path: Path) -> Config:
     with path.open("rb") as file:
         found = tomllib.load(file)
     usual = {"per_class": 50, "seeds": [0, 1], "noise": 2000, "resamples": 1000}
+    usual["precision"] = "float32"
     _refuse_unknown(found, {*usual, "test", "train", "sets", "networks"}, str(path))
     sets = {name: _image_set(name, value) for name, value in found.get("sets", {}).items()}
     networks = {}

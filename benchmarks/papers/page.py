@@ -34,7 +34,7 @@ INTRODUCTION = """\
 The tables of the five papers that `oodcli` has its detectors from, taken anew with its commands.
 The papers' figures stand **beside** ours and are not to be equalled: networks and OOD sets are
 others. What can be compared is the order of methods on one network, and that is what the claims
-are about.
+are about. The last table is of no paper: our own detectors.
 """
 
 CONVENTIONS = """\
@@ -84,6 +84,7 @@ def _networks(results: Mapping[str, Any]) -> Iterator[str]:
             f"{network['test']} ({network['tested']:,})",
             network["train"],
             f"{network['virtual_images_per_class']} a class (seeds {network['seeds']})",
+            *(["passes in bfloat16"] if network.get("precision") == "bfloat16" else []),
         )
         sets = ", ".join(f"{each} ({count:,})" for each, count in network["sets"].items())
         right = f"{network['accuracy']:.2f} %"

@@ -73,13 +73,19 @@ class Runs:
         self.run(path, *words, "--force", "-o", path)
         return path
 
+    @property
+    def precision(self) -> tuple[str, ...]:
+        """The option that says it, where it is not the usual one."""
+        usual = self.config.precision == "float32"
+        return () if usual else ("--precision", self.config.precision)
+
     def cache(self, images: str, name: str, *, but: Sequence[str] = ()) -> str:
         """Features of images, with all that this network's tables need, but for some
         detectors."""
         needed = dict.fromkeys(each for table in self.network.tables for each in get(table).records)
-        words = ",".join(each for each in needed if each not in but)
+        words = ("--for", ",".join(each for each in needed if each not in but), *self.precision)
         return self.write(
-            f"{name}.h5", "extract", self.network.checkpoint, images, "--for", words, "--quiet"
+            f"{name}.h5", "extract", self.network.checkpoint, images, *words, "--quiet"
         )
 
     def test(self) -> str:
@@ -88,10 +94,14 @@ class Runs:
     def train(self) -> str:
         return self.cache(self.network.train, "train", but=["odin"])
 
-    def virtual(self, seed: int) -> str:
+    def invert(self, seed: int) -> str:
+        """Virtual images."""
         many = ("--per-class", str(self.config.per_class), "--seed", str(seed), "--quiet")
-        images = self.write(f"v{seed}.h5", "invert", self.network.checkpoint, *many)
-        return self.cache(images, f"v{seed}.features", but=["odin"])
+        return self.write(f"v{seed}.h5", "invert", self.network.checkpoint, *many)
+
+    def virtual(self, seed: int) -> str:
+        """Features of virtual images."""
+        return self.cache(self.invert(seed), f"v{seed}.features", but=["odin"])
 
     def noise(self, kind: str, seed: int = 1) -> str:
         """Features of noise; of seed 1 what is scored, of others what is fitted on."""
@@ -139,17 +149,18 @@ class Runs:
         self,
         output: str,
         words: Sequence[str],
-        sets: Mapping[str, str],
+        sets: Mapping[str, str | tuple[str, str]],
         metrics: Sequence[str],
         names: Mapping[str, str] | None = None,
-        test: str = "",
+        test: str | tuple[str, str] = "",
     ) -> Rows:
-        """Metrics of ``oodcli score … WORDS``. output: a name for this choice of detectors. names:
-        what columns are called in the table, where not as they are."""
-        scores = {
-            name: self.write(f"{output}/{name}.csv", "score", cache, *words, "--quiet")
-            for name, cache in {"test": test or self.test(), **sets}.items()
-        }
+        """Metrics of ``oodcli score … WORDS``. output: a name for this choice of detectors. sets,
+        test: features each, or a checkpoint and images. names: what columns are called in the
+        table, where not as they are."""
+        scores = {}
+        for name, each in {"test": test or self.test(), **sets}.items():
+            given = (each,) if isinstance(each, str) else each
+            scores[name] = self.write(f"{output}/{name}.csv", "score", *given, *words, "--quiet")
         inside = scores.pop("test")
         pairs = (word for name, path in scores.items() for word in ("--ood", f"{name}={path}"))
         resamples = ("--resamples", str(self.config.resamples))
