@@ -61,13 +61,13 @@ def measured(runs: Runs, name: str, results: Path, machine: str) -> None:
     rows = get(name).measure(runs)
     found = read_results(results)
     found["machine"] = machine
-    found["versions"] = versions()
     if runs.counts.keys() >= runs.network.sets.keys():  # not where it was timed alone
         found["networks"] = found.get("networks", {}) | {runs.network.name: _said(runs)}
     tables = found.setdefault("tables", {})
     commands = dict.fromkeys(runs.commands)
     shown = [re.sub(r"(?<=[ =])/\S*/", "", command) for command in commands]  # no folder of ours
-    entry = {"date": date.today().isoformat(), "commands": shown, "rows": rows}
+    taken = {"date": date.today().isoformat(), "versions": versions()}
+    entry = {**taken, "commands": shown, "rows": rows}
     tables[name] = tables.get(name, {}) | {runs.network.name: entry}
     results.write_text(text_of(found), encoding="utf-8")
 

@@ -189,10 +189,17 @@ def _named(method: str) -> str:
 
 
 def _how(results: Mapping[str, Any]) -> Iterator[str]:
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     yield "## How\n"
-    dates = [each["date"] for table in results["tables"].values() for each in table.values()]
-    yield f"Taken on {max(dates)} on {results['machine']}: {versions}.\n"
+    taken: dict[str, list[str]] = {}
+    for table in results["tables"].values():
+        for each in table.values():
+            said = ", ".join(f"{name} {number}" for name, number in each["versions"].items())
+            taken.setdefault(said, []).append(each["date"])
+    when = (
+        f"{' to '.join(sorted({min(dates), max(dates)}))} with {said}"
+        for said, dates in sorted(taken.items(), key=lambda each: each[1])
+    )
+    yield f"Taken on {results['machine']}: {'; '.join(when)}.\n"
     yield (
         "<!-- not run: takes an hour, and the data -->\n\n"
         "```sh\n"
