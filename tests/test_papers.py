@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,7 @@ from benchmarks.papers import (
     rg_table_5,
 )
 from benchmarks.papers.config import read_config
+from benchmarks.papers.runs import Runs
 from benchmarks.papers.table import TABLES, Figures, get, mean_over_sets
 from oodcli import detectors
 
@@ -158,8 +160,22 @@ def test_long_lists_are_cut():
     assert page.shortened(words) == "oodcli evaluate --id a --ood a=b … (4 --ood) --json"
 
 
-def test_both_configurations_are_read():
-    assert set(read_config(HERE).networks) == {"ResNet-20", "ResNet-32"}
+def test_all_configurations_are_read(tmp_path):
+    usual = read_config(HERE)
+    assert set(usual.networks) == {"ResNet-20", "ResNet-32"}
+    trained = read_config(page.HERE / "resnet34.toml")
+    (network,) = trained.networks.values()
+    assert set(RESULTS["tables"]["trio"]) == {*usual.networks, network.name}
+    assert RESULTS["networks"][network.name]["precision"] == trained.precision == "bfloat16"
+    for name in network.tables:
+        commands = RESULTS["tables"][name].get(network.name, {}).get("commands", [])
+        passes = [each for each in commands if " extract " in each or " --mirror " in each]
+        assert all(" --precision bfloat16 " in each for each in passes)
+    runs = Runs(usual, usual.networks["ResNet-20"], tmp_path, tmp_path)
+    assert (runs.precision, replace(runs, config=trained).precision) == (
+        (),
+        ("--precision", "bfloat16"),
+    )
     public = read_config(page.HERE / "public.toml").networks
     assert public["ResNet-34"].sets["svhn"].learn.endswith("train")
     assert "lsgm-table-1" in public["DenseNet-100-CIFAR-100"].tables

@@ -175,6 +175,8 @@ def test_the_next_command_is_not_verbose(fitted):
     assert details(oodcli("inspect", fitted / "digits.pt", "-v").err)
     assert oodcli("inspect", fitted / "digits.pt").err == ""
     assert oodcli("detectors").err == ""
+    oodcli("inspect", fitted / "digits.pt", "-q")
+    assert not console.quiet
 
 
 def test_times_of_commands_within_a_command(monkeypatch, capsys):

@@ -59,17 +59,17 @@ def command(*, quietly: bool, in_detail: bool) -> Iterator[None]:
     """A command, and how much it says. With --verbose it ends, however it does, with the time that
     each of its steps took."""
     global quiet, verbose, _laps
-    quiet, verbose = quietly, in_detail
-    outer, _laps = _laps, [("", time.monotonic())]  # a demo consists of commands
+    outer = quiet, verbose, _laps  # a demo consists of commands
+    quiet, verbose, _laps = quietly, in_detail, [("", time.monotonic())]
     try:
         yield
     finally:
         lap("the rest")
         steps = [(what, end - start) for (_, start), (what, end) in pairwise(_laps)]
-        _laps = outer
         took = ", ".join(f"{what} {_exact(seconds)}" for what, seconds in steps)
         whole = _exact(sum(seconds for _, seconds in steps))
         detail(f"took {whole}: {took}" if len(steps) > 1 else f"took {whole}")
+        quiet, verbose, _laps = outer
 
 
 def lap(what: str) -> None:
