@@ -204,6 +204,7 @@ def _how(results: Mapping[str, Any]) -> Iterator[str]:
         "<!-- not run: takes an hour, and the data -->\n\n"
         "```sh\n"
         "python -m benchmarks.papers benchmarks/papers/here.toml DATA --work work\n"
+        "python -m benchmarks.papers benchmarks/papers/resnet34.toml DATA --work work\n"
         "python -m benchmarks.papers write\n"
         "```\n"
     )
