@@ -158,6 +158,9 @@ def test_parquet_with_the_bytes_of_images(tmp_path, monkeypatch):
     rows = read(pieces(str(tmp_path / "large.parquet"), 5)[0])
     assert [size for _, _, size in rows] == ["8x8"] * 70
     assert 10**8 < max(found_sizes) < 1 << 28  # of 700 MB
+    # Where an image is larger than what fits in the memory, they are read one by one.
+    monkeypatch.setattr("oodcli.images.pieces.LARGEST_MEMBER", 0)
+    assert len(read(found[0])) == 4
     other = pyarrow.table({"text": ["a"]})
     pyarrow.parquet.write_table(other, tmp_path / "other.parquet")
     with pytest.raises(ImagesError, match="has the columns text, none of which is image"):

@@ -218,7 +218,7 @@ def _parquet(piece: Piece) -> Iterator[_Row]:
         # An image that many rows have may be stored once: no more of them than fit in the memory.
         group = file.metadata.row_group(piece.start)
         chunks = [group.column(i).total_uncompressed_size for i in range(group.num_columns)]
-        rows = max(1, min(ROWS_AT_ONCE, LARGEST_MEMBER // max(chunks)))
+        rows = max(1, min(ROWS_AT_ONCE, LARGEST_MEMBER // max(1, *chunks)))
         for batch in file.iter_batches(rows, row_groups=[piece.start], columns=columns):
             for row in batch.to_pylist():
                 yield _parquet_row(piece, number, row, image, label, path)
