@@ -32,6 +32,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO, TypeAlias
@@ -40,6 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oodcli.errors import FileError
+from oodcli.files.decimals import lines
 from oodcli.files.made import read_made
 
 Format: TypeAlias = Literal["csv", "jsonl", "parquet"]
@@ -162,7 +164,7 @@ class ScoresWriter:
                 raise ValueError(f"column {name}: {length} cells, expected {expected}")
         columns = [
             _text_cells(block.predicted),
-            _blank_where_not_finite(block.confidence),
+            np.where(np.isfinite(block.confidence), block.confidence, np.nan),
             *(_cells(column, block.scores[column]) for column in self._columns),
         ]
         self._sink.write(
@@ -173,7 +175,8 @@ class ScoresWriter:
         )
 
 
-_Column: TypeAlias = list[str] | list[float] | list[int] | list[float | None]
+_Column: TypeAlias = list[str] | NDArray[np.float64] | NDArray[np.int64]
+"""Cells that are NaN are written empty."""
 
 
 def _utf8(text: str) -> str:
@@ -185,21 +188,14 @@ def _text_cells(cells: Sequence[str]) -> list[str]:
     return list(cells) if "".join(cells).isascii() else [_utf8(cell) for cell in cells]
 
 
-def _blank_where_not_finite(values: NDArray[np.float64]) -> list[float] | list[float | None]:
-    if np.isfinite(values).all():
-        return list(values.tolist())
-    return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
 def _cells(column: str, cells: NDArray[np.float64] | Sequence[str]) -> _Column:
     if not isinstance(cells, np.ndarray):
         return _text_cells(cells)
     if column.endswith(".ood"):
-        return list(cells.astype(np.int64).tolist())
-    if column.endswith(".p"):
-        return _blank_where_not_finite(cells)
+        return cells.astype(np.int64)
     # Never as ID: a score that is NaN or -inf came out of a network that overflowed.
-    return list(np.where(np.isfinite(cells), cells, np.inf).tolist())
+    missing = np.nan if column.endswith(".p") else np.inf
+    return np.where(np.isfinite(cells), cells, missing)
 
 
 class _Sink(ABC):
@@ -222,21 +218,29 @@ class _CsvSink(_Sink):
     def write(
         self, paths: list[str], labels: list[str], columns: list[_Column], errors: list[str]
     ) -> None:
-        paths, labels = _csv_cells(paths), _csv_cells(labels)
-        # One formatting a line, not one a cell: that is most of the time that writing takes.
-        kinds, cells = zip(*map(_csv_column, columns), strict=True)
-        line = ",".join(("%s,%s", *kinds)) + ",\n"
+        good = list(_joined(columns))
         if not any(errors):
-            rows = zip(paths, labels, *cells, strict=True)
-            self._stream.write("".join(map(line.__mod__, rows)))
+            cells = (_csv_cells(paths), _csv_cells(labels), *good)
+            self._stream.write(",\n".join([*map(",".join, zip(*cells, strict=True)), ""]))
             return
-        good = zip(*cells, strict=True)
+        rows = zip(*good, strict=True)
         self._stream.writelines(
             f"{path},{label}{self._blank}{_quoted(error)}\n"
             if error
-            else line % (path, label, *next(good))
-            for path, label, error in zip(paths, labels, errors, strict=True)
+            else f"{path},{label},{','.join(next(rows))},\n"
+            for path, label, error in zip(
+                _csv_cells(paths), _csv_cells(labels), errors, strict=True
+            )
         )
+
+
+def _joined(columns: list[_Column]) -> Iterator[list[str]]:
+    """Texts of a row each: of columns of words, and of all numbers between two of these."""
+    for numbers, some in groupby(columns, lambda column: isinstance(column, np.ndarray)):
+        if numbers:
+            yield lines(np.column_stack(list(some)).astype(np.float64, copy=False))
+        else:
+            yield from (_csv_cells(list(map(str, column))) for column in some)
 
 
 _SPECIAL = re.compile(r'[,"\r\n]')
@@ -250,16 +254,6 @@ def _csv_cells(cells: list[str]) -> list[str]:
     return [_quoted(cell) for cell in cells] if _SPECIAL.search("\0".join(cells)) else cells
 
 
-def _csv_column(cells: _Column) -> tuple[str, Sequence[object]]:
-    """How a cell is formatted, and the cells."""
-    first = cells[0] if cells else 0.0
-    if isinstance(first, str):
-        return "%s", _csv_cells([str(cell) for cell in cells])
-    if None in cells:
-        return "%s", ["" if cell is None else f"{cell:.9g}" for cell in cells]
-    return "%.9g", cells
-
-
 class _JsonSink(_Sink):
     def __init__(self, stream: TextIO, header: Sequence[str]) -> None:
         self._stream = stream
@@ -268,7 +262,7 @@ class _JsonSink(_Sink):
     def write(
         self, paths: list[str], labels: list[str], columns: list[_Column], errors: list[str]
     ) -> None:
-        good = zip(*columns, strict=True)
+        good = zip(*map(_values, columns), strict=True)
         blank = ("", *[None] * (len(self._header) - len(LEADING)))
         for path, label, error in zip(paths, labels, errors, strict=True):
             cells = blank if error else map(_json_cell, next(good))
@@ -276,13 +270,17 @@ class _JsonSink(_Sink):
             self._stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _json_cell(cell: str | float | int | None) -> str | float | int | None:
-    return "inf" if cell == math.inf else _rounded(cell)
+def _json_cell(cell: object) -> object:
+    return "inf" if cell == math.inf else cell
 
 
-def _rounded(cell: str | float | int | None) -> str | float | int | None:
-    """The 9 significant digits that CSV has, for formats that hold numbers."""
-    return float(f"{cell:.9g}") if isinstance(cell, float) else cell
+def _values(column: _Column) -> Sequence[object]:
+    """With the 9 significant digits that CSV has, for formats that hold numbers; None for NaN."""
+    if isinstance(column, list):
+        return column
+    if column.dtype == np.int64:
+        return list(column.tolist())
+    return [float(f"{cell:.9g}") if cell == cell else None for cell in column.tolist()]
 
 
 class _ParquetSink(_Sink):
@@ -318,7 +316,7 @@ class _ParquetSink(_Sink):
         cells: list[Any] = [paths, labels]
         for number, column in enumerate(columns):
             whole = np.full(len(paths), None if number else "", dtype=object)
-            whole[good] = [_rounded(cell) for cell in column]
+            whole[good] = _values(column)
             cells.append(whole)
         arrays = [
             self._arrow.array(column, type=kind, from_pandas=False)
