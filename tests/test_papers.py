@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import oodcli
+from safetensors.torch import load_file
 
 from benchmarks import train_cifar
 from benchmarks.papers import __main__ as command
@@ -381,6 +382,13 @@ def test_a_network_is_trained_and_goes_on_after_an_interruption(tmp_path, monkey
     inspected = json.loads(oodcli("inspect", whole, "--json").out)
     assert inspected["arch"] == "resnet8-cifar"
     assert inspected["class_names"] == ["dark", "light"]
+    further = tmp_path / "further.safetensors"
+    words = [*data, "-o", str(further), *settings, "--epochs", "2", "--lr", "1e-9"]
+    assert train_cifar.main([*words, "--from", str(whole)]) == 0
+    weights, earlier = load_file(further), load_file(whole)
+    torch.testing.assert_close(weights["conv1.weight"], earlier["conv1.weight"])
+    assert train_cifar.main(words) == 0
+    assert not torch.allclose(load_file(further)["conv1.weight"], earlier["conv1.weight"])
 
 
 def test_steps_alone_write_nothing(tmp_path, capfd):
