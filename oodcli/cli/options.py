@@ -248,7 +248,9 @@ class ModelOptions:
         if self.precision != "auto":
             console.detail(f"precision {self.precision}, by --precision")
             return self.precision
-        half = fast and _multiplies_bfloat16(self.resolved_device())
+        from oodcli.cli.versions import multiplies_bfloat16
+
+        half = fast and multiplies_bfloat16(self.resolved_device())
         why = "bfloat16, which the device multiplies in hardware" if half else "float32"
         console.detail(f"precision {why}, by default")
         return "bfloat16" if half else "float32"
@@ -256,16 +258,6 @@ class ModelOptions:
 
 def _by(option: str, given: object) -> str:
     return "by default" if given is None else f"by {option}"
-
-
-def _multiplies_bfloat16(device: str) -> bool:
-    import torch
-
-    if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # torch has no public name for this that reaches back to 2.11.
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 _HINTS = get_type_hints(ModelOptions, include_extras=True)

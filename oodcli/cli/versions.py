@@ -1,4 +1,4 @@
-"""``oodcli --version``: what a report of a fault should begin with."""
+"""``oodcli --version``: what a report of a fault should begin with, and what the devices can do."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def installed(package: str) -> str:
 def _devices() -> Iterator[str]:
     import torch
 
-    from oodcli.cli.options import _multiplies_bfloat16
-
-    how = "in hardware" if _multiplies_bfloat16("cpu") else "emulated"
+    how = "in hardware" if multiplies_bfloat16("cpu") else "emulated"
     yield f"cpu: {_processor()}, {torch.get_num_threads()} threads, bfloat16 {how}"
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
@@ -54,3 +52,14 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether it does so in hardware. Anything else emulates it, which is slower than float32."""
+    import torch
+
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # torch has no public name for this that reaches back to 2.11.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
