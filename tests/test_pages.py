@@ -119,6 +119,21 @@ def test_any_bytes_are_heads_or_damaged(data: bytes, length: int) -> None:
         assert "head of" in str(error)  # noqa: PT017
 
 
+def test_fields_of_every_kind_are_passed_over() -> None:
+    fields = [
+        b"\x25\x0a\x15\x08",  # fields 2 and 3: 5 and 4 bytes
+        b"\x11\x12\x13\x07\x14\x81\x01\x17" + bytes(8),  # true, false, a byte, 129, a double
+        b"\x18\x03abc\x19\x31\x01\x02\x01\x19\xf6\x10" + b"\x81\x01" * 16,  # text, lists
+        b"\x1c\x06\x28\x04\x11\x00",  # fields; one of them with its number, 20, written out
+    ]
+    first = b"".join(fields) + b"\x00" + b"data"
+    data = first + first.replace(b"\x25\x0a", b"\x25\x12", 1)
+    chunk = SimpleNamespace(
+        data_page_offset=0, has_dictionary_page=False, total_compressed_size=len(data)
+    )
+    assert largest_page(io.BytesIO(data), chunk) == 9
+
+
 def test_a_head_that_goes_on_and_on() -> None:
     deep = SimpleNamespace(
         data_page_offset=0, has_dictionary_page=False, total_compressed_size=1 << 20
