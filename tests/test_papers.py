@@ -169,7 +169,7 @@ def test_all_configurations_are_read(tmp_path):
     assert set(RESULTS["tables"]["trio"]) == {*usual.networks, network.name}
     assert RESULTS["networks"][network.name]["precision"] == trained.precision == "bfloat16"
     for name in network.tables:
-        commands = RESULTS["tables"][name].get(network.name, {}).get("commands", [])
+        commands = RESULTS["tables"][name][network.name]["commands"]
         passes = [each for each in commands if " extract " in each or " --mirror " in each]
         assert all(" --precision bfloat16 " in each for each in passes)
     runs = Runs(usual, usual.networks["ResNet-20"], tmp_path, tmp_path)
