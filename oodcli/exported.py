@@ -21,7 +21,6 @@ import operator
 import os
 import pickle
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -37,6 +36,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oodcli.errors import CheckpointError
+
+try:
+    import resource
+except ImportError:  # Windows, where nothing is limited
+    resource = None  # type: ignore[assignment]
 
 aten = torch.ops.aten
 REEXPORT = (
@@ -124,7 +128,7 @@ def _try_apart(path: Path, limits: Limits) -> None:
             f"{path} needs more than {limits.bytes / 1e9:.1f} GB of memory beside its weights when "
             f"it is tried: export it with a smaller batch as its example, or {trust}"
         )
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+    if done.returncode < 0 and -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
         raise CheckpointError(
             f"{path} computes for more than {limits.seconds} s when it is tried: export it with a "
             f"smaller batch as its example, or {trust}"
@@ -143,12 +147,13 @@ def attempt(path: str, seconds: int, bytes: int) -> None:
     """
     import torch.export.unflatten  # noqa: F401 — what is imported does not count
 
-    with suppress(OSError):  # where there is no /proc, memory is not limited
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + 3 * os.path.getsize(path) + bytes
-        _limit(resource.RLIMIT_AS, most)
-    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + seconds)
-    _limit(resource.RLIMIT_CORE, 0)
+    if resource is not None:
+        with suppress(OSError):  # where there is no /proc, memory is not limited
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + 3 * os.path.getsize(path) + bytes
+            _limit(resource.RLIMIT_AS, most)
+        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + seconds)
+        _limit(resource.RLIMIT_CORE, 0)
     status = 0
     try:
         _restored(Path(path), trust=False)
