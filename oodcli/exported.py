@@ -128,7 +128,7 @@ def _try_apart(path: Path, limits: Limits) -> None:
             f"{path} needs more than {limits.bytes / 1e9:.1f} GB of memory beside its weights when "
             f"it is tried: export it with a smaller batch as its example, or {trust}"
         )
-    if done.returncode < 0 and -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
+    if done.returncode < 0 and -done.returncode == signal.SIGXCPU:
         raise CheckpointError(
             f"{path} computes for more than {limits.seconds} s when it is tried: export it with a "
             f"smaller batch as its example, or {trust}"

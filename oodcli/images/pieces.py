@@ -221,7 +221,8 @@ def _parquet(piece: Piece) -> Iterator[_Row]:
         chunks = [group.column(i) for i in range(group.num_columns)]
         unpacked = [chunk.total_uncompressed_size for chunk in chunks]
         rows = max(1, min(ROWS_AT_ONCE, LARGEST_MEMBER // max(1, *unpacked)))
-        local = "://" not in piece.where  # elsewhere, every page would be asked for twice
+        # Elsewhere than in local files, every page would be asked for twice.
+        local = "://" not in piece.where or piece.where.startswith(("file://", "local://"))
         if local and any(largest_page(stream, chunk) > LARGEST_MEMBER for chunk in chunks):
             raise ImagesError(
                 f"{piece.where} has a page that unpacks to more than {LARGEST_MEMBER >> 20} MB: "
