@@ -45,7 +45,7 @@ NOISE_IMAGES = "noise:uniform?n=1000&seed=1"
 VIRTUAL = ("c2ir",)
 """Fitted on virtual images alone."""
 
-WITH_POOL = ("duo", "trio")
+WITH_POOL = ("c2ir-peak", "duo", "trio")
 """Fitted on virtual images, on noise, and on other virtual images, matched to the accuracy."""
 
 EITHER = (

@@ -37,7 +37,7 @@ RETRAINED = {"godin": "+deconf-cosine", "mos": "+mos:2,1"}
 
 VIRTUAL = ("c2ir", "c2ir-z")
 NOISE = ("1c-sum",)
-POOL = ("duo", "trio")
+POOL = ("c2ir-peak", "duo", "trio")
 PLAIN = tuple(
     name for name in detectors.names() if not (detectors.get(name).fitted or name in RETRAINED)
 )

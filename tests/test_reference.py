@@ -22,7 +22,8 @@ CHECKPOINT = "checkpoints/resnet20-12fca82f.th"
 BATCH = 128
 
 UNLISTED = {
-    *("odin", "godin", "mos", "c2ir", "c2ir-z", "peak", "duo", "trio"),
+    *("odin", "godin", "mos", "c2ir", "c2ir-z", "peak", "peak-energy"),
+    *("c2ir-peak", "duo", "trio"),
     *("supervised", "gram", "1d", "lsgm"),
 }
 """Not in the reference, or with free choices: a step, virtual images, OOD rows to learn from; or a

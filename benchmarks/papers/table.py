@@ -93,7 +93,7 @@ TABLES: dict[str, str] = {
     "rg-table-3": "rg_table_3",
     "rg-table-4": "rg_table_4",
     "rg-table-5": "rg_table_5",
-    "trio": "trio",
+    "data-free": "data_free",
 }
 """Name → the module that has it as TABLE."""
 

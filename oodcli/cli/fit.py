@@ -65,7 +65,8 @@ def command(
         Path | None,
         typer.Option(
             metavar="F.h5",
-            help="Rows of noise, for 1c-sum, duo and trio; the others are fitted on CACHE.h5.",
+            help="Rows of noise, for 1c-sum, c2ir-peak, duo and trio; the others are fitted on "
+            "CACHE.h5.",
             show_default=False,
         ),
     ] = None,

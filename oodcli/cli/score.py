@@ -577,8 +577,9 @@ def _refuse_with_engine(
 
 
 def _default(opened: Opened, path: Path, network: bool) -> str:
-    """An artefact of trio or duo that is at hand; otherwise the strongest detector that needs
-    nothing but the checkpoint, by mean AUROC on ResNet-20."""
+    """An artefact that needs no data and is at hand; otherwise a detector that needs nothing but
+    the checkpoint. peak-energy is stronger than 1c-sum on residual networks, but no better than
+    chance on the demo's, and nothing here can tell which it is (docs/protocol.md)."""
     from oodcli import detectors
 
     for name, artefact in _at_hand(path, network):
@@ -588,14 +589,14 @@ def _default(opened: Opened, path: Path, network: bool) -> str:
             return str(artefact)
         console.say(f"note: left aside: {reason}")
     name = "1c-sum" if network and detectors.get("1c-sum").needs <= opened.available else "energy"
-    console.say(f"note: no -d, so {name}: the strongest that needs nothing but the checkpoint")
+    console.say(f"note: no -d, so {name}, which needs nothing but the checkpoint")
     return name
 
 
 def _at_hand(path: Path, network: bool) -> Iterator[tuple[str, Path]]:
-    """Artefacts of trio, then of duo, in ``detectors`` of the working directory and beside a
-    checkpoint."""
-    for name in ("trio", "duo"):
+    """Artefacts of the detectors that need no data, the strongest first, in ``detectors`` of the
+    working directory and beside a checkpoint."""
+    for name in ("c2ir-peak", "trio", "duo"):
         places = [Path("detectors", f"{name}.safetensors")]
         if network:
             beside = path.parent

@@ -56,8 +56,10 @@ _WHERE = {
     "c2ir": "c2ir:C2IR",
     "c2ir-z": "c2ir_z:C2IRZ",
     "peak": "peak:Peak",
-    "duo": "duo:Duo",
-    "trio": "duo:Trio",
+    "peak-energy": "peak:PeakEnergy",
+    "c2ir-peak": "c2ir_peak:C2IRPeak",
+    "duo": "common_scale:Duo",
+    "trio": "common_scale:Trio",
 }
 """Name → module and class, in the order of the listings. A new detector is one line here and one
 class; small ones of the same paper share a file."""

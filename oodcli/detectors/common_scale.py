@@ -1,8 +1,8 @@
-"""Duo and trio: detectors that need no data and err on different images, on a common scale and
-added."""
+"""Detectors that need no data and err on different images, on a common scale and added."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -34,27 +34,19 @@ def median_and_spread(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Duo(Detector):
-    """r(c2ir-z) + r(1c-sum), r(s) = (s − median)/interquartile range over a pool of virtual images
-    that the network errs on as often as on real ones. Nothing is tuned, and no image is real.
+class Summed(Detector):
+    """Σ r(part), r(s) = (s − median)/interquartile range over a pool of virtual images that the
+    network errs on as often as on real ones. Nothing is tuned, and no image is real.
 
-    deviation, indicators: the two, fitted. median, spread: (P,), of the scores on the pool.
+    deviation: fitted on virtual images. median, spread: (P,), of the parts' scores on the pool.
     usual: (T,), medians of what the scores are sums of, for explanations.
     """
 
-    name = "duo"
-    source = "this project, on C2IR and Begon & Geurts 2021"
-    about = "c2ir-z + 1c-sum, each by its median and quartiles on accuracy-matched virtual images"
-    needs = C2IRZ.needs | OneClassSum.needs
     fitted = True
-    noise_images = OneClassSum.reference_images
     needs_pool = True
     explains = True
-    further: ClassVar[tuple[Detector, ...]] = ()
-    """What is added besides, and needs no fitting."""
 
     deviation: C2IRZ
-    indicators: OneClassSum
     median: Tensor
     spread: Tensor
     usual: Tensor
@@ -63,34 +55,10 @@ class Duo(Detector):
     def fit_needs(cls, **hyperparameters: Any) -> frozenset[str]:
         return C2IRZ.fit_needs()
 
-    @classmethod
-    def fit(cls, train: Blocks, *, noise: Blocks, pool: Blocks) -> Self:
-        """One pass over each: c2ir-z on train, 1c-sum on noise, and for each row of the pool the
-        terms of both are kept. Raises DetectorError when a record is missing or one of the three
-        has no row, and when a score does not vary over the pool."""
-        deviation, indicators = C2IRZ.fit(train), OneClassSum.fit(noise)
-        parts: tuple[Detector, ...] = (deviation, indicators, *cls.further)
-        kept: list[tuple[Tensor, Tensor]] = []
-        for block in finite_rows(pool, cls.needs, cls.name):
-            scores = _scores_of(parts, block)
-            good = torch.isfinite(scores).all(1)
-            kept.append((scores[good], _terms_of(parts, block)[good]))
-        rows, terms = (torch.cat(each) for each in zip(*kept, strict=True))
-        if not len(rows):
-            raise DetectorError(f"{cls.name}: not one row of the pool has finite scores")
-        median, spread = median_and_spread(rows)
-        for part, value in zip(parts, spread.tolist(), strict=True):
-            if not value > 0:
-                raise DetectorError(
-                    f"{cls.name}: {part.name} gives half of the {len(rows)} rows of the pool or "
-                    "more the same score, so it has no scale: calibrate on more and different "
-                    "images"
-                )
-        return cls(deviation, indicators, median, spread, median_and_spread(terms)[0])
-
     @property
+    @abstractmethod
     def parts(self) -> tuple[Detector, ...]:
-        return self.deviation, self.indicators, *self.further
+        """P detectors, fitted."""
 
     def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
         """What the scores are the sums of, each from its median on the pool and in the unit of the
@@ -107,11 +75,66 @@ class Duo(Detector):
         scores = _scores_of(self.parts, test)
         return on_common_scale(scores, self.median, self.spread).sum(1)
 
+    @classmethod
+    def _on_pool(cls, parts: Sequence[Detector], pool: Blocks) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores (N, P) of the rows of the pool that all parts have finite scores of; and median,
+        spread and usual. Raises DetectorError when there is none, or when a score does not vary
+        over them."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        for block in finite_rows(pool, cls.needs, cls.name):
+            scores = _scores_of(parts, block)
+            good = torch.isfinite(scores).all(1)
+            kept.append((scores[good], _terms_of(parts, block)[good]))
+        rows, terms = (torch.cat(each) for each in zip(*kept, strict=True))
+        if not len(rows):
+            raise DetectorError(f"{cls.name}: not one row of the pool has finite scores")
+        median, spread = median_and_spread(rows)
+        for part, value in zip(parts, spread.tolist(), strict=True):
+            if not value > 0:
+                raise DetectorError(
+                    f"{cls.name}: {part.name} gives half of the {len(rows)} rows of the pool or "
+                    "more the same score, so it has no scale: calibrate on more and different "
+                    "images"
+                )
+        usual = median_and_spread(terms)[0]
+        return rows, {"median": median, "spread": spread, "usual": usual}
+
+
+@dataclass(frozen=True)
+class Duo(Summed):
+    """r(c2ir-z) + r(1c-sum).
+
+    indicators: the second part, fitted on noise.
+    """
+
+    name = "duo"
+    source = "this project, on C2IR and Begon & Geurts 2021"
+    about = "c2ir-z + 1c-sum, each by its median and quartiles on accuracy-matched virtual images"
+    needs = C2IRZ.needs | OneClassSum.needs
+    noise_images = OneClassSum.reference_images
+    further: ClassVar[tuple[Detector, ...]] = ()
+    """What is added besides, and needs no fitting."""
+
+    indicators: OneClassSum
+
+    @classmethod
+    def fit(cls, train: Blocks, *, noise: Blocks, pool: Blocks) -> Self:
+        """One pass over each: c2ir-z on train, 1c-sum on noise, and for each row of the pool the
+        terms of both are kept. Raises DetectorError when a record is missing or one of the three
+        has no row, and when a score does not vary over the pool."""
+        deviation, indicators = C2IRZ.fit(train), OneClassSum.fit(noise)
+        _, scale = cls._on_pool((deviation, indicators, *cls.further), pool)
+        return cls(deviation, indicators=indicators, **scale)
+
+    @property
+    def parts(self) -> tuple[Detector, ...]:
+        return self.deviation, self.indicators, *self.further
+
 
 @dataclass(frozen=True)
 class Trio(Duo):
-    """r(c2ir-z) + r(1c-sum) + r(peak): ``duo``, and what neither of the two sees, as they look at
-    means and variances over positions. How it was designed: docs/protocol.md."""
+    """r(c2ir-z) + r(1c-sum) + r(peak): ``duo`` and ``peak``. ``c2ir-peak`` is better without the
+    second."""
 
     name = "trio"
     about = "c2ir-z + 1c-sum + peak, each by its median and quartiles on the accuracy-matched pool"

@@ -1,4 +1,5 @@
-"""duo and trio: their formula, what they are fitted on, and when score takes them by itself."""
+"""c2ir-peak, duo and trio: their formula, what they are fitted on, and when score takes them by
+itself."""
 
 from __future__ import annotations
 
@@ -18,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from test_cli import fails
 
 from oodcli import detectors
+from oodcli.detectors.c2ir_peak import FLOOR, C2IRPeak, LogDeviation, LogEnergy
 from oodcli.detectors.c2ir_z import C2IRZ
-from oodcli.detectors.duo import Duo, Trio, median_and_spread, on_common_scale
+from oodcli.detectors.common_scale import Duo, Trio, median_and_spread, on_common_scale
 from oodcli.detectors.one_class_sum import OneClassSum
-from oodcli.detectors.peak import Peak
+from oodcli.detectors.peak import Peak, PeakEnergy
 from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, Layer
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
@@ -46,7 +48,14 @@ def rows():
 @pytest.fixture(scope="module")
 def three(rows):
     """Rows to fit on, of noise and of the pool."""
-    return {"train": rows(24, 1), "noise": rows(30, 2), "pool": rows(41, 3)}
+    return {"train": rows(24, 1), "noise": with_peaks(rows(30, 2), 0.5), "pool": rows(41, 3)}
+
+
+def with_peaks(rows, times):
+    """The same rows with peaks so many times as high."""
+    return rows.map_rows(
+        lambda name, tensor: times * tensor if name.endswith("/peak") else tensor, len(rows)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +63,90 @@ def test(rows):
     return rows(9, 4)
 
 
-@pytest.mark.parametrize(("kind", "further"), [(Duo, ()), (Trio, (Peak(),))])
-def test_the_formula_against_a_naive_one(three, test, kind, further):
-    expected = np.zeros(9)
-    for part in (C2IRZ.fit(three["train"]), OneClassSum.fit(three["noise"]), *further):
-        pool = part.score(three["pool"]).numpy()
+KINDS = {
+    C2IRPeak: ("log energy", "log deviation", "log peak"),
+    Duo: ("c2ir-z", "1c-sum"),
+    Trio: ("c2ir-z", "1c-sum", "peak"),
+}
+"""What each adds."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_formula_against_a_naive_one(three, test, kind):
+    deviation = C2IRZ.fit(three["train"])
+    parts = {
+        "c2ir-z": deviation.score,
+        "1c-sum": OneClassSum.fit(three["noise"]).score,
+        "peak": Peak().score,
+        "log energy": lambda block: -(block.logits.double().exp().sum(1) + 1).log().log(),
+        "log deviation": lambda block: (
+            sum(
+                ((layer.mean - deviation.centre[name][block.logits.argmax(1)]).double() ** 2)
+                .div(deviation.variance[name])
+                .mean(1)
+                .log()
+                for name, layer in block.layers.items()
+                if layer.kind == "batchnorm"
+            )
+            / len(deviation.layers)
+        ),
+        "log peak": lambda block: -(-Peak().score(block)).log(),
+    }
+
+    def on_scale(scores, pool):
         low, median, high = np.percentile(pool, [25, 50, 75])
-        expected += (part.score(test).numpy() - median) / (high - low)
-    found = kind.fit(**three).score(test)
-    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+        return (scores - median) / (high - low), (pool - median) / (high - low)
+
+    found = [on_scale(part(test).numpy(), part(three["pool"]).numpy()) for part in parts.values()]
+    named = dict(zip(parts, found, strict=True))
+    terms = [named[name] for name in KINDS[kind]]
+    if kind is C2IRPeak:
+        terms = [on_scale(*(a + b for a, b in zip(*terms[:2], strict=True))), terms[2]]
+    expected = torch.from_numpy(sum(scores for scores, _ in terms))
+    torch.testing.assert_close(kind.fit(**three).score(test), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_dead_layer_changes_nothing(three, test):
+    """Nothing of it deviates, so its logarithm has a floor."""
+    deviation = C2IRZ.fit(three["train"])
+    name = deviation.layers[1]
+    dead = replace(test.layers[name], mean=torch.zeros_like(test.layers[name].mean))
+    centre = {**deviation.centre, name: torch.zeros_like(deviation.centre[name])}
+    rows = replace(test, layers={**test.layers, name: dead})
+    _, terms = LogDeviation(replace(deviation, centre=centre)).contributions(rows)
+    _, usual = LogDeviation(deviation).contributions(test)
+    assert torch.equal(terms[:, [0, 2]], usual[:, [0, 2]])
+    assert terms[:, 1].tolist() == [np.log(FLOOR) / len(deviation.layers)] * 9
+
+
+@pytest.mark.parametrize(("times", "counts"), [(0.9, True), (1.0, False), (1.1, False)])
+def test_peak_counts_where_noise_has_the_lower_peaks(three, test, caplog, times, counts):
+    caplog.set_level("INFO")
+    made = C2IRPeak.fit(**{**three, "noise": with_peaks(three["pool"], times)})
+    assert made.with_peak is counts
+    assert ("peak is left out, for noise has the higher peaks" in caplog.text) is not counts
+    assert [part.name for part in made.parts] == ["energy", "c2ir-z", "peak"][: 2 + counts]
+    layers = {name: replace(layer, peak=None) for name, layer in test.layers.items()}
+    without = replace(test, layers=layers)
+    if counts:
+        with pytest.raises(DetectorError, match=r"c2ir-peak needs layers\.peak"):
+            made.score(without)
+    else:
+        rows = torch.stack([part.score(without) for part in made.parts], 1)
+        expected = ((rows - made.median) / made.spread).sum(1)
+        torch.testing.assert_close(made.score(without), expected, rtol=1e-12, atol=1e-12)
+        assert len(made.contributions(without)[0]) == len(made.deviation.layers) + 1
+
+
+def test_two_that_contradict_each_other_are_refused(three, monkeypatch):
+    monkeypatch.setattr(LogDeviation, "_score", lambda self, block: -LogEnergy()._score(block))
+    with pytest.raises(DetectorError, match="say opposite things of the 41 rows of the pool"):
+        C2IRPeak.fit(**three)
+
+
+def test_noise_without_a_row_is_refused(three):
+    with pytest.raises(DetectorError, match="c2ir-peak: there is no row to fit on"):
+        C2IRPeak.fit(**{**three, "noise": []})
 
 
 def test_pieces_by_hand():
@@ -91,21 +175,22 @@ def test_the_scale_of_a_part_does_not_matter(three, test, part, monkeypatch):
     torch.testing.assert_close(Duo.fit(**three).score(test), before, rtol=1e-9, atol=1e-9)
 
 
-def test_blocks_are_the_whole(three, test):
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_the_whole(three, test, kind):
     """Of each of the three, cut in its own way."""
     blocks = {
         name: [rows.select(slice(start, start + size)) for start in range(0, len(rows), size)]
         for size, (name, rows) in zip((5, 7, 11), three.items(), strict=True)
     }
-    whole = Duo.fit(**three).score(test)
-    torch.testing.assert_close(Duo.fit(**blocks).score(test), whole, rtol=1e-9, atol=1e-9)
+    whole = kind.fit(**three).score(test)
+    torch.testing.assert_close(kind.fit(**blocks).score(test), whole, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("kind", "more"), [(Duo, 0), (Trio, 1)])
+@pytest.mark.parametrize(("kind", "more"), [(C2IRPeak, 1), (Duo, 14), (Trio, 15)])
 def test_a_score_is_its_contributions_and_a_constant(three, test, kind, more):
     duo = kind.fit(**three)
     names, terms = duo.contributions(test)
-    assert len(names) == terms.shape[1] == len(duo.deviation.layers) + 1 + 14 + more
+    assert len(names) == terms.shape[1] == len(duo.deviation.layers) + 1 + more
     rest = duo.score(test) - terms.sum(1)
     torch.testing.assert_close(rest, rest[:1].expand(9), rtol=1e-9, atol=1e-9)
     # Each is counted from what is usual on the pool.
@@ -156,6 +241,18 @@ def test_peaks_by_hand():
         Peak().score(Features(1, layers=layers))
 
 
+def test_peak_times_energy_by_hand():
+    logits = torch.tensor([[1.0, -2.0, 0.5], [-30.0, -30.0, -31.0], [900.0, 1.0, 1.0]])
+    layers = {"b": Layer("stage", peak=torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 2.0]]))}
+    found = PeakEnergy().score(Features(3, logits=logits, layers=layers))
+    softplus = [np.log(1 + np.exp(row).sum()) for row in logits[:2].double().numpy()]
+    expected = [-25 * softplus[0], -25 * softplus[1], -4 * 900.0]
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    assert found[1] < 0  # small as the logits are, it says who has the higher peaks
+    with pytest.raises(DetectorError, match="peak-energy: 0 layers have peaks"):
+        PeakEnergy()._score(Features(3, logits=logits))
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_peaks_are_those_of_the_map_that_is_pooled(precision):
     network = networks.classifier(networks.Residual())
@@ -181,7 +278,7 @@ def test_a_network_without_a_map_has_no_peaks():
 # ---------------------------------------------------------------------------- the artefact
 
 
-@pytest.mark.parametrize("kind", [Duo, Trio])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_artefact_holds_both_parts(three, test, tmp_path, kind):
     duo = kind.fit(**three)
     path = tmp_path / f"{kind.name}.safetensors"
@@ -189,13 +286,14 @@ def test_an_artefact_holds_both_parts(three, test, tmp_path, kind):
     again = read_artefact(path).detector
     assert type(again) is kind
     assert torch.equal(again.score(test), duo.score(test))
-    for part in ("deviation", "indicators"):
+    parts = ("deviation",) if kind is C2IRPeak else ("deviation", "indicators")
+    for part in parts:
         mine, its = getattr(duo, part), getattr(again, part)
         assert type(mine) is type(its)
         assert torch.equal(mine.score(test), its.score(test))
     assert json.loads(metadata(path)["hyperparameters"]) == {
         "deviation": {"layers": list(duo.deviation.layers), "weights": "uniform"},
-        "indicators": {"reference": "uniform"},
+        **({"with_peak": True} if kind is C2IRPeak else {"indicators": {"reference": "uniform"}}),
     }
 
 
@@ -256,7 +354,7 @@ def place(fitted, tmp_path_factory):
         ("extract", checkpoint, "noise:uniform?n=300", *output(folder, "n")),
         ("extract", checkpoint, folder / "test.npz", "--mirror", *output(folder, "id")),
         fit(folder, "-d", "duo", "-d", "1c-sum", "-d", "c2ir-z", "-o", folder / "detectors"),
-        fit(folder, "-d", "trio", "-o", folder / "more"),
+        fit(folder, "-d", "trio", "-d", "c2ir-peak", "-o", folder / "more"),
     ):
         result = oodcli(*words)
         assert result.status == 0, result.err
@@ -319,7 +417,7 @@ def test_noise_beside_other_rows_is_noise_alone(place, tmp_path):
 
 
 def test_all_that_can_be_fitted(place, tmp_path):
-    names = "1c-sum", "duo", "trio"
+    names = "1c-sum", "c2ir-peak", "duo", "trio"
     for more, expected in (
         (("--noise", place / "n.h5", "--calibrate", place / "p.h5"), names),
         (("--noise", place / "n.h5"), names[:1]),
@@ -421,7 +519,7 @@ def test_it_is_the_default_where_it_is_at_hand(place, tmp_path, monkeypatch):
     shutil.copy(place / "digits.toml", checkpoint.parent)
     artefact = place / "detectors" / "duo.safetensors"
     score = ("score", checkpoint, "noise:blob?n=3")
-    assert "no -d, so 1c-sum: the strongest that needs nothing but the" in oodcli(*score).err
+    assert "no -d, so 1c-sum, which needs nothing but the checkpoint" in oodcli(*score).err
     expected = oodcli(*score, "-d", artefact).out
     here = Path("detectors") / "duo.safetensors"
     beside = checkpoint.parent / "digits.duo.safetensors"
@@ -440,21 +538,27 @@ def test_it_is_the_default_where_it_is_at_hand(place, tmp_path, monkeypatch):
     assert "duo" in scores(cached.out)[0]
 
 
-def test_trio_goes_before_duo(place, tmp_path, monkeypatch):
+def test_the_strongest_goes_first(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(place / "detectors", "detectors")
-    shutil.copy(place / "more" / "trio.safetensors", "detectors")
-    result = oodcli("score", place / "id.h5", "--explain")
-    assert "note: no -d, so detectors/trio.safetensors: the strongest" in result.err
-    found = scores(result.out)
-    assert any("the last map of features is low" in row["trio.why"] for row in found)
-    made = read_artefact(Path("detectors") / "trio.safetensors")
-    with open_cache(place / "id.h5") as cache:
-        expected = made.detector.score(next(iter(cache.rows(Trio.needs))))
-    assert [float(row["trio"]) for row in found] == pytest.approx(expected.tolist(), rel=1e-8)
-    # A cache of before has no peaks, and takes the next best.
+    for name, kind in (("trio", Trio), ("c2ir-peak", C2IRPeak)):
+        file = Path("detectors") / f"{name}.safetensors"
+        shutil.copy(place / "more" / file.name, file)
+        result = oodcli("score", place / "id.h5", "--explain")
+        assert f"note: no -d, so {file}: the strongest" in result.err
+        found = scores(result.out)
+        made = read_artefact(file).detector
+        with open_cache(place / "id.h5") as cache:
+            block = next(iter(cache.rows(kind.needs)))
+        expected = made.score(block).tolist()
+        assert [float(row[name]) for row in found] == pytest.approx(expected, rel=1e-8)
+        assert [row[f"{name}.why"] for row in found] == made.explain(block)
+    # A cache of before has no peaks. On digits noise has the higher ones, so they are not missed.
+    assert not read_artefact(file).detector.with_peak
     words = ("extract", place / "digits.pt", place / "test.npz", "--for", "duo")
     assert oodcli(*words, "-o", "old.h5").status == 0
+    assert "no -d, so detectors/c2ir-peak.safetensors" in oodcli("score", "old.h5").err
+    file.unlink()
     result = oodcli("score", "old.h5")
     assert "left aside: detectors/trio.safetensors needs layers.peak, which is not" in result.err
     assert "no -d, so detectors/duo.safetensors" in result.err

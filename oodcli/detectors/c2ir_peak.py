@@ -1,0 +1,147 @@
+"""C2IR's deviations, the peaks of the last map and the free energy, in logarithms on a common
+scale: the strongest here that needs no data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from oodcli.detectors.base import Blocks, Detector, finite_rows
+from oodcli.detectors.c2ir_z import C2IRZ
+from oodcli.detectors.common_scale import Summed, median_and_spread, on_common_scale
+from oodcli.detectors.one_class_sum import OneClassSum
+from oodcli.detectors.peak import Peak, positive_energy
+from oodcli.errors import DetectorError
+from oodcli.features import Features, recorded
+
+log = logging.getLogger(__name__)
+
+FLOOR = 1e-3
+"""Of a layer's mean squared deviation, in variances: no image is nearer to its class, but a layer
+that is dead."""
+
+
+@dataclass(frozen=True)
+class LogEnergy(Detector):
+    """−log log(1 + Σ exp(z_k))."""
+
+    name = "energy"
+    needs = frozenset({"logits"})
+    explains = True
+
+    def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
+        """One term, the score itself: (N, 1)."""
+        return ["little evidence for any class"], self._score(test)[:, None]
+
+    def _score(self, test: Features) -> Tensor:
+        return -positive_energy(recorded(test.logits)).log()
+
+
+@dataclass(frozen=True)
+class LogPeak(Detector):
+    """−log‖p‖."""
+
+    name = "peak"
+    needs = Peak.needs
+    explains = True
+
+    def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
+        """One term, the score itself: (N, 1)."""
+        return Peak().contributions(test)[0], self._score(test)[:, None]
+
+    def _score(self, test: Features) -> Tensor:
+        return -(-Peak().score(test)).log()
+
+
+@dataclass(frozen=True)
+class LogDeviation(Detector):
+    """Mean over layers of log d_l, d_l the standardised deviation of c2ir-z from the class's
+    virtual images: no layer outweighs the others, however far it is."""
+
+    name = "c2ir-z"
+    needs = C2IRZ.needs
+    fitted = True
+    explains = True
+
+    of: C2IRZ
+
+    def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
+        """A term for each layer: (N, L)."""
+        (_, *words), terms = self.of.contributions(test)
+        layers = len(words)
+        deviation = terms[:, 1:] * layers  # the weights are uniform
+        return words, deviation.clamp_min(FLOOR).log() / layers
+
+    def _score(self, test: Features) -> Tensor:
+        return self.contributions(test)[1].sum(1)
+
+
+@dataclass(frozen=True)
+class C2IRPeak(Summed):
+    """r(r(−log E) + r(mean_l log d_l)) + r(−log‖p‖): free energy and deviations from the class's
+    virtual images layer by layer, which go as one, and the highest positions, which means over
+    positions hide. How it was found: docs/protocol.md.
+
+    median, spread: of the first two so that their sum has the median 0 and the interquartile
+    range 1. with_peak: whether the last term counts. It does not where uniform noise has higher
+    peaks than the pool, as in small networks on plain images: there, strange images are those with
+    the high peaks.
+    """
+
+    name = "c2ir-peak"
+    source = "this project, on C2IR and Liu et al. 2020"
+    about = "energy, deviations of c2ir-z and peak, logarithms on the scale of a pool as duo's"
+    needs = C2IRZ.needs | Peak.needs
+    noise_images = OneClassSum.reference_images
+
+    with_peak: bool
+
+    @classmethod
+    def fit(cls, train: Blocks, *, noise: Blocks, pool: Blocks) -> Self:
+        """One pass over each: c2ir-z on train, whether peak counts by its median on noise, and for
+        each row of the pool the terms are kept. Raises DetectorError when a record is missing or
+        one of the three has no row, and when a score does not vary over the pool."""
+        deviation = C2IRZ.fit(train)
+        of_noise, of_pool = (_usual_peak(rows, cls.name) for rows in (noise, pool))
+        with_peak = of_noise < of_pool
+        if not with_peak:
+            log.info(
+                f"{cls.name}: peak is left out, for noise has the higher peaks ({of_noise:.3g}, "
+                f"the pool {of_pool:.3g})"
+            )
+        rows, scale = cls._on_pool(_parts(deviation, with_peak), pool)
+        median, spread = scale["median"], scale["spread"]
+        both = on_common_scale(rows, median, spread)[:, :2].sum(1, keepdim=True)
+        (of_both,), (unit,) = (each.tolist() for each in median_and_spread(both))
+        if not unit > 0:
+            raise DetectorError(
+                f"{cls.name}: energy and c2ir-z say opposite things of the {len(rows)} rows of the "
+                "pool, so their sum has no scale: calibrate on more and different images"
+            )
+        median[0] += of_both * spread[0]
+        spread[:2] *= unit
+        return cls(deviation, with_peak=with_peak, **scale)
+
+    @property
+    def parts(self) -> tuple[Detector, ...]:
+        return _parts(self.deviation, self.with_peak)
+
+    @property
+    def score_needs(self) -> frozenset[str]:
+        return self.needs if self.with_peak else C2IRZ.needs
+
+
+def _parts(deviation: C2IRZ, with_peak: bool) -> tuple[Detector, ...]:
+    peak = (LogPeak(),) if with_peak else ()
+    return LogEnergy(), LogDeviation(deviation), *peak
+
+
+def _usual_peak(rows: Blocks, who: str) -> float:
+    """Median of ‖p‖. Raises DetectorError where there is no row."""
+    found = [-Peak().score(block) for block in finite_rows(rows, Peak.needs, who)]
+    return median_and_spread(torch.cat(found)[:, None])[0].item()
