@@ -166,7 +166,9 @@ def test_all_configurations_are_read(tmp_path):
     assert set(usual.networks) == {"ResNet-20", "ResNet-32"}
     trained = read_config(page.HERE / "resnet34.toml")
     (network,) = trained.networks.values()
-    assert set(RESULTS["tables"]["data-free"]) == {*usual.networks, network.name}
+    (judge,) = read_config(page.HERE / "wrn.toml").networks.values()
+    assert judge.tables == ("data-free",)
+    assert set(RESULTS["tables"]["data-free"]) == {*usual.networks, network.name, judge.name}
     assert RESULTS["networks"][network.name]["precision"] == trained.precision == "bfloat16"
     for name in network.tables:
         commands = RESULTS["tables"][name][network.name]["commands"]

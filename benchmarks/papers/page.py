@@ -205,6 +205,7 @@ def _how(results: Mapping[str, Any]) -> Iterator[str]:
         "```sh\n"
         "python -m benchmarks.papers benchmarks/papers/here.toml DATA --work work\n"
         "python -m benchmarks.papers benchmarks/papers/resnet34.toml DATA --work work\n"
+        "python -m benchmarks.papers benchmarks/papers/wrn.toml DATA --work work\n"
         "python -m benchmarks.papers write\n"
         "```\n"
     )

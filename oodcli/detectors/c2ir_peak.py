@@ -95,7 +95,7 @@ class C2IRPeak(Summed):
 
     name = "c2ir-peak"
     source = "this project, on C2IR and Liu et al. 2020"
-    about = "energy, deviations of c2ir-z and peak, logarithms on the scale of a pool as duo's"
+    about = "energy, c2ir-z's deviations and peak: logarithms, on an accuracy-matched pool"
     needs = C2IRZ.needs | Peak.needs
     noise_images = OneClassSum.reference_images
 
