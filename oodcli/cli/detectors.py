@@ -49,8 +49,7 @@ def fitted_on(kind: type[Detector]) -> str:
     if kind.reference_images is not None:
         return "noise"
     if kind.needs_pool:
-        noise = ", noise" if kind.noise_images is not None else ""
-        return f"virtual images, a pool of them{noise}"
+        return "virtual images, a pool of them, noise"
     if kind.needs_ood:
         return "ID and OOD images"
     if "layers.sensitivity" in kind.fit_needs():  # which is measured while images are inverted
