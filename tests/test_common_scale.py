@@ -102,6 +102,9 @@ def test_the_formula_against_a_naive_one(three, test, kind):
     terms = [named[name] for name in KINDS[kind]]
     if kind is C2IRPeak:
         terms = [on_scale(*(a + b for a, b in zip(*terms[:2], strict=True))), terms[2]]
+        # A factor would cancel in the sum, but the floor is in the unit of the deviations.
+        alone = LogDeviation(deviation).score(test)
+        torch.testing.assert_close(alone, parts["log deviation"](test), rtol=1e-9, atol=1e-9)
     expected = torch.from_numpy(sum(scores for scores, _ in terms))
     torch.testing.assert_close(kind.fit(**three).score(test), expected, rtol=1e-9, atol=1e-9)
 
