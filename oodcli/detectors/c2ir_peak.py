@@ -103,9 +103,9 @@ class C2IRPeak(Summed):
 
     @classmethod
     def fit(cls, train: Blocks, *, noise: Blocks, pool: Blocks) -> Self:
-        """One pass over each: c2ir-z on train, whether peak counts by its median on noise, and for
-        each row of the pool the terms are kept. Raises DetectorError when a record is missing or
-        one of the three has no row, and when a score does not vary over the pool."""
+        """One pass over train, for c2ir-z, and over noise, for its median of peak; two over the
+        pool, for that median and for the terms of each row. Raises DetectorError when a record is
+        missing or one of the three has no row, and when a score does not vary over the pool."""
         deviation = C2IRZ.fit(train)
         of_noise, of_pool = (_usual_peak(rows, cls.name) for rows in (noise, pool))
         with_peak = of_noise < of_pool
