@@ -454,6 +454,8 @@ def test_verdicts_without_real_data(fitted, pool, tmp_path):
         "c2ir-z",
         "-d",
         "energy",
+        "-d",
+        "dms",
         "--calibrate",
         pool,
         "-o",
@@ -471,9 +473,15 @@ def test_verdicts_without_real_data(fitted, pool, tmp_path):
         "-d",
         tmp_path / "energy.safetensors",
     )
-    result = oodcli(*score, "--fpr", "0.05")
+    result = oodcli(*score, "-d", tmp_path / "dms.safetensors", "--fpr", "0.05")
     assert result.status == 0, result.err
-    assert words in result.err
+    for name, experience in (
+        ("c2ir-z", "virtual images proved up to 2 points strict and 8 lenient"),
+        ("dms", "virtual images proved far too strict for such an indicator: take real ones"),
+    ):
+        said = next(line for line in result.err.splitlines() if line.startswith(f"{name}: "))
+        assert f"(calibrated on: {words}; " in said
+        assert said.endswith(f"{experience})")
     found = rows(result.out)
     for row in found:
         assert row["c2ir-z.ood"] == str(int(float(row["c2ir-z.p"]) <= 0.05))

@@ -174,7 +174,7 @@ def command(
         "the list of images": listing(source),
         "--record": sorted(recorder.asked),
         "odin": asdict(recorder.odin),
-        "--match-accuracy": None if match_accuracy is None else ["patches", match_accuracy],
+        "--match-accuracy": None if match_accuracy is None else ["equal patches", match_accuracy],
         "--batch-size": batch_size,
     }
     with ExitStack() as stack:
@@ -204,7 +204,7 @@ def command(
             decided = kept.about.decided
             source = Patched(plain, decided["side"])
             console.say(
-                f"patches of up to {decided['side']:.3f} of the side bring the network down to "
+                f"patches of {decided['side']:.3f} of the side bring the network down to "
                 f"{decided['reached']:.2%} of these {len(source)} virtual images"
             )
             console.lap("the patches")

@@ -309,8 +309,9 @@ def command(
     for each in chosen:
         if each.saw:
             console.say(f"{each.name} has learnt from {each.saw}")
+    by_name = {each.name: each for each in chosen}
     for name, part in fractions.items():
-        console.say(f"{name}: {part:.1%} OOD{_basis(name, rules, summary.thresholds)}")
+        console.say(f"{name}: {part:.1%} OOD{_basis(by_name[name], rules, summary.thresholds)}")
     if max_ood_fraction is not None and any(part > max_ood_fraction for part in fractions.values()):
         console.say(f"gate failed: more than {max_ood_fraction:.1%} are OOD")
         raise typer.Exit(4)
@@ -674,20 +675,23 @@ def _rules(
     return rules
 
 
-def _basis(name: str, rules: dict[str, Rule], found: dict[str, float]) -> str:
+def _basis(one: Chosen, rules: dict[str, Rule], found: dict[str, float]) -> str:
     """What a verdict rests on."""
+    name = one.name
     if name in found:
         return f" (score above {found[name]:.6g}, from this stream)"
     rule = rules[name]
     if rule.calibration is None:
         return f" (score above {rule.threshold:.6g})"
     low, high = rule.calibration.achieved(rule.rate)
+    measured = ""
+    if rule.calibration.virtual:
+        measured = (
+            "; virtual images proved far too strict for such an indicator: take real ones"
+            if one.detector.strict_on_virtual
+            else "; virtual images proved up to 2 points strict and 8 lenient"
+        )
     return (
         f" (calibrated on: {rule.calibration.words}; for a nominal {rule.rate:.1%}, the luck of "
-        f"that draw leaves {low:.1%} to {high:.1%} false alarms"
-        + (
-            "; virtual images proved up to 2 points strict and 6 lenient)"
-            if rule.calibration.virtual
-            else ")"
-        )
+        f"that draw leaves {low:.1%} to {high:.1%} false alarms{measured})"
     )

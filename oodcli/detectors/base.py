@@ -52,6 +52,9 @@ class Detector(ABC):
     explains: ClassVar[bool] = False
     """``contributions`` says what made a score."""
 
+    strict_on_virtual: ClassVar[bool] = False
+    """Rests on what virtual images are made to match, so that a threshold on them is no good."""
+
     @classmethod
     def fit(cls, train: Blocks, *args: Any, **hyperparameters: Any) -> Self:
         """A detector that needs no fitting is made from its hyper-parameters alone. Those that do

@@ -120,6 +120,7 @@ class BatchNormIndicator(Detector):
 
     only_input: ClassVar[bool] = False
     explains = True
+    strict_on_virtual = True
 
     @abstractmethod
     def _of(self, test: Features, channels: slice) -> Tensor:

@@ -145,9 +145,9 @@ def degrading(
     batch_size: int,
     precision: str,
 ) -> tuple[float, float]:
-    """The patches that bring the network's accuracy on virtual images down to ``target``: the side
-    of the largest, in sides of an image, and the accuracy reached. Raises OodcliError when the
-    target is out of reach."""
+    """The patches that bring the network's accuracy on virtual images down to ``target``: their
+    side, in sides of an image, and the accuracy reached. Raises OodcliError when the target is out
+    of reach."""
     recorder = Recorder(classifier, frozenset({"logits"}), precision=precision)
 
     def accuracy(side: float) -> float:
