@@ -476,7 +476,7 @@ def test_verdicts_without_real_data(fitted, pool, tmp_path):
     result = oodcli(*score, "-d", tmp_path / "dms.safetensors", "--fpr", "0.05")
     assert result.status == 0, result.err
     for name, experience in (
-        ("c2ir-z", "virtual images proved up to 2 points strict and 8 lenient"),
+        ("c2ir-z", "virtual images proved up to 3 points strict and 8 lenient"),
         ("dms", "virtual images proved far too strict for such an indicator: take real ones"),
     ):
         said = next(line for line in result.err.splitlines() if line.startswith(f"{name}: "))

@@ -689,7 +689,7 @@ def _basis(one: Chosen, rules: dict[str, Rule], found: dict[str, float]) -> str:
         measured = (
             "; virtual images proved far too strict for such an indicator: take real ones"
             if one.detector.strict_on_virtual
-            else "; virtual images proved up to 2 points strict and 8 lenient"
+            else "; virtual images proved up to 3 points strict and 8 lenient"
         )
     return (
         f" (calibrated on: {rule.calibration.words}; for a nominal {rule.rate:.1%}, the luck of "
