@@ -29,7 +29,7 @@ the R₃ sequence), so that size and place of a patch follow from an image's num
 class Patched(ImageSource):
     """Virtual images with a square patch of another one in each, at the same place: of one of
     another class, as far as the labels say. Its sides are the same share of the image's everywhere,
-    in whole pixels: up or down by chance, so that the mean is that share.
+    in whole pixels: up or down, so that the mean is that share.
 
     Each image depends on its number alone: neither on batches nor on shards.
     """
