@@ -138,6 +138,7 @@ def load_classifier(
         sha256=file_sha256(path),
         assumptions=(*found.assumptions, *assumed),
         layers=given.layers,
+        num_classes=given.num_classes,
     )
     classifier = replace(classifier, averaged=found.averaged)
     _agree(given.num_classes, classifier.num_classes, path)

@@ -16,6 +16,16 @@ from oodcli.architectures.heads import RetrainedHead
 from oodcli.errors import CheckpointError, OodcliError
 from oodcli.features import LinearHead
 from oodcli.memory import ran_out, too_short
+from oodcli.outputs import (
+    Call,
+    Reading,
+    as_logits,
+    copied,
+    find_logits,
+    matches_weights,
+    returning_logits,
+    sparing_input,
+)
 
 LARGEST_INPUT = 1 << 24
 LARGEST_RESIZE = 1 << 14
@@ -134,7 +144,8 @@ class Classifier:
     assumptions: sentences about what was not given. head: None when the last layer is not linear.
     head_name: also that of a retrained head, whose input is the embedding, too.
     taps: in the order of the forward pass. averaged: whether these are the averaged (EMA) weights
-    of a checkpoint that has plain ones, too.
+    of a checkpoint that has plain ones, too. logits_level: False where the network returns
+    log-probabilities, which are logits up to a constant for each image.
     """
 
     network: nn.Module
@@ -148,6 +159,7 @@ class Classifier:
     head_name: str | None
     head: LinearHead | None
     averaged: bool = False
+    logits_level: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -177,24 +189,6 @@ class Classifier:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
 
-def as_logits(output: Any) -> Tensor:
-    """The logits (N, K) in whatever a network returns: a tensor, an object with ``logits``, or a
-    tuple or dictionary that has them first."""
-    if isinstance(output, dict) and output:
-        output = output.get("logits", next(iter(output.values())))
-    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise CheckpointError(
-            f"the network returned {shape} where logits of shape (N, classes) were expected: "
-            "oodcli works on image classifiers"
-        )
-    return output
-
-
 def assemble(
     network: nn.Module,
     *,
@@ -204,98 +198,129 @@ def assemble(
     sha256: str = "",
     assumptions: Sequence[str] = (),
     layers: str | None = None,
+    num_classes: int | None = None,
 ) -> Classifier:
     """Freeze a network and find its head and its taps by running one random image through it.
 
     layers: a regular expression of module names; those that match are tapped in place of blocks
-    and stages (BatchNorm layers always are). Raises CheckpointError when the network cannot run
-    on the preprocessing's input size, does not return logits, or when class_names do not fit,
-    OodcliError when the memory is too short for that image.
+    and stages (BatchNorm layers always are). num_classes: tells which of several outputs are the
+    logits. A network that returns its logits among other things returns nothing else afterwards,
+    and one that changes its input in place works on a copy of it.
+
+    Raises CheckpointError when the network cannot run on the preprocessing's input size, does not
+    return logits, or when class_names do not fit, OodcliError when the memory is too short for
+    that image.
     """
     network = network.eval().requires_grad_(False)
-    calls: list[tuple[str, nn.Module, Tensor, Tensor | None]] = []
-    handles = []
-
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor):
-                given = args[0] if args and isinstance(args[0], Tensor) else None
-                calls.append((name, module, output, given))
-
-        return hook
-
-    for name, module in network.named_modules():
-        if name:
-            handles.append(module.register_forward_hook(remember(name)))
     height, width = preprocessing.input_size
     parameter = next(network.parameters(), None)
     image = torch.randn(
         (1, preprocessing.channels, height, width), generator=torch.Generator().manual_seed(0)
     )
+    image = image if parameter is None else image.to(parameter.device)
+    classes = num_classes or (None if class_names is None else len(class_names))
     try:
         with torch.no_grad():
-            output = network(image if parameter is None else image.to(parameter.device))
+            calls, returned = _trial(network, image)
+            reading, logits = _read(network, image, returned, calls, classes)
     except (RuntimeError, MemoryError, ValueError, AssertionError, IndexError, TypeError) as error:
         if ran_out(error):
-            device = torch.device("cpu") if parameter is None else parameter.device
-            raise OodcliError(too_short(device, preprocessing.input_size)) from error
+            raise OodcliError(too_short(image.device, preprocessing.input_size)) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{arch} does not run on {preprocessing.channels}x{height}x{width} images "
             f"({reason}): give --input-size and --mean (one number for grey, three for RGB)"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    logits = as_logits(output)
-    classes = logits.shape[1]
-    if classes < 2:
+    returning_logits(network, reading)
+    found = logits.shape[1]
+    if found < 2:
         raise CheckpointError(
-            f"{arch} has {classes} output: detectors need a classifier with at least two classes"
+            f"{arch} has {found} output: detectors need a classifier with at least two classes"
         )
-    if class_names is not None and len(class_names) != classes:
+    if class_names is not None and len(class_names) != found:
         raise CheckpointError(
-            f"{len(class_names)} class names were given but the network has {classes} classes: "
+            f"{len(class_names)} class names were given but the network has {found} classes: "
             "correct --class-names or class_names in the model card"
         )
     head_name, head = _find_head(calls, logits)
     return Classifier(
         network=network,
         arch=arch,
-        num_classes=classes,
-        class_names=tuple(class_names or (str(index) for index in range(classes))),
+        num_classes=found,
+        class_names=tuple(class_names or (str(index) for index in range(found))),
         preprocessing=preprocessing,
         sha256=sha256,
-        assumptions=tuple(assumptions),
-        taps=_find_taps(network, calls, layers, preprocessing.input_size),
+        assumptions=(*assumptions, *([reading.note] if reading.note else [])),
+        taps=_image_by_image(
+            network, image, calls, _find_taps(network, calls, layers, preprocessing.input_size)
+        ),
         head_name=head_name,
         head=head,
+        logits_level=reading.level,
     )
 
 
-Calls = list[tuple[str, nn.Module, Tensor, Tensor | None]]
+def _trial(network: nn.Module, image: Tensor) -> tuple[list[Call], Any]:
+    """The calls of modules that return a tensor, in their order, and what the network returned. If
+    it changes its input, it works on a copy from now on."""
+    calls: list[Call] = []
+    handles = []
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                given = args[0] if args and isinstance(args[0], Tensor) else None
+                calls.append(Call(name, module, output.shape, copied(output), copied(given)))
+
+        return hook
+
+    for name, module in network.named_modules():
+        if name:
+            handles.append(module.register_forward_hook(remember(name)))
+    given = image.clone()
+    version = given._version
+    try:
+        returned = network(given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if given._version != version or not torch.equal(given, image):
+        sparing_input(network)
+    return calls, returned
 
 
-def _find_head(calls: Calls, logits: Tensor) -> tuple[str | None, LinearHead | None]:
-    for name, module, output, _ in reversed(calls):
+def _read(
+    network: nn.Module, image: Tensor, returned: Any, calls: Sequence[Call], classes: int | None
+) -> tuple[Reading, Tensor]:
+    if any(isinstance(call.module, RetrainedHead) for call in calls):
+        return Reading(), as_logits(returned)  # MOS's are log-probabilities of several groups
+    return find_logits(network, image, returned, calls, classes=classes)
+
+
+def _find_head(calls: Sequence[Call], logits: Tensor) -> tuple[str | None, LinearHead | None]:
+    for call in reversed(calls):
+        module = call.module
         if isinstance(module, RetrainedHead):
-            return name, None
-        if isinstance(module, nn.Linear) and torch.equal(output.reshape(-1), logits.reshape(-1)):
+            return call.name, None
+        if not isinstance(module, nn.Linear) or call.output is None:
+            continue
+        same = torch.equal(call.output.float().reshape(-1), logits.reshape(-1))
+        if same and matches_weights(call):
             weight = module.weight.detach().float()
             bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach().float()
-            return name, LinearHead(weight.cpu(), bias.cpu())
+            return call.name, LinearHead(weight.cpu(), bias.cpu())
     return None, None
 
 
 def _find_taps(
-    network: nn.Module, calls: Calls, layers: str | None, input_size: tuple[int, int]
+    network: nn.Module, calls: Sequence[Call], layers: str | None, input_size: tuple[int, int]
 ) -> tuple[Tap, ...]:
     height, width = input_size
     modules = dict(network.named_modules())
     for head in [name for name, module in modules.items() if isinstance(module, RetrainedHead)]:
         # Its layers are no features: neither its two linear ones a block, nor its BatchNorm.
         modules = {n: m for n, m in modules.items() if not f"{n}.".startswith(f"{head}.")}
-        calls = [call for call in calls if call[0] in modules]
+        calls = [call for call in calls if call.name in modules]
     blocks = _blocks(modules) or _plain_layers(calls)
     stages = _stages(modules, blocks, calls)
     seen: dict[str, int] = {}
@@ -304,25 +329,26 @@ def _find_taps(
         pattern = None if layers is None else re.compile(layers)
     except re.error as error:
         raise CheckpointError(f"--layers '{layers}' is no regular expression: {error}") from error
-    for name, module, output, _ in calls:
+    for call in calls:
+        name, module, shape = call.name, call.module, call.shape
         if isinstance(module, _BatchNorm):
             kind = "batchnorm" if module.running_mean is not None else None
         elif pattern is not None:
-            kind = "other" if pattern.search(name) and output.ndim >= 2 else None
+            kind = "other" if pattern.search(name) and len(shape) >= 2 else None
         else:
             kind = "stage" if name in stages else "block" if name in blocks else None
         if kind is None:
             continue
         seen[name] = seen.get(name, 0) + 1
-        dim = _channel_dim(output.shape, height / width)
+        dim = 1 if kind == "batchnorm" else _channel_dim(shape, height / width)
         taps.append(
             Tap(
                 name=name if seen[name] == 1 else f"{name}@{seen[name]}",
                 module=name,
                 kind=kind,
-                channels=output.shape[dim],
+                channels=shape[dim],
                 channel_dim=dim,
-                spatial_size=output[0].numel() // output.shape[dim],
+                spatial_size=shape.numel() // shape[dim],
             )
         )
     if pattern is not None and not any(tap.kind == "other" for tap in taps):
@@ -331,6 +357,42 @@ def _find_taps(
             "lists the names"
         )
     return tuple(taps)
+
+
+def _image_by_image(
+    network: nn.Module, image: Tensor, calls: Sequence[Call], taps: tuple[Tap, ...]
+) -> tuple[Tap, ...]:
+    """The taps whose outputs have the rows of one image after those of another: all where an image
+    is one row; where it has several, as with windows and tokens, those for which two images show
+    it. The others cannot be recorded by image."""
+    several = {call.name for call in calls if call.shape and call.shape[0] != 1}
+    doubtful = {tap.module for tap in taps} & several
+    if not doubtful:
+        return taps
+
+    def outputs(images: Tensor) -> list[tuple[str, Tensor]]:
+        found: list[tuple[str, Tensor]] = []
+        handles = [
+            network.get_submodule(name).register_forward_hook(
+                lambda _, __, output, name=name: found.append((name, output.detach().clone()))
+            )
+            for name in doubtful
+        ]
+        try:
+            with torch.no_grad():
+                network(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    alone, second = outputs(image), outputs(torch.cat([image.flip(3), image]))
+    fitting = {name: len(alone) == len(second) for name in doubtful}
+    for (name, one), (_, both) in zip(alone, second, strict=False):
+        same = both.shape == (2 * len(one), *one.shape[1:])
+        close = 1e-3 * float(one.abs().max())
+        fitting[name] &= same and bool((both[len(one) :] - one).abs().max() <= close)
+    return tuple(tap for tap in taps if fitting.get(tap.module, True))
 
 
 def _channel_dim(shape: Sequence[int], aspect: float) -> int:
@@ -363,10 +425,10 @@ def _blocks(modules: dict[str, nn.Module]) -> set[str]:
     return found
 
 
-def _plain_layers(calls: Calls) -> set[str]:
+def _plain_layers(calls: Sequence[Call]) -> set[str]:
     """For a network without blocks (VGG, AlexNet): its activations over feature maps, or its
     convolutions where activations are functions."""
-    maps = [(name, module) for name, module, output, _ in calls if output.ndim == 4]
+    maps = [(call.name, call.module) for call in calls if len(call.shape) == 4]
     convolutions = {name for name, module in maps if isinstance(module, nn.Conv2d)}
     kinds = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh)
     activations = {name for name, module in maps if isinstance(module, kinds)}
@@ -390,14 +452,14 @@ def _is_trunk(module: nn.Module) -> bool:
     return False
 
 
-def _stages(modules: dict[str, nn.Module], blocks: set[str], calls: Calls) -> set[str]:
+def _stages(modules: dict[str, nn.Module], blocks: set[str], calls: Sequence[Call]) -> set[str]:
     """The last block before each change of resolution, and the last of all. Where that block ends
     a plain sequence, the sequence's name is taken (layer1, not layer1.2)."""
-    outputs = [(name, output) for name, _, output, _ in calls if name in blocks]
+    shapes = [(call.name, call.shape) for call in calls if call.name in blocks]
     found: set[str] = set()
-    for index, (name, output) in enumerate(outputs):
-        following = outputs[index + 1][1] if index + 1 < len(outputs) else None
-        if following is not None and output.shape[2:] == following.shape[2:]:
+    for index, (name, shape) in enumerate(shapes):
+        following = shapes[index + 1][1] if index + 1 < len(shapes) else None
+        if following is not None and shape[2:] == following[2:]:
             continue
         parent = name.rpartition(".")[0]
         last = isinstance(modules.get(parent), nn.Sequential) and name == f"{parent}." + str(

@@ -32,8 +32,9 @@ ROW_RECORDS = (
 LAYER_PARTS = ("mean", "std", "gradient", "sensitivity", "gram", "peak")
 """The fields of ``Layer`` with a row an image."""
 
-KNOWN_RECORDS = frozenset(ROW_RECORDS) | {"label", "head", "batchnorm.running"}
-"""What a detector can need: also labels, the head, and layers with running statistics."""
+KNOWN_RECORDS = frozenset(ROW_RECORDS) | {"label", "head", "batchnorm.running", "logits.level"}
+"""What a detector can need: also labels, the head, layers with running statistics, and logits that
+are known with their level, not just up to a constant for each image."""
 
 
 INPUT = "input"
@@ -111,7 +112,8 @@ class OdinStep:
 class Features:
     """One block of N rows, in input order. Whatever was not recorded is None or absent.
 
-    mirror: the same records of the mirror images, where those were recorded too.
+    mirror: the same records of the mirror images, where those were recorded too. logits_level:
+    False where logits are log-probabilities, so that an unknown constant is missing in each row.
     Raises ValueError when the tensors disagree about N.
     """
 
@@ -123,6 +125,7 @@ class Features:
     batchnorm: Mapping[str, BatchNorm] = field(default_factory=dict)
     odin_logits: Tensor | None = None  # (N, K)
     odin_step: OdinStep | None = None
+    logits_level: bool = True
     deconf_h: Tensor | None = None  # (N, K), the numerators of a DeConf head
     mos_others: Tensor | None = None  # (N, G), log p(others) in each of MOS's groups
     head: LinearHead | None = None
@@ -227,6 +230,7 @@ class Features:
         names = {
             "label": self.label is not None,
             "logits": self.logits is not None,
+            "logits.level": self.logits is not None and self.logits_level,
             "embedding": self.embedding is not None,
             "head": self.head is not None,
             "odin.logits": self.odin_logits is not None,
@@ -298,6 +302,8 @@ def lacking(missing: Sequence[str], who: str) -> str:
         hints.append("sensitivities exist for virtual images only: extract a file made by invert")
     if "head" in missing or "embedding" in missing:
         hints.append("a network whose last layer is not linear has no head, and often no embedding")
+    if "logits.level" in missing and "logits" not in missing:
+        hints.append("the network returns log-probabilities: return the logits to have it")
     if "deconf.h" in missing:
         hints.append("only a checkpoint trained with a DeConf head, for Generalized ODIN, has it")
     if "mos.others" in missing:
@@ -306,7 +312,9 @@ def lacking(missing: Sequence[str], who: str) -> str:
         hints.append("the network has no BatchNorm layer with running statistics")
     if "mirror" in missing:
         hints.append("record the mirror images with: oodcli extract … --mirror")
-    others = {"head", "label", "layers.sensitivity", "batchnorm.running", "mirror"}
+    others = {
+        *("head", "label", "layers.sensitivity", "batchnorm.running", "mirror", "logits.level"),
+    }
     if set(missing) - others and "layers.sensitivity" not in missing:  # else that is the way
         hints.append(f"record it with: oodcli extract CHECKPOINT IMAGES --for {who}")
     if "label" in missing:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from oodcli.classifier import Classifier, Tap, as_logits
+from oodcli.classifier import Classifier, Tap
 from oodcli.detectors.gram import gram_sums
 from oodcli.errors import DetectorError, OodcliError
 from oodcli.features import (
@@ -28,6 +28,7 @@ from oodcli.features import (
 )
 from oodcli.layout import laid_out
 from oodcli.memory import let_go, ran_out, too_short
+from oodcli.outputs import as_logits, copy_input
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,16 @@ def spatial_moments(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, T
     return mean.float(), (squares / count - mean.square()).clamp_min_(0).float()
 
 
+def by_image(rows: Tensor, count: int, channel_dim: int = 1) -> Tensor:
+    """Rows of which an image has several, as with tokens and windows, side by side in one more
+    dimension behind the channels, (N·R, C, …) → (N, C, R, …), or before them, (N·R, …, C) → (N, R,
+    …, C); as they are, where each is an image. count: N."""
+    if len(rows) == count:
+        return rows
+    rows = rows.reshape(count, -1, *rows.shape[1:])
+    return rows if channel_dim == -1 else rows.movedim(2, 1)
+
+
 def peaks(activation: Tensor, channel_dim: int = 1) -> Tensor:
     """The largest of each channel of (N, C, …) or (N, …, C) over the positions, 0 where none is
     positive: (N, C) float32. NaN where a position is NaN."""
@@ -126,7 +137,11 @@ class Recorder:
         self.precision = precision
         self.kinds = kinds
         self._most: int | None = None
-        impossible = sorted((self.what | (what & {"head"})) - recordable(classifier))
+        self._composite = {
+            name for name, norm in classifier.batchnorms.items() if not only_normalises(norm)
+        }
+        constants = what & {"head", "batchnorm.running", "logits.level"}
+        impossible = sorted((self.what | constants) - recordable(classifier))
         if impossible:
             raise DetectorError(why_not(classifier, impossible))
 
@@ -195,42 +210,50 @@ class Recorder:
 
         def receive(tap: Tap, given: Tensor, output: Tensor) -> Tensor | None:
             mean = variance = None
+            seen = by_image(output.detach(), len(images), tap.channel_dim)
             if tap.kind == "batchnorm":
                 norm = self._constants[tap.name]
                 if self.what & {"layers.mean", "layers.std", "batchnorm.mean", "batchnorm.var"}:
-                    mean, variance = spatial_moments(given.detach())
+                    mean, variance = spatial_moments(by_image(given.detach(), len(images)))
                     norms[tap.name] = self._normed(norm, mean, variance)
                     if self.what & {"layers.mean", "layers.std"}:
                         mean, variance = after_batchnorm(norm, mean, variance)
             elif self.what & {"layers.mean", "layers.std"}:
-                mean, variance = spatial_moments(output.detach(), tap.channel_dim)
+                mean, variance = spatial_moments(seen, tap.channel_dim)
             layers[tap.name] = Layer(
                 tap.kind,
                 mean if "layers.mean" in self.what else None,
                 variance.sqrt() if variance is not None and "layers.std" in self.what else None,
-                gram=gram_sums(output.detach().movedim(tap.channel_dim, 1))
+                gram=gram_sums(seen.movedim(tap.channel_dim, 1))
                 if tap.kind == "stage" and "layers.gram" in self.what
                 else None,
-                peak=peaks(output.detach(), tap.channel_dim) if tap is last else None,
+                peak=peaks(seen, tap.channel_dim) if tap is last else None,
             )
-            if "layers.gradient" in self.what:
+            if "layers.gradient" in self.what and tap.name in self._composite:
+                outputs[tap.name] = given  # a copy: its output is no longer what was normalised
+            elif "layers.gradient" in self.what:
                 # A following in-place ReLU must change the copy, not what we differentiate by.
                 outputs[tap.name] = output
                 return output.clone()
             return None
 
+        # What follows may change these in place: copies are as small as the logits.
         def keep_embedding(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            embedding.append(args[0].detach().reshape(len(images), -1).float())
+            embedding.append(args[0].detach().clone().reshape(len(images), -1).float())
 
         def keep_reading(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if retrained is not None:
-                readings[retrained.word] = retrained.reading(output.detach()).float()
+                readings[retrained.word] = retrained.reading(output.detach().clone()).float()
 
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad() if with_graph else torch.inference_mode())
             stack.enter_context(self._autocast())
             if any(word.startswith(("layers.", "batchnorm.")) for word in self.what):
                 stack.enter_context(watch(self.classifier, receive, self.kinds))
+            if "layers.gradient" in self.what:
+                for name in self._composite:
+                    norm = self.classifier.batchnorms[name]
+                    stack.callback(norm.register_forward_pre_hook(copy_input).remove)
             if "embedding" in self.what and self.classifier.head_name is not None:
                 head = self.classifier.network.get_submodule(self.classifier.head_name)
                 stack.callback(head.register_forward_hook(keep_embedding).remove)
@@ -241,7 +264,7 @@ class Recorder:
             logits = as_logits(self.classifier.network(given)).float()
             if outputs:
                 target = torch.where(labels >= 0, labels, logits.argmax(1))
-                score = logits.gather(1, target[:, None]).sum()
+                score = logits.gather(1, target[:, None])[:, 0]
                 layers = self._with_gradients(layers, outputs, score)
         odin = self._odin_logits(given, logits) if "odin.logits" in self.what else None
         if not any(word.startswith("layers.") for word in self.what):
@@ -255,6 +278,7 @@ class Recorder:
             batchnorm=self._input_norm(images) | norms,
             odin_logits=odin,
             odin_step=None if odin is None else self.odin,
+            logits_level=self.classifier.logits_level,
             deconf_h=readings.get("deconf.h"),
             mos_others=readings.get("mos.others"),
             head=None if self.classifier.head is None else self.classifier.head.to(device),
@@ -285,7 +309,7 @@ class Recorder:
         self, layers: dict[str, Layer], outputs: dict[str, Tensor], score: Tensor
     ) -> dict[str, Layer]:
         gradients = torch.autograd.grad(
-            score,
+            score.sum(),
             list(outputs.values()),
             retain_graph="odin.logits" in self.what,
             allow_unused=True,
@@ -294,7 +318,9 @@ class Recorder:
         found = dict(layers)
         for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
             gradient = torch.zeros_like(output) if gradient is None else gradient
-            mean, _ = spatial_moments(gradient, dims[name])
+            mean, _ = spatial_moments(by_image(gradient, len(score), dims[name]), dims[name])
+            if name in self._composite:
+                mean = before_batchnorm(self._constants[name], mean)
             found[name] = replace(layers[name], gradient=mean)
         return found
 
@@ -309,6 +335,14 @@ class Recorder:
         perturbed = given.detach() - self.odin.epsilon / std * gradient.sign()
         with torch.inference_mode(), self._autocast():
             return as_logits(self.classifier.network(perturbed)).float()
+
+
+def only_normalises(norm: _BatchNorm) -> bool:
+    """Whether a BatchNorm layer does no more than that, unlike timm's ``BatchNormAct2d``, which
+    holds the activation that follows."""
+    own = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    hooked = norm._forward_hooks or norm._forward_pre_hooks
+    return type(norm).forward in own and "forward" not in vars(norm) and not hooked
 
 
 def batchnorm_constants(norm: _BatchNorm, spatial_size: int) -> BatchNorm:
@@ -332,9 +366,18 @@ def after_batchnorm(norm: BatchNorm, mean: Tensor, variance: Tensor) -> tuple[Te
     return (mean - norm.running_mean) * scale + norm.bias, variance * scale.square()
 
 
+def before_batchnorm(norm: BatchNorm, gradient: Tensor) -> Tensor:
+    """Gradient (N, C) by a BatchNorm's output, from that by its input; 0 where the output does not
+    depend on the input."""
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return torch.where(scale == 0, 0, gradient / scale)
+
+
 def recordable(classifier: Classifier) -> frozenset[str]:
     """Which words of ``ROW_RECORDS`` this network can give."""
-    words = {"logits", "odin.logits"}
+    words = {"logits", "odin.logits", "batchnorm.mean", "batchnorm.var"}  # of the image itself
+    if classifier.logits_level:
+        words |= {"logits.level"}
     if classifier.head_name is not None:
         words |= {"embedding"}
     if classifier.head is not None:
@@ -348,7 +391,7 @@ def recordable(classifier: Classifier) -> frozenset[str]:
     if classifier.last_map is not None:
         words |= {"layers.peak"}
     if classifier.batchnorms:
-        words |= {"batchnorm.mean", "batchnorm.var", "batchnorm.running", "layers.sensitivity"}
+        words |= {"batchnorm.running", "layers.sensitivity"}
     return frozenset(words)
 
 
@@ -363,7 +406,9 @@ def why_not(classifier: Classifier, words: list[str]) -> str:
         reasons.append("its last layer is not linear, so there is no embedding")
     elif "head" in words:
         reasons.append("its last layer is not linear")
-    if any(word.startswith("batchnorm") or word == "layers.sensitivity" for word in words):
+    if "logits.level" in words:
+        reasons.append("it returns log-probabilities, of which the logits' level is not known")
+    if {"batchnorm.running", "layers.sensitivity"} & set(words):
         reasons.append("it has no BatchNorm layer with running statistics")
     if any(word.startswith("layers") for word in words) and not classifier.taps:
         reasons.append("no layer to tap was found in it (choose some with --layers)")

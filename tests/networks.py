@@ -77,6 +77,41 @@ class Plain(nn.Module):
         )
 
 
+class Activated(nn.BatchNorm2d):
+    """A BatchNorm layer that holds the activation after it, as timm's BatchNormAct2d."""
+
+    def forward(self, x):
+        return F.silu(super().forward(x))
+
+
+class Apart(nn.Module):
+    """The same network with the activation in the layer, or apart from it; the layer's input goes
+    another way, too."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 5, 3), layer(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        y = self.bn(x)
+        y = y if isinstance(self.bn, Activated) else F.silu(y)
+        return self.fc((x + y).mean((2, 3)))
+
+
+class Maps(Apart):
+    def forward(self, x):
+        return self.fc(F.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+
+class Tokens(Apart):
+    """BatchNorm over tokens, each of which is a row, as in LeViT."""
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).transpose(1, 2)  # (N, T, C)
+        return self.fc(F.relu(self.bn(x.flatten(0, 1)).reshape(x.shape)).mean(1))
+
+
 def settled(network: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights, and running statistics from a few batches of noise."""
     generator = torch.Generator().manual_seed(seed)

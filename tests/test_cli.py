@@ -1094,7 +1094,7 @@ def test_inspect_says_what_is_impossible(plain):
     needs = {name: detectors.get(name).needs for name in detectors.names()}
     assert allowed == {
         name: name in ORDINARY
-        and not any(word.startswith(("batchnorm", "layers")) for word in words)
+        and not any(word.startswith(("batchnorm.running", "layers")) for word in words)
         for name, words in needs.items()
     }
     assert json.loads(oodcli("inspect", *headless, "--json").out)["head"] is None
@@ -1416,3 +1416,22 @@ def test_fitting_and_evaluating_tell_how_far_they_are(fitted, tmp_path, monkeypa
     assert "evaluate: 1 of 2 detectors, " in told
     assert "evaluate: 2 of 2 detectors, " in told
     assert "detectors" not in oodcli(*words, "--resamples", 2, "-q").err
+
+
+@pytest.mark.parametrize("given", [None, "active"])
+def test_idle_threads_do_not_spin(given):
+    """The policy is set before torch is imported, which reads it, and a user's own stays."""
+    code = (
+        "import os, sys; sys.argv = ['oodcli', 'detectors', '--json']\n"
+        "from oodcli.cli import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "try: main()\n"
+        "finally: print(os.environ['OMP_WAIT_POLICY'], file=sys.stderr)"
+    )
+    environ = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environ["OMP_WAIT_POLICY"] = given
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr.strip() == (given or "passive")

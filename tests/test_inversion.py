@@ -228,6 +228,86 @@ def large(size: tuple[int, int], side: int | None = None) -> Classifier:
     return assemble(Large(side), arch="Large", preprocessing=preprocessing)
 
 
+def _held_and_apart(weight):
+    """The same network with its activation in the BatchNorm layer, and apart from it. weight: of
+    one channel of the layer."""
+    apart, held = networks.Apart(nn.BatchNorm2d), networks.Apart(networks.Activated)
+    networks.settled(apart)
+    apart.bn.weight.data[2] = weight
+    held.load_state_dict(apart.state_dict())
+    return [
+        assemble(each, arch="small", preprocessing=networks.PREPROCESSING) for each in (apart, held)
+    ]
+
+
+@pytest.mark.parametrize("weight", [0.7, 0.0])
+def test_a_batchnorm_that_holds_its_activation_is_inverted_with_it(weight):
+    x, labels = networks.images(4), torch.tensor([0, 1, 2, 0])
+    found = []
+    for each in _held_and_apart(weight):
+        step = Step(each, OBJECTIVES["kl"], "float32")
+        view = x.clone().requires_grad_()
+        sensitivity = step.sensitivity(x, labels).rows()
+        gradient = step.gradient(view, view, labels)
+        found.append({**sensitivity, "gradient": gradient})
+    expected, seen = found
+    if weight == 0:  # the output depends on no input there
+        assert not seen["layers/bn/gradient"][:, 2].any()
+        seen["layers/bn/gradient"][:, 2] = expected["layers/bn/gradient"][:, 2]
+    for name, tensor in seen.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_sensitivities_over_tokens():
+    x, labels = networks.images(4), torch.tensor([0, 1, 2, 0])
+    maps, tokens = networks.Maps(nn.BatchNorm2d), networks.Tokens(nn.BatchNorm1d)
+    networks.settled(maps)
+    tokens.load_state_dict(maps.state_dict())
+    found = []
+    for each in (maps, tokens):
+        network = assemble(each, arch="small", preprocessing=networks.PREPROCESSING)
+        found.append(Step(network, OBJECTIVES["kl"], "float32").sensitivity(x, labels).rows())
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(tensor, found[0][name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+class Captured(networks.Maps):
+    """Its forward pass is a function that holds the network: a copy runs the original's layers."""
+
+    def __init__(self):
+        super().__init__(nn.BatchNorm2d)
+        whole = self
+        self.run = lambda x: networks.Maps.forward(whole, x)
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def test_a_network_that_a_copy_does_not_follow_is_not_inverted():
+    network = assemble(Captured(), arch="captured", preprocessing=networks.PREPROCESSING)
+    with pytest.raises(CheckpointError, match="captured cannot be inverted: its BatchNorm layer"):
+        Step(network, OBJECTIVES["kl"], "float32")
+
+
+def test_another_network_is_not_inverted(monkeypatch):
+    """As when what a layer holds beside the normalisation is lost."""
+    _, held = _held_and_apart(0.7)
+    monkeypatch.setattr("oodcli.inversion.step.only_normalises", lambda norm: True)
+    with pytest.raises(CheckpointError, match="gives other logits"):
+        list(invert(held, Plan((0,), 2, steps=1)))
+
+
+class Random(networks.Maps):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, training=True)
+
+
+def test_a_network_that_draws_at_random_is_the_same_network():
+    network = networks.settled(Random(nn.BatchNorm2d))
+    network = assemble(network, arch="random", preprocessing=networks.PREPROCESSING)
+    Step(network, OBJECTIVES["kl"], "float32")
+
+
 def test_large_images_are_halved_at_first():
     """The sizes that the network sees, what is stored, and a batch on its own. An odd side."""
     network, seen = large((97, 120)), []
@@ -239,7 +319,9 @@ def test_large_images_are_halved_at_first():
     steps = [half] * 3 + [full] * 4
     points = {round(7 * point / inverting.SENSITIVITY_POINTS) for point in range(7)}
     expected = [size for t in range(7) for size in ([full] if t in points else []) + [steps[t]]]
-    whole = list(invert(network, plan))
+    step = Step(network, plan.objective, plan.precision)
+    seen.clear()
+    whole = list(invert(network, plan, step=step))
     assert seen == 2 * [*expected, full]
     assert all(batch.images.shape == (6, 3, *full) for batch in whole)
     (rest,) = invert(network, plan, first=1, step=step)

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import oodcli
+from torch import nn
 
+from oodcli import detectors
 from oodcli.architectures import cifar_resnet
 from oodcli.classifier import _channel_dim, assemble
 from oodcli.errors import CheckpointError, DetectorError, OodcliError
@@ -203,15 +205,100 @@ def test_which_dimension_holds_the_channels(shape, size, dim):
 
 def test_what_a_network_cannot_give():
     plain = networks.classifier(networks.Plain())
-    assert "batchnorm.mean" not in recordable(plain)
+    assert "batchnorm.running" not in recordable(plain)
     with pytest.raises(DetectorError, match="no BatchNorm layer"):
-        Recorder(plain, frozenset({"batchnorm.mean"}))
+        Recorder(plain, frozenset({"batchnorm.mean", "batchnorm.running"}))
     headless = networks.classifier(networks.Plain(linear=False))
     assert headless.head is None
     with pytest.raises(DetectorError, match="last layer is not linear"):
         Recorder(headless, frozenset({"embedding"}))
     with pytest.raises(DetectorError, match="no layer to tap"):
         Recorder(plain, frozenset({"layers.mean"}))
+
+
+@pytest.mark.parametrize("name", ["in-dms", "in-dms-aos", "in-dss", "in-dss-ext"])
+def test_indicators_of_the_image_alone_need_no_batchnorm(name, residual):
+    detector = detectors.get(name)()
+    x = networks.images(4) * torch.tensor([0.2, 1, 3, 8]).view(-1, 1, 1, 1)
+    scores = []
+    for each in (residual, networks.classifier(networks.Plain())):
+        assert detector.needs <= recordable(each)
+        scores.append(detector.score(Recorder(each, detector.needs)(x)))
+    assert torch.equal(*scores)
+    assert len(scores[0].unique()) > 1
+
+
+def test_a_batchnorm_that_holds_its_activation_is_recorded_before_it():
+    apart, held = networks.Apart(nn.BatchNorm2d), networks.Apart(networks.Activated)
+    networks.settled(apart)
+    apart.bn.weight.data[2] = 0  # its output depends on no input
+    held.load_state_dict(apart.state_dict())
+    settings = {"arch": "small", "preprocessing": networks.PREPROCESSING}
+    rows = [
+        Recorder(each, frozenset({"logits", *EVERYTHING}) & recordable(each))(networks.images(4))
+        for each in (assemble(apart, **settings), assemble(held, **settings))
+    ]
+    expected, seen = (each.rows() for each in rows)
+    assert seen.keys() == expected.keys() >= {"layers/bn/gradient"}
+    assert expected["layers/bn/gradient"][:, 2].any()
+    seen["layers/bn/gradient"][:, 2] = expected["layers/bn/gradient"][:, 2]
+    seen.pop("layers/bn/peak")  # of the map that is pooled
+    for name, tensor in seen.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_batchnorm_over_tokens_is_recorded_image_by_image():
+    tokens, maps = networks.Tokens(nn.BatchNorm1d), networks.Maps(nn.BatchNorm2d)
+    networks.settled(tokens)
+    maps.load_state_dict(tokens.state_dict())
+    settings = {"arch": "small", "preprocessing": networks.PREPROCESSING}
+    found = [assemble(each, **settings) for each in (maps, tokens)]
+    assert found[0].taps == found[1].taps
+    expected, seen = (
+        Recorder(each, EVERYTHING & recordable(each))(networks.images(4)).rows() for each in found
+    )
+    assert seen.keys() == expected.keys() >= {"layers/bn/gradient", "batchnorm/bn/var"}
+    for name, tensor in seen.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+class Windows(nn.Module):
+    """Blocks that see quarters of an image as rows of their own, image by image or quarter by
+    quarter."""
+
+    def __init__(self, by_image):
+        super().__init__()
+        self.by_image = by_image
+        self.conv = nn.Conv2d(3, 6, 1)
+        self.blocks = nn.Sequential(*(networks.Block(6, False) for _ in range(2)))
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        quarters = [x[:, :, i : i + 4, j : j + 4] for i in (0, 4) for j in (0, 4)]
+        if self.by_image:
+            rows = self.blocks(torch.stack(quarters, 1).flatten(0, 1))
+            return self.fc(rows.unflatten(0, (len(x), 4)).mean((1, 3, 4)))
+        rows = self.blocks(torch.cat(quarters))
+        return self.fc(rows.unflatten(0, (4, len(x))).mean((0, 3, 4)))
+
+
+def test_windows_are_recorded_image_by_image_or_not_at_all():
+    settings = {"arch": "small", "preprocessing": networks.PREPROCESSING}
+    plain = networks.settled(Windows(True))
+    mixed = Windows(False)
+    mixed.load_state_dict(plain.state_dict())
+    found = assemble(plain, **settings)
+    assert {tap.kind for tap in found.taps} == {"batchnorm", "block", "stage"}
+    what = frozenset({"layers.mean", "layers.gradient", "layers.peak", "layers.gram"})
+    x = networks.images(4)
+    seen = Recorder(found, what)(x)
+    for row in range(4):  # as every image alone
+        for name, tensor in Recorder(found, what)(x[row : row + 1]).rows().items():
+            torch.testing.assert_close(
+                tensor[0], seen.rows()[name][row], atol=1e-5, rtol=1e-4, msg=name
+            )
+    assert assemble(mixed, **settings).taps == ()
 
 
 def test_layers_by_regular_expression():

@@ -206,6 +206,8 @@ def root(
 def main() -> None:
     """Runs the command line. A fault of the user's is one sentence and status 1; a fault of ours
     keeps its traceback."""
+    # Before torch is imported: threads that wait for work and spin slow down whatever runs beside.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     interrupts.listen()
     if "_OODCLI_COMPLETE" in os.environ:
         completions.prepare()

@@ -589,7 +589,8 @@ def _default(opened: Opened, path: Path, network: bool) -> str:
             console.say(f"note: no -d, so {artefact}: the strongest that needs no real images")
             return str(artefact)
         console.say(f"note: left aside: {reason}")
-    name = "1c-sum" if network and detectors.get("1c-sum").needs <= opened.available else "energy"
+    possible = ("1c-sum", "energy", "msp") if network else ("energy", "msp")
+    name = next(each for each in possible if detectors.get(each).needs <= opened.available)
     console.say(f"note: no -d, so {name}, which needs nothing but the checkpoint")
     return name
 

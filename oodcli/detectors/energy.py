@@ -24,7 +24,7 @@ class Energy(Detector):
     name = "energy"
     source = "Liu et al. 2020"
     about = "free energy of the logits, −T logsumexp(z/T)"
-    needs = frozenset({"logits"})
+    needs = frozenset({"logits", "logits.level"})
 
     T: float = 1.0
 

@@ -54,7 +54,7 @@ class MLS(Detector):
     name = "mls"
     source = "Hendrycks et al. 2022"
     about = "minus the largest logit"
-    needs = frozenset({"logits"})
+    needs = frozenset({"logits", "logits.level"})
 
     def _score(self, test: Features) -> Tensor:
         return -recorded(test.logits).double().amax(1)

@@ -42,7 +42,7 @@ class PeakEnergy(Detector):
     name = "peak-energy"
     source = "this project, with Liu et al. 2020"
     about = "minus the squared length of the last map's highest activations times the free energy"
-    needs = Peak.needs | {"logits"}
+    needs = Peak.needs | {"logits", "logits.level"}
 
     def _score(self, test: Features) -> Tensor:
         return -squared_length(test, self.name) * positive_energy(recorded(test.logits))

@@ -29,6 +29,9 @@ from oodcli.files.hdf5 import ROWS_SHA256, SHA256, Provenance, damage, dataset, 
 
 FORMAT = "oodcli-features"
 
+LOGITS_LEVEL = "logits_level"
+"""Root attribute, False where /logits are log-probabilities; else it is not there."""
+
 CHUNK_BYTES = 1 << 18
 BLOCK_BYTES = 1 << 26
 BLOCK_ROWS = 8192
@@ -136,6 +139,8 @@ class CacheWriter:
         if features.head is not None:
             self._constant("head/weight", features.head.weight)
             self._constant("head/bias", features.head.bias)
+        if not features.logits_level:
+            self._file.attrs[LOGITS_LEVEL] = False
         if features.mirror is not None:
             self._file.require_group("mirror")
         if features.odin_step is not None:
@@ -230,6 +235,7 @@ class FeatureCache:
             deconf_h=empty("deconf/h"),
             mos_others=empty("mos/others"),
             odin_step=step,
+            logits_level=bool(file.attrs.get(LOGITS_LEVEL, True)),
             head=head,
             mirror=self._read_constants("mirror/") if not view and "mirror" in file else None,
         )

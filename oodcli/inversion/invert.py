@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from oodcli.classifier import Classifier, as_logits
+from oodcli.classifier import Classifier
 from oodcli.errors import CheckpointError, OodcliError
 from oodcli.inversion.mgi import Sensitivity
 from oodcli.inversion.objective import OBJECTIVES, Objective, multiscale_start
 from oodcli.inversion.step import Step
 from oodcli.memory import let_go, ran_out, too_short
+from oodcli.outputs import as_logits
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from oodcli.classifier import Classifier, as_logits
+from oodcli.classifier import Classifier
+from oodcli.errors import CheckpointError
 from oodcli.features import Features, Layer
 from oodcli.inversion.objective import Moments, Objective, batchnorm_distance, image_loss
-from oodcli.recording import batchnorm_constants
+from oodcli.outputs import as_logits
+from oodcli.recording import batchnorm_constants, only_normalises
+
+SAME = 1e-3
+"""How far logits of the copy may be from the network's, in units of the largest."""
 
 
 def batch_moments(activation: Tensor) -> Moments:
@@ -44,18 +49,41 @@ class _Pulled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         x, *columns = ctx.saved_tensors
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        scale, a, b = (column.view(shape).to(given.dtype) for column in columns)
+        scale, a, b = _shaped(columns, x, given.dtype)
         return torch.addcmul(torch.addcmul(a, given, scale), x, b), None, None, None, None
 
 
-class Recalling(nn.Module):
-    """A BatchNorm layer in evaluation mode. On the way back it adds the gradient of ``strength`` ×
-    the distance between the moments of its input and what it remembers: with g_μ and g_v the
-    derivatives by mean and variance, (g_μ + 2 g_v (x − μ))/n, n the batch times the positions.
+class _PulledInput(torch.autograd.Function):
+    """y = x; on the way back a + b·x is added to the gradient of x. a, b: (C,)."""
 
-    probes: (N, C, 1, …), added to the output of one call each; their gradients are the sums over
-    positions of the output's. With them nothing is pulled.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        x, *columns = ctx.saved_tensors
+        a, b = _shaped(columns, x, given.dtype)
+        return torch.addcmul(given + a, x, b), None, None
+
+
+def _shaped(columns: Sequence[Tensor], x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Numbers of the channels, (C,) each, to go with x, (N, C, …)."""
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    return [column.view(shape).to(dtype) for column in columns]
+
+
+class Recalling(nn.Module):
+    """A BatchNorm layer's forward pass in evaluation mode. On the way back it adds the gradient
+    of ``strength`` × the distance between the moments of its input and what it remembers: with g_μ
+    and g_v the derivatives by mean and variance, (g_μ + 2 g_v (x − μ))/n, n the batch times the
+    positions.
+
+    whole: the layer's own forward pass, where it does more than normalise; else None.
+
+    probes: (N, C), added to what is normalised in one call each; their gradients are the sums over
+    positions of the gradient by it. With them nothing is pulled.
     """
 
     running_mean: Tensor
@@ -70,22 +98,40 @@ class Recalling(nn.Module):
         self.distance, self.strength = objective.distance, objective.distance_weight
         for name in ("running_mean", "running_var", "weight", "bias"):
             self.register_buffer(name, getattr(found, name))
+        self.whole: Callable[[Tensor], Tensor] | None = (
+            None if only_normalises(norm) else norm.forward
+        )
         self.probes: list[Tensor] = []
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = (self.running_mean, self.running_var, self.weight, self.bias)
         if self.probes:
-            probe = self.probes[self.calls]
-            self.calls += 1
-            y = F.batch_norm(x, *norm, False, 0.0, self.eps)
-            return y + probe.view(*probe.shape, *[1] * (x.ndim - 2)).to(y.dtype)
+            return self._probed(x)
         mean, var = batch_moments(x.detach())
         by_mean, by_var = grad(self._pull, (0, 1))(mean, var)
         count = x.numel() // x.shape[1]
         a, b = (by_mean - 2 * by_var * mean) / count, 2 * by_var / count
-        pulled: Tensor = _Pulled.apply(x, norm, self.eps, a, b)
+        if self.whole is not None:
+            return self.whole(_PulledInput.apply(x, a, b))
+        pulled: Tensor = _Pulled.apply(x, self._norm, self.eps, a, b)
         return pulled
+
+    @property
+    def _norm(self) -> tuple[Tensor, ...]:
+        return self.running_mean, self.running_var, self.weight, self.bias
+
+    def _probed(self, x: Tensor) -> Tensor:
+        probe = self.probes[self.calls]
+        self.calls += 1
+        probe = probe.repeat_interleave(len(x) // len(probe), 0)  # where an image has several rows
+        probe = probe.view(*probe.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+        if self.whole is None:
+            mean, var, weight, bias = self._norm
+            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps) + probe
+        scale = self.weight / torch.sqrt(self.running_var + self.eps)
+        # A channel of weight 0 does not depend on its input, so the probe is not felt.
+        (scale,) = _shaped([torch.where(scale == 0, torch.inf, scale)], x, x.dtype)
+        return self.whole(x + probe / scale)
 
     def _pull(self, mean: Tensor, var: Tensor) -> Tensor:
         memory = (self.running_mean, self.running_var)
@@ -94,7 +140,11 @@ class Recalling(nn.Module):
 
 
 class Step:
-    """Gradients of an objective by images, with frozen weights. path: ``eager`` or ``compiled``."""
+    """Gradients of an objective by images, with frozen weights. path: ``eager`` or ``compiled``.
+
+    Raises CheckpointError when the copy of the network, whose BatchNorm layers pull, is not the
+    same network: its images would be those of another one.
+    """
 
     def __init__(self, classifier: Classifier, objective: Objective, precision: str) -> None:
         self.classifier = classifier
@@ -113,9 +163,50 @@ class Step:
             norm = self._network.get_submodule(name)
             assert isinstance(norm, _BatchNorm)
             self._recalling[name] = Recalling(norm, objective)
-            parent, _, attribute = name.rpartition(".")
-            setattr(self._network.get_submodule(parent), attribute, self._recalling[name])
+            # The layer stays in its place: a network may ask for its kind or its attributes.
+            norm.forward = self._recalling[name].__call__  # type: ignore[method-assign]
         self._forward: Callable[[Tensor], Any] = self._network
+        self._require_same_network()
+
+    def _require_same_network(self) -> None:
+        """By the logits of one image, and by which layers were called for it."""
+        preprocessing, device = self.classifier.preprocessing, self.classifier.device
+        shape = (1, preprocessing.channels, *preprocessing.input_size)
+        image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        found, called = [], dict.fromkeys(self._recalling, 0)
+
+        def count(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                called[name] += 1
+
+            return hook
+
+        handles = [
+            layer.register_forward_hook(count(name)) for name, layer in self._recalling.items()
+        ]
+        try:
+            for network in (self.classifier.network, self._network):
+                with torch.random.fork_rng(devices=[]), torch.no_grad():
+                    torch.manual_seed(0)  # a network may draw at random
+                    found.append(as_logits(network(image)).double())
+        finally:
+            for handle in handles:
+                handle.remove()
+        expected, logits = found
+        gap = float((logits - expected).abs().max())
+        if not gap <= SAME * float(expected.abs().max().clamp_min(1)):
+            raise CheckpointError(
+                f"{self.classifier.arch} cannot be inverted: the copy of it that would be used "
+                f"gives other logits (by up to {gap:.3g}), so its images would not be this "
+                "network's; fit on real images instead, and report this architecture"
+            )
+        for name, times in called.items():
+            if times != sum(tap.module == name for tap in self._taps):
+                raise CheckpointError(
+                    f"{self.classifier.arch} cannot be inverted: its BatchNorm layer {name} is "
+                    "called in a way that a copy of the network does not follow; fit on real "
+                    "images instead, and report this architecture"
+                )
 
     def compiled(self, backend: str = "inductor") -> Step:
         """The same step with its forward pass compiled, which happens when it is first made, and

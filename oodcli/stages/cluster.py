@@ -312,6 +312,11 @@ def _connected(address: str | None) -> Iterator[None]:
                 address=address or os.environ.get("RAY_ADDRESS") or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                runtime_env={
+                    "env_vars": {
+                        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+                    }
+                },
             )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
