@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import networks
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from oodcli.classifier import Classifier, assemble
+from oodcli.classifier import Classifier, Preprocessing, assemble
 from oodcli.errors import CheckpointError, OodcliError
 from oodcli.features import Features, Layer
 from oodcli.inversion import invert as inverting
@@ -93,12 +93,20 @@ def whole_objective(classifier, objective, images, labels):
     return total + image_loss(objective, images, logits, labels)
 
 
+KINDS = {
+    "residual": networks.Residual,
+    "in place": partial(networks.Residual, inplace=True),
+    "shared": networks.Shared,
+    "with activation": partial(networks.Apart, networks.Activated),
+    "tokens": partial(networks.Tokens, nn.BatchNorm1d),
+}
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("kind", [networks.Residual, networks.Shared])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_the_gradient_of_a_step(objective, kind, inplace):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_a_step(objective, kind):
     """Against autograd; with a BatchNorm that is called twice, and one at a single position."""
-    network = networks.classifier(kind() if kind is networks.Shared else kind(inplace=inplace))
+    network = networks.classifier(KINDS[kind]())
     recipe, labels = OBJECTIVES[objective], torch.tensor([0, 1, 2, 1])
     images = networks.images(4).requires_grad_()
     view = torch.roll(images, (1, -1), (2, 3)).flip(3)
@@ -114,10 +122,10 @@ def test_the_gradient_of_a_step(objective, kind, inplace):
     torch.testing.assert_close(traced.gradient(images, view, labels), found, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [networks.Residual, networks.Shared])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_sensitivity_of_a_step(kind):
     """Against the recorder, which differentiates by every activation."""
-    network = networks.classifier(kind())
+    network = networks.classifier(KINDS[kind]())
     labels, images = torch.tensor([0, 1, 2, 1]), networks.images(4)
     recorder = Recorder(network, frozenset({"logits", "layers.gradient"}))
     expected = recorder(images, labels)
@@ -594,3 +602,116 @@ def test_quality_of_the_networks_own_statistics(network):
         logits = network.network(images.half().float())
     expected = torch.nn.functional.cross_entropy(logits, torch.zeros(16, dtype=torch.int64))
     assert found["cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ timm
+
+FAMILIES = (
+    "halonet_h1",
+    "test_byobnet",
+    "convmixer_768_32",
+    "cpubone_nano",
+    "cs3darknet_focus_s",
+    "cspnext_tiny",
+    "densenet121",
+    "dla46x_c",
+    "dpn48b",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "test_efficientnet",
+    "efficientvim_m1",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "fasternet_t0",
+    "fastvit_t8",
+    "ghostnet_050",
+    "hardcorenas_b",
+    "hgnetv2_b0",
+    "hrnet_w18_small",
+    "iformer_t",
+    "inception_next_atto",
+    "inception_resnet_v2",
+    "inception_v3",
+    "inception_v4",
+    "lcnetv2_small",
+    "levit_128s",
+    "lowformer_b0",
+    "test_coatnet",
+    "lcnet_035",
+    "mobilevit_xxs",
+    "nasnetalarge",
+    "nextvit_small",
+    "pnasnet5large",
+    "regnetx_002",
+    "repghostnet_050",
+    "repvit_m1",
+    "res2next50",
+    "resnest14d",
+    "test_resnet",
+    "resnetv2_18",
+    "rexnet_100",
+    "selecsls42",
+    "legacy_seresnet18",
+    "shvit_s1",
+    "skresnet18",
+    "starnet_s050",
+    "swiftformer_xs",
+    "tiny_vit_5m_224",
+    "tresnet_m",
+    "vgg11_bn",
+    "visformer_tiny",
+    "vit_small_resnet50d_s16_224",
+    "volo_d1_224",
+    "ese_vovnet19b_slim_dw",
+    "legacy_xception",
+    "xception41p",
+    "xcit_nano_12_p8_224",
+)
+"""One small member of each of timm's families with BatchNorm layers."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_timm_families_are_inverted_as_they_are(name):
+    """The gradient of a step against autograd, on weights and statistics that leave no layer out,
+    and sensitivities against the recorder."""
+    timm = pytest.importorskip("timm")
+    if name not in timm.list_models():
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    network = timm.create_model(name, num_classes=3)
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            for tensor, low in (
+                *((module.running_mean, -0.2), (module.running_var, 0.8)),
+                *((module.weight, 0.8), (module.bias, -0.2)),
+            ):
+                tensor.data.uniform_(low, low + 0.4, generator=generator)
+    config = timm.data.resolve_model_data_config(network)
+    found = None
+    for size in ((96, 96), config["input_size"][1:]):  # some take their own size alone
+        preprocessing = Preprocessing(size, (0.5,) * 3, (0.5,) * 3)
+        try:
+            found = assemble(network, arch=name, preprocessing=preprocessing)
+            break
+        except CheckpointError:
+            continue
+    assert found is not None
+    recipe, labels = OBJECTIVES["kl"], torch.tensor([0, 2])
+    images = torch.randn(2, 3, *size, generator=generator).requires_grad_()
+    expected = torch.autograd.grad(whole_objective(found, recipe, images, labels), images)[0]
+    step = Step(found, recipe, "float32")
+    seen = step.gradient(images, images, labels)
+    assert _apart(seen, expected) < 0.05
+    recorded = Recorder(found, frozenset({"logits", "layers.gradient"}), kinds={"batchnorm"})
+    plain = recorded(images.detach(), labels)
+    sensitivity = step.sensitivity(images.detach(), labels)
+    assert _apart(sensitivity.logits, plain.logits) < 0.01
+    for layer, values in sensitivity.layers.items():
+        assert _apart(values.gradient, plain.layers[layer].gradient) < 0.05
+
+
+def _apart(seen, expected):
+    """How far two tensors are apart, in lengths of the second; rounding that moves an input over
+    the kink of a ReLU makes single numbers differ."""
+    return float(torch.dist(seen, expected) / expected.norm().clamp_min(1e-6))
