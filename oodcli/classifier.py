@@ -243,6 +243,7 @@ def assemble(
             "correct --class-names or class_names in the model card"
         )
     head_name, head = _find_head(calls, logits)
+    notes = [reading.note, _by_batch(calls)]
     return Classifier(
         network=network,
         arch=arch,
@@ -250,7 +251,7 @@ def assemble(
         class_names=tuple(class_names or (str(index) for index in range(found))),
         preprocessing=preprocessing,
         sha256=sha256,
-        assumptions=(*assumptions, *([reading.note] if reading.note else [])),
+        assumptions=(*assumptions, *filter(None, notes)),
         taps=_image_by_image(
             network, image, calls, _find_taps(network, calls, layers, preprocessing.input_size)
         ),
@@ -295,6 +296,22 @@ def _read(
     if any(isinstance(call.module, RetrainedHead) for call in calls):
         return Reading(), as_logits(returned)  # MOS's are log-probabilities of several groups
     return find_logits(network, image, returned, calls, classes=classes)
+
+
+def _by_batch(calls: Sequence[Call]) -> str:
+    """A note on layers that normalise by the batch; empty where there is none."""
+    found = dict.fromkeys(
+        call.name
+        for call in calls
+        if isinstance(call.module, _BatchNorm) and call.module.running_mean is None
+    )
+    if not found:
+        return ""
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return (
+        f"BatchNorm layer {next(iter(found))}{more} has no running statistics, so the scores of an "
+        "image depend on those in its batch: --batch-size 1 scores each image alone"
+    )
 
 
 def _find_head(calls: Sequence[Call], logits: Tensor) -> tuple[str | None, LinearHead | None]:

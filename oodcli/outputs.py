@@ -113,6 +113,11 @@ def find_logits(
         )
     key, note = _choose(network, image, outputs, calls, classes)
     logits = outputs[key].float()
+    if bool((logits == 1).all()):
+        raise CheckpointError(
+            "the network returns 1 for every class of a single image, as a softmax over the images "
+            "of a batch does: return the logits"
+        )
     if _linear(logits, calls) is not None:
         return Reading(key, note=note), logits
     activation = _activation(network, image, key, logits)
@@ -264,7 +269,7 @@ def _choose(
         return "logits", ""
     fitting = [key for key in keys if classes in (None, outputs[key].shape[1])]
     keys = fitting or keys
-    features = _upstream(network, image, keys)
+    features = _upstream(network, image, keys) | _inputs_of_linear(outputs, calls)
     keys = [key for key in keys if key not in features]
     activated = {
         key
@@ -306,6 +311,18 @@ def _upstream(network: nn.Module, image: Tensor, keys: Sequence[Key]) -> set[Key
                 continue
             if _depends(after, before):
                 found.add(key)
+    return found
+
+
+def _inputs_of_linear(outputs: Mapping[Key, Tensor], calls: Sequence[Call]) -> set[Key]:
+    """Outputs from which a linear layer made another output; without a graph, which a network may
+    leave out for its frozen layers."""
+    found: set[Key] = set()
+    for key, before in outputs.items():
+        for other, after in outputs.items():
+            call = None if other == key else _linear(after.float(), calls)
+            if call is not None and call.given is not None and call.given.shape == before.shape:
+                found |= {key} if torch.equal(call.given, before) else set()
     return found
 
 

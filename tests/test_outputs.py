@@ -67,6 +67,64 @@ READ = {
 }
 
 
+class Frozen(Net):
+    """Features from a linear layer, computed without a graph."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.neck = nn.Linear(6, 5)
+        self.fc = nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.layer1(torch.relu(self.bn1(self.conv1(x))))
+            features = self.neck(self.layer2(self.down(x)).mean((2, 3)))
+        return features, self.fc(features)
+
+
+def test_features_of_frozen_layers_are_no_logits():
+    found = networks.classifier(Frozen())
+    assert (found.num_classes, found.head_name) == (CLASSES, "fc")
+
+
+def test_a_softmax_over_the_batch_is_refused():
+    with pytest.raises(CheckpointError, match="a softmax over the images of a batch"):
+        networks.classifier(Net(lambda _, z: z.softmax(0)))
+
+
+def test_layers_that_normalise_by_the_batch_are_reported():
+    network = Net(lambda _, z: z)
+    network.bn1 = nn.BatchNorm2d(6, track_running_stats=False)
+    [note] = networks.classifier(network).assumptions
+    assert note.startswith("BatchNorm layer bn1 has no running statistics")
+    assert "--batch-size 1" in note
+
+
+MODULES = {
+    "softmax": nn.Softmax(dim=1),
+    "log_softmax": nn.LogSoftmax(dim=1),
+    "sigmoid": nn.Sigmoid(),
+    "nothing": nn.Identity(),
+}
+
+
+@pytest.mark.parametrize("last", MODULES)
+@pytest.mark.parametrize("head", ["linear", "convolution"])
+def test_activations_that_are_modules(last, head):
+    ends = {
+        "linear": [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)],
+        "convolution": [nn.Conv2d(4, CLASSES, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+    }
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *ends[head], MODULES[last])
+    before = networks.settled(network)[:-1](networks.images(4))
+    found = networks.assemble(network, arch="small", preprocessing=networks.PREPROCESSING)
+    assert (found.head is not None) == (head == "linear")
+    torch.testing.assert_close(
+        Recorder(found, frozenset({"logits"}))(networks.images(4)).logits, before
+    )
+
+
 @pytest.mark.parametrize("how", READ)
 def test_the_logits_are_read(how):
     """Those of the same network that returns its logits, in every record and in inversion."""
