@@ -38,9 +38,7 @@ from oodcli.architectures import build
 from oodcli.classifier import Preprocessing
 from oodcli.detectors.energy import Energy
 from oodcli.errors import FileError, OodcliError
-from oodcli.files import heaps
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
-from oodcli.files.heaps import check_heaps
 from oodcli.files.scores import read_scores
 from oodcli.images import batches, open_images, reading
 from oodcli.images import files as image_files
@@ -557,82 +555,6 @@ def test_virtual_images_of_a_newer_version(fitted: Path, tmp_path: Path) -> None
     with h5py.File(path, "a") as file:
         file.attrs["version"] = 2
     refused(oodcli("score", fitted / "digits.pt", path, "-d", "msp"), "newer oodcli")
-
-
-def in_a_circle(path: Path, start: int, number: int = 0, length: int = 0) -> None:
-    """Changes the second text of the heap at ``start`` of an HDF5 file into one with no step to the
-    next, on which the library hangs."""
-    data = bytearray(path.read_bytes())
-    (first,) = struct.unpack_from("<8xQ", data, start + 16)
-    struct.pack_into("<HHIQ", data, start + 32 + (first + 7) // 8 * 8, number, 1, 0, length)
-    path.write_bytes(data)
-
-
-def heaps_of(path: Path) -> list[int]:
-    data = path.read_bytes()
-    return [start for start in range(len(data)) if data.startswith(b"GCOL\1", start)]
-
-
-@pytest.mark.parametrize("kind", ["v.features.h5", "v.h5"])
-def test_a_file_on_which_the_hdf5_library_hangs(fitted: Path, tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "c.h5"
-    shutil.copy(fitted / kind, path)
-    in_a_circle(path, heaps_of(path)[0])
-    images = (fitted / "digits.pt", path, "-o", tmp_path / "out.h5")
-    for words in (
-        ("inspect", path),
-        ("extract", *images) if kind == "v.h5" else ("score", path, "-d", "msp"),
-    ):
-        command = [sys.executable, "-m", "oodcli", *map(str, words)]
-        found = subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
-        refused(Result(found.returncode, found.stdout, found.stderr), "c.h5")
-
-
-@pytest.mark.parametrize(("number", "length"), [(0, 0), (1, 2**64 - 16), (1, 2**64 - 32), (0, 7)])
-def test_every_heap_of_texts_is_looked_at(
-    fitted: Path, tmp_path: Path, number: int, length: int
-) -> None:
-    with (fitted / "v.features.h5").open("rb") as file:
-        check_heaps(file)
-    found = heaps_of(fitted / "v.features.h5")
-    assert len(found) > 1  # of attributes, and of paths
-    for start in found:
-        path = tmp_path / f"{start}.h5"
-        shutil.copy(fitted / "v.features.h5", path)
-        in_a_circle(path, start, number, length)
-        with path.open("rb") as file, pytest.raises(ValueError, match=f"heap at byte {start} has"):
-            check_heaps(file)
-
-
-def test_a_heap_of_names_with_a_gap_before_itself(tmp_path: Path) -> None:
-    path = tmp_path / "old.h5"
-    with h5py.File(path, "w", libver="earliest", userblock_size=512) as file:
-        file.create_group("a")
-    data = bytearray(path.read_bytes())
-    check_heaps(io.BytesIO(data), 512)
-    gap, names = struct.unpack_from("<QQ", data, data.index(b"HEAP\0") + 16)
-    struct.pack_into("<Q", data, 512 + names + gap, gap)
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="have no end"):
-        check_heaps(io.BytesIO(data), 512)
-    refused(oodcli("score", path, "-d", "msp"), "old.h5", "have no end")
-
-
-def test_heaps_that_share_their_bytes_are_not_read_over_and_over() -> None:
-    data = struct.pack("<8sQQQ", b"HEAP", 1 << 15, 1, 0) * (1 << 10)  # all of the file, each
-    with pytest.raises(ValueError, match="more bytes than the file"):
-        check_heaps(io.BytesIO(data))
-
-
-@given(st.binary(max_size=60), st.sampled_from([5, 6, 9, 1 << 20]), st.integers(0, 60))
-def test_signatures_are_found_in_any_place(data: bytes, block: int, place: int) -> None:
-    data = data[:place] + b"GCOL\1" + data[place:] + b"GCOL\2HEAP\0"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heaps, "BLOCK_BYTES", block)
-        found = sorted(heaps._places(io.BytesIO(data), (heaps.TEXTS, heaps.NAMES)))
-    both = (heaps.TEXTS, heaps.NAMES)
-    expected = [(w, at) for w in both for at in range(len(data)) if data.startswith(w, at)]
-    assert found == expected
 
 
 # --- artefacts ------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ import h5py
 
 from oodcli.classifier import Preprocessing
 from oodcli.errors import FileError, OodcliError
-from oodcli.files.heaps import check_heaps
 from oodcli.shards import Shard
 
 if TYPE_CHECKING:
@@ -30,10 +28,6 @@ ROWS_SHA256 = "rows_sha256"
 
 SHA256 = "sha256"
 """Attribute of a dataset: SHA-256 of its bytes, row after row."""
-
-LOOKED_THROUGH = 1 << 27
-"""Bytes of the largest file that is looked through for what the HDF5 library hangs on. That takes
-0.6 s a GB, a fourth of the time that scoring takes."""
 
 CHUNK_CACHE = 1 << 19
 """Bytes for each dataset, two chunks of a feature cache: rows are written and read in order. HDF5
@@ -126,24 +120,10 @@ def format_of(path: Path) -> str | None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file, open for reading, with nothing in it that the library is known to hang on.
-    Raises ValueError where there is such a thing, OSError where h5py cannot open the file, so it
-    goes into a ``damage``."""
+    """An HDF5 file, open for reading. Raises OSError where h5py cannot open it, so it goes into a
+    ``damage``."""
     with h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE) as file:
-        made = file.id.get_create_plist()
-        if made.get_sizes() != (8, 8):
-            raise ValueError("its addresses or lengths are not of 8 bytes")
-        status = os.stat(path)
-        if status.st_size <= LOOKED_THROUGH:
-            _check(path, made.get_userblock(), status.st_size, status.st_mtime_ns)
         yield file
-
-
-@lru_cache(maxsize=256)
-def _check(path: Path, base: int, _size: int, _time: int) -> None:
-    """Looks at each file once as long as it does not change: some are opened for every batch."""
-    with path.open("rb") as file:
-        check_heaps(file, base)
 
 
 def dataset(file: h5py.Group, name: str, kinds: str, *, by_rows: bool = False) -> h5py.Dataset:

@@ -43,7 +43,6 @@ from numpy.typing import NDArray
 from oodcli.errors import FileError
 from oodcli.files.decimals import lines
 from oodcli.files.made import read_made
-from oodcli.files.pages import largest_page
 
 Format: TypeAlias = Literal["csv", "jsonl", "parquet"]
 
@@ -643,15 +642,13 @@ def _parquet_texts(path: Path, file: Any) -> list[str]:
     it unpacks to more than scores have; ValueError where one of its pages is damaged."""
     from pyarrow import types
 
-    with path.open("rb") as stream:
-        for index, column in enumerate(file.schema_arrow):
-            if types.is_nested(column.type):
-                raise FileError(f"{path}: column {column.name!r} is of the type {column.type}")
-            for group in range(file.num_row_groups):
-                chunk = file.metadata.row_group(group).column(index)
-                most = max(_UNPACKED, 4096 * chunk.num_values)
-                if chunk.total_uncompressed_size > most or largest_page(stream, chunk) > _UNPACKED:
-                    raise _too_large(path, column.name)
+    for index, column in enumerate(file.schema_arrow):
+        if types.is_nested(column.type):
+            raise FileError(f"{path}: column {column.name!r} is of the type {column.type}")
+        for group in range(file.num_row_groups):
+            chunk = file.metadata.row_group(group).column(index)
+            if chunk.total_uncompressed_size > max(_UNPACKED, 4096 * chunk.num_values):
+                raise _too_large(path, column.name)
     kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     return [each.name for each in file.schema_arrow if any(kind(each.type) for kind in kinds)]
 

@@ -19,7 +19,6 @@ from typing import IO, Any, Literal, NamedTuple, cast
 import torch
 
 from oodcli.errors import ImagesError
-from oodcli.files.pages import largest_page
 from oodcli.images.files import LARGEST_MEMBER, StrictHeader, is_image
 from oodcli.images.labels import UNKNOWN
 from oodcli.images.pixels import Load, load_bytes, refuse
@@ -221,13 +220,6 @@ def _parquet(piece: Piece) -> Iterator[_Row]:
         chunks = [group.column(i) for i in range(group.num_columns)]
         unpacked = [chunk.total_uncompressed_size for chunk in chunks]
         rows = max(1, min(ROWS_AT_ONCE, LARGEST_MEMBER // max(1, *unpacked)))
-        # Elsewhere than in local files, every page would be asked for twice.
-        local = "://" not in piece.where or piece.where.startswith(("file://", "local://"))
-        if local and any(largest_page(stream, chunk) > LARGEST_MEMBER for chunk in chunks):
-            raise ImagesError(
-                f"{piece.where} has a page that unpacks to more than {LARGEST_MEMBER >> 20} MB: "
-                "write it again with smaller pages"
-            )
         for batch in file.iter_batches(rows, row_groups=[piece.start], columns=columns):
             for row in batch.to_pylist():
                 yield _parquet_row(piece, number, row, image, label, path)
