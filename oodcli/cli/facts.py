@@ -221,7 +221,7 @@ def decoded(preprocessing: dict[str, Any]) -> list[str]:
         found.append("not turned by EXIF")
     if preprocessing.get("image_range"):
         low, high = preprocessing["image_range"]
-        found.append(f"deep images from {low:g}…{high:g}")
+        found.append(f"more than 8 bits from {low:g}…{high:g}")
     return found
 
 
