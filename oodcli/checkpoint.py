@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli import architectures
 from oodcli.architectures import Inputs, heads
-from oodcli.classifier import INTERPOLATIONS, Classifier, Preprocessing, assemble
+from oodcli.classifier import INTERPOLATIONS, Classifier, Preprocessing, Resize, assemble
 from oodcli.errors import CheckpointError
 
 PLAIN = (
@@ -88,6 +88,11 @@ class Overrides:
     input_size: tuple[int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    resize: Resize = None
+    interpolation: str | None = None
+    crop: str | None = None
+    exif: str | None = None
+    image_range: tuple[float, float] | None = None
     class_names: tuple[str, ...] | None = None
     layers: str | None = None
     card: Path | None = None
@@ -123,9 +128,11 @@ def load_classifier(
     """
     path = Path(path)
     _check_file(path)
-    given, resize, interpolation = _with_card(path, overrides, trust=trust_pickle)
+    card = _card_of(path, overrides, trust=trust_pickle)
+    fill = {key: value for key, value in card.items() if getattr(overrides, key) is None}
+    given = replace(overrides, **fill)
     found = _read(path, given, prefer_ema=prefer_ema, trust_pickle=trust_pickle)
-    preprocessing, assumed = _preprocessing(given, resize, interpolation, found.inputs)
+    preprocessing, _ = _preprocessing(overrides, card, found.inputs)
     try:
         module = found.module.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -136,11 +143,17 @@ def load_classifier(
         preprocessing=preprocessing,
         class_names=given.class_names,
         sha256=file_sha256(path),
-        assumptions=(*found.assumptions, *assumed),
         layers=given.layers,
         num_classes=given.num_classes,
     )
-    classifier = replace(classifier, averaged=found.averaged)
+    inputs = architectures.for_classes(found.inputs, classifier.num_classes)
+    preprocessing, assumed = _preprocessing(overrides, card, inputs)
+    classifier = replace(
+        classifier,
+        preprocessing=preprocessing,
+        assumptions=(*found.assumptions, *assumed, *classifier.assumptions),
+        averaged=found.averaged,
+    )
     _agree(given.num_classes, classifier.num_classes, path)
     categories = architectures.categories(found.arch, classifier.num_classes)
     grouped = heads.split(found.arch)[1].startswith("mos")  # so in another order than ImageNet's
@@ -184,8 +197,11 @@ def read_card(path: Path) -> dict[str, Any]:
         "input_size": (lambda v: _is_list(v, _is_count) and len(v) == 2, "[height, width]"),
         "mean": (lambda v: _is_list(v, _is_number), "a list of numbers"),
         "std": (lambda v: _is_list(v, _is_number), "a list of numbers"),
-        "resize": (_is_count, "a positive integer"),
+        "resize": (_is_resize, "a positive integer, or [height, width]"),
         "interpolation": (_is_text, "a string"),
+        "crop": (_is_text, "a string"),
+        "exif": (_is_text, "a string"),
+        "image_range": (lambda v: _is_list(v, _is_number) and len(v) == 2, "[low, high]"),
     }
     for key, value in card.items():
         if key not in kinds:
@@ -198,7 +214,7 @@ def read_card(path: Path) -> dict[str, Any]:
     names, classes = card.get("class_names"), card.get("num_classes")
     if names is not None and classes is not None and len(names) != classes:
         raise CheckpointError(f"{path}: {len(names)} class_names, but num_classes = {classes}")
-    for key in ("mean", "std"):
+    for key in ("mean", "std", "image_range"):
         if key in card:
             card[key] = [float(number) for number in card[key]]
     return {key: tuple(v) if isinstance(v, list) else v for key, v in card.items()}
@@ -217,6 +233,10 @@ def _is_text(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _is_resize(value: Any) -> bool:
+    return _is_count(value) or (_is_list(value, _is_count) and len(value) == 2)
 
 
 def _is_number(value: Any) -> bool:
@@ -244,6 +264,10 @@ def write_card(classifier: Classifier, path: Path) -> None:
     if prep.resize is not None:
         card["resize"] = prep.resize
     card["interpolation"] = prep.interpolation
+    if prep.exif != "turn":
+        card["exif"] = prep.exif
+    if prep.image_range is not None:
+        card["image_range"] = prep.image_range
     # A JSON string, number or list is TOML as well, but for the one control character that JSON
     # leaves as it is.
     lines = (
@@ -253,11 +277,9 @@ def write_card(classifier: Classifier, path: Path) -> None:
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
-def _with_card(
-    path: Path, overrides: Overrides, *, trust: bool
-) -> tuple[Overrides, int | None, str | None]:
-    """The overrides, filled up from the card; the card's resize and interpolation. trust: run code
-    that the card names; it came with the checkpoint, and whoever uses that has not asked for it."""
+def _card_of(path: Path, overrides: Overrides, *, trust: bool) -> dict[str, Any]:
+    """The keys of a checkpoint's model card; none where it has no card. trust: run code that the
+    card names; it came with the checkpoint, and whoever uses that has not asked for it."""
     where = overrides.card or path.with_suffix(".toml")
     card = read_card(where) if overrides.card is not None or where.is_file() else {}
     if ".py:" in card.get("arch", "") and overrides.arch is None and not trust:
@@ -265,29 +287,44 @@ def _with_card(
             f"{where} names code, arch = {_shown(card['arch'])}, which can do anything when it is "
             "run: read it, then name it yourself with --arch, or add --trust-pickle"
         )
-    resize, interpolation = card.pop("resize", None), card.pop("interpolation", None)
-    if overrides.input_size is not None:
-        resize = None  # it belongs to the card's input size
-    fill = {key: value for key, value in card.items() if getattr(overrides, key) is None}
-    return replace(overrides, **fill), resize, interpolation
+    return card
 
 
 # --- preprocessing ----------------------------------------------------------------------------
 
+CROPS = ("center", "squash")
+
 
 def _preprocessing(
-    given: Overrides, resize: int | None, interpolation: str | None, default: Inputs
+    said: Overrides, card: Mapping[str, Any], default: Inputs
 ) -> tuple[Preprocessing, list[str]]:
-    """What was given, filled up with the network's defaults; a sentence for each of those."""
+    """What was said, filled up from the card, then with the network's defaults; a sentence for each
+    of those. Raises CheckpointError where it makes no sense, or the defaults cannot be obeyed."""
+    given = {key: card.get(key) for key in _PREPARING}
+    given |= {key: getattr(said, key) for key in _PREPARING if getattr(said, key) is not None}
     assumed = []
-    size = given.input_size or default.input_size
-    if given.input_size is None:
+    size = given["input_size"] or default.input_size
+    resize, why = _resize(said, card, default, size)
+    interpolation = given["interpolation"] or default.interpolation
+    if given["interpolation"] is None and "interpolation" in default.cannot:
+        raise CheckpointError(default.cannot["interpolation"])
+    how = {"resize": architectures.resizing(resize)} if why else {}
+    known = default.resize is not None or default.interpolation != "bilinear"
+    if known and given["interpolation"] is None:
+        how["interpolation"] = interpolation
+    if given["input_size"] is None:
+        words = ", ".join((default.size_source, *how.values()))
+        assumed.append(f"input size {size[0]}x{size[1]}, {words} (override: --input-size)")
+    elif how:
+        words = ", ".join((*how.values(), why or default.size_source))
+        assumed.append(f"{words} (override: {' '.join(f'--{name}' for name in how)})")
+    if _may_be_smaller(resize, size):
         assumed.append(
-            f"input size {size[0]}x{size[1]}, {default.size_source} (override: --input-size)"
+            f"pictures smaller than {size[0]}x{size[1]} after the resize get a black border, as "
+            "torchvision's CenterCrop adds it (override: --resize)"
         )
-        resize = resize or default.resize
-    mean, std = given.mean or default.mean, given.std or default.std
-    missing = [name for name in ("mean", "std") if getattr(given, name) is None]
+    mean, std = given["mean"] or default.mean, given["std"] or default.std
+    missing = [name for name in ("mean", "std") if given[name] is None]
     if missing:
         numbers = " and ".join(
             f"{name} {' '.join(f'{number:g}' for number in getattr(default, name))}"
@@ -297,7 +334,95 @@ def _preprocessing(
         assumed.append(
             f"normalisation: {default.normalisation_source} {numbers} (override: {options})"
         )
-    return Preprocessing(size, mean, std, resize, interpolation or default.interpolation), assumed
+    exif = given["exif"] or "turn"
+    found = Preprocessing(size, mean, std, resize, interpolation, exif, given["image_range"])
+    _require_unit_scale(mean, std)
+    return found, assumed
+
+
+_PREPARING = ("input_size", "mean", "std", "interpolation", "exif", "image_range")
+
+
+def _resize(
+    said: Overrides, card: Mapping[str, Any], default: Inputs, size: tuple[int, int]
+) -> tuple[Resize, str]:
+    """The resize before the crop to ``size``, and half a sentence on where it comes from where it
+    was not given so. A card that names the input's size and no resize means: straight to it."""
+    crop = said.crop or card.get("crop")
+    if crop not in (None, *CROPS):
+        raise CheckpointError(f"crop '{crop}' is not one of {', '.join(CROPS)}")
+    resize, base, why, share = said.resize, size, "", None
+    together = said.resize is not None or (said.crop is None and "resize" in card)
+    if said.resize is None and "resize" in card:
+        resize, base = card["resize"], card.get("input_size") or default.input_size
+        why = "" if base == size else "the model card's"
+    elif said.resize is None and "input_size" not in card:
+        resize, base, share = default.resize, default.input_size, default.crop_share
+        why = "" if resize is None else default.size_source
+        if crop is None and "resize" in default.cannot:
+            raise CheckpointError(default.cannot["resize"])
+    if base != size and resize is not None:
+        why = f"as {_listed(resize)} for an input of {_listed(base)}, {why}"
+        resize = _scaled(resize, base, size, share)
+    if crop == "squash" and isinstance(resize, int):
+        height, width = (round(resize * side / min(size)) for side in size)
+        resize = height, width
+    elif crop == "center" and resize is None:
+        resize = max(size)
+    elif crop == "center" and isinstance(resize, tuple) and not together:
+        resize = max(resize)
+    return None if resize == size else resize, why
+
+
+def _scaled(
+    resize: int | tuple[int, int],
+    base: tuple[int, int],
+    size: tuple[int, int],
+    share: float | None,
+) -> int | tuple[int, int]:
+    """The resize for another input size than ``base``: in proportion, or as timm computes it from
+    its share of the picture."""
+
+    def along(length: int, before: int, now: int) -> int:
+        return round(length * now / before) if share is None else math.floor(now / share)
+
+    if isinstance(resize, int):
+        return along(resize, max(base), max(size))
+    return along(resize[0], base[0], size[0]), along(resize[1], base[1], size[1])
+
+
+def _listed(size: int | tuple[int, int]) -> str:
+    return str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}"
+
+
+def _may_be_smaller(resize: Resize, size: tuple[int, int]) -> bool:
+    """Whether a picture may be smaller than the crop after the resize."""
+    if isinstance(resize, int):
+        return resize < max(size)
+    return resize is not None and (resize[0] < size[0] or resize[1] < size[1])
+
+
+def _require_unit_scale(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises CheckpointError for statistics of pixels in 0…255, which many configurations have: no
+    mean and no standard deviation of pixels in [0, 1] is above 1."""
+    far = max(map(abs, mean)) > 1
+    if not far and max(std) <= 1:
+        return
+    wide = max(std) > 1 or (far and min(std) == 1)  # 1: Caffe's networks, which do not divide
+    numbers = {"mean": (mean, far), "std": (std, wide)}
+    said = " and ".join(f"{name} {_numbers(each)}" for name, (each, _) in numbers.items())
+    divided = " ".join(
+        f"--{name} {_numbers([number / 255 for number in each] if divide else each)}"
+        for name, (each, divide) in numbers.items()
+    )
+    raise CheckpointError(
+        f"{said} are of pixels in 0…255, but here pixels are in [0, 1]: divide by 255, as in "
+        f"{divided}"
+    )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(f"{value:.6g}" for value in values)
 
 
 def _guess_inputs(network: nn.Module, size: tuple[int, int] | None = None) -> Inputs:
@@ -879,7 +1004,7 @@ class _Timm(_BuiltIn):
             raise CheckpointError(
                 f"--arch {arch} needs timm, which is not installed: pip install 'oodcli[timm]'"
             ) from error
-        self.timm = timm
+        self.timm: Any = timm
 
     def skeleton(self, num_classes: int) -> nn.Module:
         return self.build(num_classes)
@@ -894,18 +1019,39 @@ class _Timm(_BuiltIn):
         return network
 
     def inputs(self, network: nn.Module) -> Inputs:
+        """What timm's ``create_transform`` does with this model's configuration when it evaluates.
+        Resize, crop mode and interpolation that cannot be so are in ``cannot``."""
         config = self.timm.data.resolve_model_data_config(network)
         height, width = config["input_size"][1:]
-        shorter = math.floor(min(height, width) / config.get("crop_pct", 1.0))
-        kind = config.get("interpolation", "bilinear")
+        share, mode = config["crop_pct"], config["crop_mode"]
+        scaled = (math.floor(height / share), math.floor(width / share))
+        cannot = {}
+        if mode == "border":
+            cannot["resize"] = (
+                f"timm shows {self.arch} whole pictures with a border, which oodcli does not do: "
+                "say how it was trained with --crop squash or --crop center"
+            )
+        elif mode != "squash" and height != width:
+            cannot["resize"] = (
+                f"timm resizes pictures for {self.arch} until they cover {height}x{width}, which "
+                "oodcli does not do: say how it was trained with --crop squash or --resize N"
+            )
+        kind = config["interpolation"]
+        if kind not in INTERPOLATIONS:
+            cannot["interpolation"] = (
+                f"timm's interpolation for {self.arch} is '{kind}', which oodcli does not do: give "
+                f"--interpolation, one of {', '.join(INTERPOLATIONS)}"
+            )
         return Inputs(
             (height, width),
             tuple(config["mean"]),
             tuple(config["std"]),
-            max(shorter, height, width),
-            kind if kind in INTERPOLATIONS else "bilinear",
+            scaled[0] if mode != "squash" and height == width else scaled,
+            kind,
             "timm's for this model",
             "timm's for this model",
+            crop_share=share,
+            cannot=cannot,
         )
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,16 @@ LARGEST_INPUT = 1 << 24
 LARGEST_RESIZE = 1 << 14
 """Pixels, of an image and of a side; more is a damaged file."""
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+EXIF = ("turn", "keep")
+
+Resize: TypeAlias = int | tuple[int, int] | None
+"""Before a centre crop: length of the shorter side, or height and width; None resizes straight to
+the input, without a crop."""
+
+
+INPUTS = ("input_size", "mean", "std")
+"""Fields of a Preprocessing that concern images which are the network's inputs already."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +48,18 @@ class Preprocessing:
     """From an image to the network's input.
 
     input_size: height, width. mean, std: one number a channel, of pixels in [0, 1]; one channel
-    means grey images. resize: length of the shorter side before a centre crop to input_size; None
-    resizes straight to input_size. Raises CheckpointError where the numbers make no sense.
+    means grey images. exif: whether an image is turned upright as its EXIF block says, or kept as
+    it is stored. image_range: values that become 0 and 255, of images with more than 8 bits; None
+    is the range of their type. Raises CheckpointError where the numbers make no sense.
     """
 
     input_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: int | None = None
+    resize: Resize = None
     interpolation: str = "bilinear"
+    exif: str = "turn"
+    image_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
@@ -66,17 +78,27 @@ class Preprocessing:
                 f"input_size {self.input_size} is more than {LARGEST_INPUT} pixels: no classifier "
                 "takes such images"
             )
-        if self.resize is not None and self.resize > LARGEST_RESIZE:
-            raise CheckpointError(f"resize={self.resize} is more than {LARGEST_RESIZE} pixels")
-        if self.resize is not None and self.resize < max(self.input_size):
-            raise CheckpointError(
-                f"resize={self.resize} is smaller than the crop of {self.input_size[0]}x"
-                f"{self.input_size[1]}: make it at least {max(self.input_size)}"
-            )
-        if self.interpolation not in INTERPOLATIONS:
-            raise CheckpointError(
-                f"interpolation '{self.interpolation}' is not one of {', '.join(INTERPOLATIONS)}"
-            )
+        if self.resize is not None:
+            sides = (self.resize,) if isinstance(self.resize, int) else self.resize
+            if len(sides) > 2 or min(sides) < 1:
+                raise CheckpointError(
+                    f"resize {self.resize} must be a positive integer, or height and width"
+                )
+            if max(sides) > LARGEST_RESIZE:
+                raise CheckpointError(f"resize={self.resize} is more than {LARGEST_RESIZE} pixels")
+        for name, given, known in (
+            ("interpolation", self.interpolation, INTERPOLATIONS),
+            ("exif", self.exif, EXIF),
+        ):
+            if given not in known:
+                raise CheckpointError(f"{name} '{given}' is not one of {', '.join(known)}")
+        if self.image_range is not None:
+            low, high = self.image_range
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise CheckpointError(
+                    f"image range {low:g},{high:g}: expected two numbers, the first below the "
+                    "second"
+                )
 
     @property
     def channels(self) -> int:
@@ -109,14 +131,24 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Preprocessing:
-        """Raises KeyError, TypeError or ValueError when the fields are not those of to_dict."""
+        """The fields of to_dict, or of an older one. Raises KeyError, TypeError, IndexError or
+        ValueError for others."""
+        limits = fields.get("image_range")
         return cls(
             input_size=(int(fields["input_size"][0]), int(fields["input_size"][1])),
             mean=tuple(float(number) for number in fields["mean"]),
             std=tuple(float(number) for number in fields["std"]),
-            resize=None if fields.get("resize") is None else int(fields["resize"]),
+            resize=_resize(fields.get("resize")),
             interpolation=str(fields.get("interpolation", "bilinear")),
+            exif=str(fields.get("exif", "turn")),
+            image_range=None if limits is None else (float(limits[0]), float(limits[1])),
         )
+
+
+def _resize(found: Any) -> Resize:
+    if isinstance(found, list | tuple):
+        return int(found[0]), int(found[1])
+    return None if found is None else int(found)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from test_architectures import randomised, rekeyed
 from torch import Tensor, nn
 
-from oodcli.architectures import build
+from oodcli.architectures import CIFAR_MEAN, CIFAR_STD, build
 from oodcli.checkpoint import (
     Overrides,
     file_sha256,
@@ -27,6 +28,7 @@ from oodcli.checkpoint import (
     read_card,
     write_card,
 )
+from oodcli.classifier import Preprocessing, Resize
 from oodcli.errors import CheckpointError
 
 NAME = "resnet8-cifar-w8"
@@ -313,7 +315,7 @@ def test_what_was_assumed_is_said_and_what_was_given_is_not(
         assert f"(override: {option})" in notes
     assert "0.4914 0.4822 0.4465" in notes
     given = Overrides(
-        arch=NAME, input_size=(40, 36), mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), num_classes=10
+        arch=NAME, input_size=(40, 36), mean=(0.1, 0.2, 0.3), std=(0.1, 0.2, 1.0), num_classes=10
     )
     found = load_classifier(path, given)
     assert found.assumptions == ()
@@ -329,9 +331,204 @@ def test_torchvision_weights_bring_their_own_preprocessing_and_names(tmp_path: P
     assert (found.preprocessing.input_size, found.preprocessing.resize) == ((224, 224), 256)
     assert found.class_names[:2] == ("tench", "goldfish")
     assert any("--class-names" in note for note in found.assumptions)
-    # an input size of one's own is not cropped from the weights' resize
-    small = load_classifier(path, Overrides(input_size=(64, 64)))
-    assert small.preprocessing.resize is None
+    # the same size keeps the weights' resize, another one scales it
+    weights = "of torchvision's weights IMAGENET1K_V1"
+    for side, resize, words in ((224, 256, ""), (64, 73, "as 256 for an input of 224x224, ")):
+        other = load_classifier(path, Overrides(input_size=(side, side)))
+        assert other.preprocessing == replace(
+            found.preprocessing, input_size=(side, side), resize=resize
+        )
+        assert (
+            f"shorter side to {resize}, centre crop, bilinear, {words}{weights} "
+            "(override: --resize --interpolation)"
+        ) in other.assumptions
+    wide = load_classifier(path, Overrides(input_size=(112, 448))).preprocessing
+    assert wide.resize == 512
+
+
+def prepared(path: Path, **given: Any) -> Preprocessing:
+    """The preprocessing of a checkpoint, of what was given and of its card."""
+    return load_classifier(path, Overrides(**given)).preprocessing
+
+
+@pytest.fixture(scope="module")
+def shufflenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network whose weights resize the shorter side to 256 and crop 224x224."""
+    path = tmp_path_factory.mktemp("shufflenet") / "net.pt"
+    torch.save(torchvision.models.shufflenet_v2_x0_5(num_classes=4).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("card", "given", "size", "resize"),
+    [
+        ("", {}, (224, 224), 256),
+        ("", {"resize": 300}, (224, 224), 300),
+        ("", {"resize": (256, 256)}, (224, 224), (256, 256)),
+        ("", {"resize": (256, 256), "crop": "center"}, (224, 224), (256, 256)),
+        ("", {"resize": (224, 224)}, (224, 224), None),
+        ("", {"crop": "squash"}, (224, 224), (256, 256)),
+        ("", {"crop": "center"}, (224, 224), 256),
+        ("", {"crop": "squash", "resize": 224}, (224, 224), None),
+        ("", {"crop": "squash", "input_size": (64, 128)}, (64, 128), (146, 292)),
+        ("", {"crop": "squash", "input_size": (64, 128), "resize": 70}, (64, 128), (70, 140)),
+        ("", {"input_size": (288, 288)}, (288, 288), 329),
+        ("", {"input_size": (288, 288), "resize": 288}, (288, 288), 288),
+        # a card without a resize means: straight to its input size
+        ("input_size = [96, 96]", {}, (96, 96), None),
+        ("input_size = [96, 96]", {"input_size": (128, 128)}, (128, 128), None),
+        ("input_size = [96, 96]", {"crop": "squash"}, (96, 96), None),
+        ("input_size = [96, 96]", {"crop": "center"}, (96, 96), 96),
+        ("input_size = [96, 64]\ncrop = 'center'", {}, (96, 64), 96),
+        ("resize = [256, 256]", {}, (224, 224), (256, 256)),
+        ("resize = [256, 256]\ncrop = 'center'", {}, (224, 224), (256, 256)),
+        ("resize = [256, 256]", {"crop": "center"}, (224, 224), 256),
+        ("resize = [256, 128]", {"input_size": (448, 112)}, (448, 112), (512, 64)),
+        ("resize = 240\ncrop = 'squash'", {}, (224, 224), (240, 240)),
+        ("resize = 240\ninput_size = [224, 224]", {"input_size": (112, 112)}, (112, 112), 120),
+    ],
+)
+def test_resize_and_crop(
+    card: str,
+    given: Mapping[str, Any],
+    size: tuple[int, int],
+    resize: Resize,
+    shufflenet: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "card.toml").write_text(card)
+    found = prepared(shufflenet, card=tmp_path / "card.toml", **given)
+    assert (found.input_size, found.resize) == (size, resize)
+    written = tmp_path / "written.toml"
+    all_given = Overrides(card=tmp_path / "card.toml", **given)
+    write_card(load_classifier(shufflenet, all_given), written)
+    assert prepared(shufflenet, card=written) == found
+
+
+def test_a_black_border_is_said(shufflenet: Path) -> None:
+    for resize in (223, (300, 223)):
+        notes = load_classifier(shufflenet, Overrides(resize=resize)).assumptions
+        assert any("smaller than 224x224 after the resize get a black border" in n for n in notes)
+    assert "border" not in " ".join(load_classifier(shufflenet).assumptions)
+
+
+def test_how_images_are_read_and_resized(shufflenet: Path, tmp_path: Path) -> None:
+    card = tmp_path / "card.toml"
+    card.write_text("exif = 'keep'\nimage_range = [0, 4095]\ninterpolation = 'box'\n")
+    found = prepared(shufflenet, card=card)
+    assert (found.exif, found.image_range, found.interpolation) == ("keep", (0.0, 4095.0), "box")
+    other = prepared(
+        shufflenet, card=card, exif="turn", image_range=(-1.0, 1.0), interpolation="lanczos"
+    )
+    assert (other.exif, other.image_range, other.interpolation) == ("turn", (-1.0, 1.0), "lanczos")
+    for preprocessing in (found, other):
+        assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == (
+            preprocessing
+        )
+    plain = prepared(shufflenet)
+    assert (plain.exif, plain.image_range) == ("turn", None)
+    older = {k: v for k, v in plain.to_dict().items() if k not in ("exif", "image_range")}
+    assert plain.unlike(Preprocessing.from_dict(older)) is None
+    assert plain.unlike(found) == ("interpolation bilinear", "interpolation box")
+    for given, word in (
+        ({"crop": "centre"}, "crop 'centre' is not one of center, squash"),
+        ({"exif": "drop"}, "exif 'drop' is not one of turn, keep"),
+        ({"interpolation": "area"}, "interpolation 'area' is not one of"),
+        ({"image_range": (1.0, 1.0)}, "the first below the second"),
+        ({"image_range": (0.0, float("nan"))}, "the first below the second"),
+        ({"resize": 0}, "positive"),
+        ({"resize": (1 << 20, 3)}, "more than"),
+    ):
+        fails(shufflenet, word, overrides=Overrides(**given))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "words"),
+    [
+        (
+            (123.675, 116.28, 103.53),
+            (58.395, 57.12, 57.375),
+            "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+        ),
+        ((104.0, 117.0, 123.0), (1.0, 1.0, 1.0), "--mean 0.407843,0.458824,0.482353 --std 0.00392"),
+        ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0), "--mean 0,0,0 --std 1,1,1"),
+        ((127.5,), (0.5,), "--mean 0.5 --std 0.5"),
+        ((-2.0,), (0.5,), "--mean -0.00784314 --std 0.5"),
+    ],
+)
+def test_statistics_of_pixels_in_0_to_255_are_refused(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    words: str,
+    tmp_path: Path,
+    state: dict[str, Tensor],
+) -> None:
+    path = tmp_path / "net.pt"
+    torch.save(state, path)
+    assert "in 0…255" in fails(path, words, overrides=Overrides(mean=mean, std=std))
+    (tmp_path / "net.toml").write_text(f"mean = {list(mean)}\nstd = {list(std)}\n")
+    fails(path, words)
+    # a file of an earlier run stays readable
+    old = {"input_size": [8, 8], "mean": mean, "std": std, "resize": None}
+    assert Preprocessing.from_dict(old).mean == mean
+
+
+def test_statistics_of_pixels_in_0_to_1(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state, tmp_path / "net.pt")
+    for mean, std in ((0.0, 1 / 255), (1.0, 1.0), (-1.0, 0.5), (0.0, 1.0)):
+        found = prepared(tmp_path / "net.pt", mean=(mean,) * 3, std=(std,) * 3)
+        assert (found.mean, found.std) == ((mean,) * 3, (std,) * 3)
+
+
+CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def test_100_classes_of_a_small_network_are_cifar_100s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(5, num_classes))\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    import mine
+
+    sys.path.pop(0)
+    for classes in (10, 100):
+        torch.save(build(NAME, classes).state_dict(), "recognised.pt")
+        torch.save(mine.net(classes).state_dict(), "factory.pt")
+        torch.save(mine.net(classes), "pickled.pt")
+        torch.export.save(
+            torch.export.export(mine.net(classes).eval(), (torch.zeros(2, 3, 32, 32),)), "x.pt2"
+        )
+        grouped = build(NAME, classes + 2)
+        slices = torch.tensor([[0, classes // 2 + 1], [classes // 2 + 1, classes + 2]])
+        torch.save({**grouped.state_dict(), "group_slices": slices}, "mos.pt")
+        for name, given, settings in (
+            ("recognised.pt", {}, {}),
+            ("recognised.pt", {"arch": NAME}, {}),
+            ("factory.pt", {"arch": "mine.py:net"}, {}),
+            ("pickled.pt", {}, {"trust_pickle": True}),
+            ("x.pt2", {}, {"trust_pickle": True}),
+            ("mos.pt", {}, {}),
+        ):
+            found = load_classifier(Path(name), Overrides(**given), **settings)
+            assert found.num_classes == classes, name
+            notes = " ".join(found.assumptions)
+            prep = found.preprocessing
+            if classes == 100:
+                assert (prep.mean, prep.std) == CIFAR100, name
+                assert "normalisation: CIFAR-100's mean 0.5071 0.4865 0.4409" in notes, name
+            else:
+                assert (prep.mean, prep.std) == (CIFAR_MEAN, CIFAR_STD), name
+                assert "normalisation: CIFAR-10's mean" in notes, name
+    torch.save(build(NAME + "+grey", 100).state_dict(), "grey.pt")
+    assert prepared(Path("grey.pt")).mean == (0.5,)
+    given = load_classifier(Path("recognised.pt"), Overrides(mean=(0.5,) * 3))
+    assert (given.preprocessing.mean, given.preprocessing.std) == ((0.5,) * 3, CIFAR100[1])
 
 
 def test_a_network_that_asks_for_the_version_of_its_layout(tmp_path: Path) -> None:
@@ -421,7 +618,7 @@ num_classes = 10
 class_names = ["é", "b\\"", "c\\\\", "d\\n", "e", "f", "g", "h", "i", "\\u007f"]
 input_size = [32, 30]
 mean = [0.1, 0, 0.3]
-std = [1, 2.5, 3.0]
+std = [1, 0.25, 0.3]
 resize = 40
 interpolation = "bicubic"
 """
@@ -436,15 +633,19 @@ def test_the_card_wins_over_recognition_and_loses_to_the_command_line(
     found = load_classifier(path)
     prep = found.preprocessing
     assert (prep.input_size, prep.resize, prep.interpolation) == ((32, 30), 40, "bicubic")
-    assert (prep.mean, prep.std) == ((0.1, 0.0, 0.3), (1.0, 2.5, 3.0))
+    assert (prep.mean, prep.std) == ((0.1, 0.0, 0.3), (1.0, 0.25, 0.3))
     assert found.class_names[:4] == ("é", 'b"', "c\\", "d\n")
     assert found.assumptions == ()
     found = load_classifier(path, Overrides(mean=(0.0, 0.0, 0.0), input_size=(32, 32)))
     assert found.preprocessing.mean == (0.0, 0.0, 0.0)
-    assert found.preprocessing.resize is None
+    assert found.preprocessing.resize == 40
+    assert found.assumptions == (
+        "shorter side to 40, centre crop, as 40 for an input of 32x30, the model card's "
+        "(override: --resize)",
+    )
     other = tmp_path / "other.toml"
-    other.write_text("std = [9, 9, 9]\n")
-    assert load_classifier(path, Overrides(card=other)).preprocessing.std == (9.0, 9.0, 9.0)
+    other.write_text("std = [1, 1, 1]\n")
+    assert load_classifier(path, Overrides(card=other)).preprocessing.std == (1.0, 1.0, 1.0)
 
 
 def test_a_written_card_gives_the_same_classifier(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -484,6 +685,13 @@ def test_numbers_that_are_none(tmp_path: Path, state: dict[str, Tensor]) -> None
         ("std = [1, 0, 1]", "positive"),
         ("mean = [1, 2]\nstd = [1, 2]", "mean has 2"),
         ("interpolation = 'cubic'", "'cubic'"),
+        ("resize = [8]", "resize must be a positive integer, or [height, width]"),
+        ("resize = [8, 0]", "resize must be"),
+        ("image_range = [1, 2, 3]", "image_range must be [low, high]"),
+        ("image_range = 4095", "image_range must be"),
+        ("image_range = [2, 1]", "the first below the second"),
+        ("exif = 'none'", "'none' is not one of turn, keep"),
+        ("crop = 'border'", "'border' is not one of center, squash"),
         ("num_classes = 3", "10 classes"),
     ],
 )

@@ -19,7 +19,7 @@ import torchvision
 import typer
 from commands import oodcli
 
-from oodcli import __version__, checkpoint, detectors
+from oodcli import __version__, checkpoint, classifier, detectors
 from oodcli.cli import EXAMPLES, app, completions, shells
 from oodcli.features import ROW_RECORDS
 from oodcli.files import scores
@@ -129,6 +129,9 @@ def test_the_words_are_those_that_are_taken():
     assert checkpoint.SUFFIXES == completions.CHECKPOINTS
     assert tuple(generated.NOISES) == completions.NOISES
     assert completions.BY_NAME["objective"]("") == list(OBJECTIVES)
+    assert completions.BY_NAME["interpolation"]("") == list(classifier.INTERPOLATIONS)
+    assert completions.BY_NAME["exif"]("") == list(classifier.EXIF)
+    assert completions.BY_NAME["crop"]("") == list(checkpoint.CROPS)
     datasets = [word.partition(":")[2] for word in completions.images("torchvision:")]
     assert {"CIFAR10", "SVHN"} <= set(datasets) <= set(torchvision.datasets.__all__)
     assert tuple(scores._SUFFIXES) == completions.SCORES

@@ -27,7 +27,7 @@ from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
 from oodcli.images import ImageSource, batches, decoding, open_images
 from oodcli.images.decoding import Encoded
-from oodcli.images.pixels import load_bytes
+from oodcli.images.pixels import Fitted, load_bytes
 from oodcli.images.worker import Fault, read_answer, write_answer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such processes there")
@@ -461,8 +461,8 @@ def test_no_process_outlives_the_program(tmp_path, loads, number):
     [
         (b"", ""),
         (b"P" + bytes(10), ""),
-        (b"T" + bytes([255] * 12), "an answer b'T' of"),
-        (struct.pack("<cIII", b"P", 1 << 20, 1 << 20, 3), "an answer b'P' of"),
+        (b"T" + bytes([255] * 20), "an answer b'T' of"),
+        (struct.pack("<cIIId", b"P", 1 << 20, 1 << 20, 3, 0), "an answer b'P' of"),
         (pickle.dumps([1]) + bytes(20), "an answer"),
     ],
 )
@@ -474,14 +474,30 @@ def test_nonsense_for_an_answer(answer, words):
 
 def test_answers_arrive_as_they_were_given():
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    for answer in (pixels, pixels[:, ::2], "it is ä bad image", "", Fault("a\ntraceback")):
+    for answer in (
+        Fitted(pixels, None),
+        Fitted(pixels[:, ::2], 2048.0),
+        "it is ä bad image",
+        "",
+        Fault("a\ntraceback"),
+    ):
         stream = io.BytesIO()
         write_answer(stream, answer)
         stream.seek(0)
         found = read_answer(stream, 1000)
         assert type(found) is type(answer)
-        assert np.array_equal(found, answer)
+        if isinstance(answer, Fitted):
+            assert np.array_equal(found.pixels, answer.pixels)
+            assert found.dim == answer.dim
+        else:
+            assert found == answer
         assert stream.read() == b""
+
+
+@pytest.mark.parametrize("dim", [math.inf, math.nan, -1.0, 0.0, 4095.5, 65535.0])
+def test_an_answer_that_claims_nonsense_of_its_values(dim):
+    answer = struct.pack("<cIIId", b"P", 1, 1, 1, dim) + b"x"
+    assert read_answer(io.BytesIO(answer), 1000).dim is None
 
 
 def test_the_option(trained, tmp_path):

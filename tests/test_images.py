@@ -11,6 +11,7 @@ import time
 import tracemalloc
 import zipfile
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -877,9 +878,15 @@ def test_32_bit(tmp_path):
     fractions = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     found = only(save(tmp_path, Image.fromarray(fractions), "x.tif"))
     assert found[0].tolist() == np.rint(fractions * 255).astype(int).tolist()
-    for values in (fractions * 2, fractions - 1, fractions * np.nan):
+    for values in (fractions * 2, fractions - 1):
         error = only(save(tmp_path, Image.fromarray(values), "x.tif"))
-        assert error == "floating-point pixels outside [0, 1]: save them as 8 or 16 bits"
+        assert error == (
+            "floating-point pixels outside [0, 1]: save them as 8 or 16 bits, or give "
+            "--image-range LOW,HIGH"
+        )
+    for options in ({}, {"preprocessing": replace(PLAIN, image_range=(0, 2))}):
+        error = only(save(tmp_path, Image.fromarray(fractions * np.nan), "x.tif"), **options)
+        assert error == "floating-point pixels that are not numbers (NaN)"
     image = Image.fromarray(np.full((8, 8), 70000, np.int32))
     assert "32-bit pixels" in only(save(tmp_path, image, "x.tif"))
 

@@ -14,8 +14,8 @@ import ast
 import difflib
 import importlib.util
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,23 +39,31 @@ USUAL = (
 KUANGLIU = r"resnet(18|34|50|101|152)-kuangliu"
 """torchvision's ResNets behind a CIFAR stem, in the CIFAR key layout."""
 
+CIFAR10 = "CIFAR-10's"
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
+CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
+CIFAR100_STD = (0.2673, 0.2564, 0.2762)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a network expects, and where that was taken from (half a sentence)."""
+    """What a network expects, and where that was taken from (half a sentence). resize: as of a
+    Preprocessing. crop_share: the input's side in sides of the resized picture, where that holds at
+    every input size. cannot: why the resize or the interpolation cannot be as the network expects
+    it, by the name of the option that says what to do instead."""
 
     input_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: int | None = None
+    resize: int | tuple[int, int] | None = None
     interpolation: str = "bilinear"
     size_source: str = ""
     normalisation_source: str = ""
+    crop_share: float | None = None
+    cannot: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -217,7 +225,7 @@ def _is_head(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
 
 def inputs(name: str, network: nn.Module) -> Inputs:
     """Input size and normalisation of a named network: those of torchvision's own weights, or
-    CIFAR's for networks with a CIFAR stem."""
+    CIFAR-10's for networks with a CIFAR stem, whatever their classes (see ``for_classes``)."""
     base, *options = name.split("+")
     if not base.startswith("torchvision:") or "cifar-stem" in options:
         found = Inputs(
@@ -225,7 +233,7 @@ def inputs(name: str, network: nn.Module) -> Inputs:
             CIFAR_MEAN,
             CIFAR_STD,
             size_source="usual for CIFAR networks",
-            normalisation_source="CIFAR-10's",
+            normalisation_source=CIFAR10,
         )
     else:
         side = getattr(network, "image_size", None)
@@ -239,16 +247,31 @@ def inputs(name: str, network: nn.Module) -> Inputs:
             tuple(preset.std),
             resize,
             str(preset.interpolation.value),
-            f"of torchvision's weights {weights}, resized to {resize} before the crop, "
-            f"{preset.interpolation.value}",
+            f"of torchvision's weights {weights}",
             f"of torchvision's weights {weights}",
         )
     return grey(found) if "grey" in options else found
 
 
+def for_classes(found: Inputs, num_classes: int) -> Inputs:
+    """The same with CIFAR-100's normalisation where CIFAR-10's would be assumed of 100 classes."""
+    if num_classes != 100 or found.normalisation_source != CIFAR10:
+        return found
+    return replace(found, mean=CIFAR100_MEAN, std=CIFAR100_STD, normalisation_source="CIFAR-100's")
+
+
 def grey(colour: Inputs) -> Inputs:
     """The same for one channel, whose statistics nobody knows."""
     return replace(colour, mean=(0.5,), std=(0.5,), normalisation_source="a guess for grey images,")
+
+
+def resizing(resize: int | Sequence[int] | None) -> str:
+    """How a picture comes to the input's size, in words. resize: as of a Preprocessing."""
+    if resize is None:
+        return "resized straight to it"
+    if isinstance(resize, int):
+        return f"shorter side to {resize}, centre crop"
+    return f"resized to {resize[0]}x{resize[1]}, centre crop"
 
 
 def categories(name: str, num_classes: int) -> tuple[str, ...] | None:

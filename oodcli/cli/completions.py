@@ -147,7 +147,10 @@ BY_METAVAR: Mapping[str, Complete] = {
 BY_NAME: Mapping[str, Complete] = {
     "arch": architectures_and_files,
     "card": files(".toml"),
+    "crop": words("center", "squash"),
     "device": words("auto", "cpu", "cuda", "mps"),
+    "exif": words("turn", "keep"),
+    "interpolation": words("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
     "objective": words("kl", "paper", "deepinversion"),
     "output": files(),
     "precision": words("auto", "float32", "bfloat16"),

@@ -42,6 +42,7 @@ def say_classifier(model: ModelOptions, checkpoint: Path, classifier: Classifier
         return
     import torch
 
+    from oodcli.architectures import resizing
     from oodcli.checkpoint import read_card
 
     path = model.card or checkpoint.with_suffix(".toml")
@@ -56,14 +57,20 @@ def say_classifier(model: ModelOptions, checkpoint: Path, classifier: Classifier
         ("input_size", f"input size {prep.input_size[0]}x{prep.input_size[1]}", "recognition"),
         ("mean", f"mean {_numbers(prep.mean)}", "recognition"),
         ("std", f"std {_numbers(prep.std)}", "recognition"),
-        ("resize", _resize(prep.resize), "recognition" if prep.resize else "default"),
-        ("interpolation", f"{prep.interpolation} interpolation", "default"),
+        ("resize", resizing(prep.resize), "recognition" if prep.resize else "default"),
+        (
+            "interpolation",
+            f"{prep.interpolation} interpolation",
+            "default" if prep.interpolation == "bilinear" else "recognition",
+        ),
+        ("exif", f"EXIF orientation: {prep.exif}", "default"),
+        ("image_range", _range(prep.image_range), "default"),
         ("layers", _tapped(classifier), "default"),
     ):
         if getattr(model, key, None) is not None:
             origin = "--" + key.replace("_", "-")
-        elif key == "resize" and model.input_size is not None:
-            origin = "--input-size"
+        elif key == "resize" and model.crop is not None:
+            origin = "--crop"
         else:
             origin = path.name if key in card else fallback
         console.detail(f"{what}, by {origin}")
@@ -73,8 +80,10 @@ def say_classifier(model: ModelOptions, checkpoint: Path, classifier: Classifier
     )
 
 
-def _resize(side: int | None) -> str:
-    return "no centre crop" if side is None else f"shorter side to {side}, then a centre crop"
+def _range(limits: tuple[float, float] | None) -> str:
+    if limits is None:
+        return "images of more than 8 bits scaled from the range of their type"
+    return f"images of more than 8 bits scaled from {limits[0]:g}…{limits[1]:g}"
 
 
 def _tapped(classifier: Classifier) -> str:

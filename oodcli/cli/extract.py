@@ -244,6 +244,7 @@ def command(
 
 def _require_same_network(classifier: Classifier, checkpoint: Path, images: str) -> None:
     """Virtual images tell of the network that they were made from, and of no other."""
+    from oodcli.classifier import INPUTS
     from oodcli.errors import OodcliError
     from oodcli.files.made import weights_of
     from oodcli.files.virtual import read_provenance
@@ -260,8 +261,8 @@ def _require_same_network(classifier: Classifier, checkpoint: Path, images: str)
             f"these are its {weights_of(classifier.averaged)}: give --ema to both or to neither"
         )
     here = classifier.preprocessing
-    # How photographs are resized does not concern images that have the right size already.
-    made = replace(origin.preprocessing, resize=here.resize, interpolation=here.interpolation)
+    # How photographs are read and resized does not concern images that are the network's inputs.
+    made = replace(here, **{name: getattr(origin.preprocessing, name) for name in INPUTS})
     unlike = made.unlike(here)
     if unlike is not None:
         raise OodcliError(

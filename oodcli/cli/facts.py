@@ -206,11 +206,23 @@ def _pairs(values: dict[str, Any]) -> str:
 
 
 def input_of(preprocessing: dict[str, Any]) -> str:
+    from oodcli.architectures import resizing
+
     height, width = preprocessing["input_size"]
-    resize = preprocessing["resize"]
-    how = f"shorter side to {resize}, centre crop" if resize else "resized straight to it"
     channels = len(preprocessing["mean"])
-    return f"{channels}×{height}×{width}, {how} ({preprocessing['interpolation']})"
+    how = f"{resizing(preprocessing['resize'])} ({preprocessing['interpolation']})"
+    return ", ".join((f"{channels}×{height}×{width}", how, *decoded(preprocessing)))
+
+
+def decoded(preprocessing: dict[str, Any]) -> list[str]:
+    """How pixels are read, where that is not the default; older files do not say."""
+    found = []
+    if preprocessing.get("exif", "turn") == "keep":
+        found.append("not turned by EXIF")
+    if preprocessing.get("image_range"):
+        low, high = preprocessing["image_range"]
+        found.append(f"more than 8 bits from {low:g}…{high:g}")
+    return found
 
 
 def mean_std(preprocessing: dict[str, Any]) -> str:

@@ -137,6 +137,45 @@ class ModelOptions:
         str | None,
         typer.Option(metavar="R,G,B", help="Of the same pixels.", rich_help_panel=_MODEL),
     ] = None
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|H,W",
+            help="Before a centre crop: length of the shorter side, or height and width.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    interpolation: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the resize: nearest, bilinear, bicubic, lanczos, box or hamming.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    crop: Annotated[
+        str | None,
+        typer.Option(
+            help="center: resize the shorter side, then cut the middle out; squash: resize both "
+            "sides.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    exif: Annotated[
+        str | None,
+        typer.Option(
+            help="turn: photographs upright as their EXIF block says, the default; keep: as "
+            "stored.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    image_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="Values that are black and white in images of more than 8 bits.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     class_names: Annotated[
         str | None,
         typer.Option(
@@ -203,9 +242,14 @@ class ModelOptions:
         return Overrides(
             arch=self.arch,
             num_classes=self.num_classes,
-            input_size=_size(self.input_size),
+            input_size=_pair(_size("--input-size", self.input_size)),
             mean=_numbers("--mean", self.mean),
             std=_numbers("--std", self.std),
+            resize=_size("--resize", self.resize),
+            interpolation=self.interpolation,
+            crop=self.crop,
+            exif=self.exif,
+            image_range=_range(self.image_range),
             class_names=_names(self.class_names),
             layers=self.layers,
             card=self.card,
@@ -321,13 +365,26 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         raise OodcliError(f"{option} {text}: expected numbers separated by commas") from error
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
+def _size(option: str, text: str | None) -> int | tuple[int, int] | None:
     if text is None:
         return None
     parts = text.replace("x", ",").split(",")
     if not 1 <= len(parts) <= 2 or not all(part.strip().isdecimal() for part in parts):
-        raise OodcliError(f"--input-size {text}: expected H,W or one number")
-    return int(parts[0]), int(parts[-1])
+        raise OodcliError(f"{option} {text}: expected H,W or one number")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _range(text: str | None) -> tuple[float, float] | None:
+    numbers = _numbers("--image-range", text)
+    if numbers is None:
+        return None
+    if len(numbers) != 2:
+        raise OodcliError(f"--image-range {text}: expected two numbers, LOW,HIGH")
+    return numbers[0], numbers[1]
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

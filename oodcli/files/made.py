@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any
+from typing import Any, cast
 
 from oodcli.errors import FileError
 
@@ -58,7 +58,12 @@ def read_made(scores: Path) -> dict[str, Any] | None:
     if wrong or not _is_preprocessing(found["preprocessing"]):
         what = wrong[0] if wrong else "preprocessing"
         raise FileError(f"{path} is damaged ({what}): score again, or remove it")
+    found["preprocessing"] = {**_ADDED_LATER, **found["preprocessing"]}
     return found
+
+
+_ADDED_LATER = {"exif": "turn", "image_range": None}
+"""Keys of a preprocessing that older files lack, with what was done then."""
 
 
 _KINDS: Mapping[str, type | UnionType] = {
@@ -78,12 +83,19 @@ _KINDS: Mapping[str, type | UnionType] = {
 
 
 def _is_preprocessing(found: Mapping[str, Any]) -> bool:
-    lists = [found.get(name) for name in ("input_size", "mean", "std")]
-    numbers = all(
-        isinstance(each, list) and all(isinstance(number, int | float) for number in each)
-        for each in lists
+    resize, limits = found.get("resize"), found.get("image_range")
+    return (
+        {"resize", "interpolation"} <= found.keys()
+        and _are_numbers(found.get("input_size"), 2)
+        and all(_are_numbers(found.get(name)) for name in ("mean", "std"))
+        and (isinstance(resize, int | NoneType) or _are_numbers(resize, 2))
+        and (limits is None or _are_numbers(limits, 2))
     )
-    return numbers and len(found["input_size"]) == 2 and {"resize", "interpolation"} <= found.keys()
+
+
+def _are_numbers(found: object, count: int | None = None) -> bool:
+    numbers = isinstance(found, list) and all(isinstance(each, int | float) for each in found)
+    return numbers and count in (None, len(cast(list[float], found)))
 
 
 def require_same_origin(made: Mapping[str, Mapping[str, Any] | None]) -> None:

@@ -212,7 +212,7 @@ def _decode_array(labels: Tensor, images: NDArray[np.uint8], preprocessing: Prep
     if images.ndim == 4:
         images = images[..., :3]  # (n, H, W, 3)
     height, width = preprocessing.input_size
-    resized = preprocessing.resize not in (None, min(height, width))
+    resized = preprocessing.resize not in (None, min(height, width), (height, width))
     grey = images.ndim == 3
     if (
         images.shape[1:3] == (height, width)
@@ -336,8 +336,8 @@ class VirtualImages(ImageSource):
         elif preprocessing.channels == 1:
             pixels = (pixels * pixels.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
         if tuple(pixels.shape[2:]) != preprocessing.input_size:
-            smooth = {"bilinear": "bilinear", "bicubic": "bicubic", "lanczos": "bicubic"}
-            mode = smooth.get(preprocessing.interpolation, "nearest")
+            like = {"nearest": "nearest", "bicubic": "bicubic", "lanczos": "bicubic"}
+            mode = like.get(preprocessing.interpolation, "bilinear")
             pixels = torch.nn.functional.interpolate(
                 pixels, preprocessing.input_size, mode=mode, antialias=mode != "nearest"
             )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
-from oodcli.images.pixels import Load, Target, UnreadableError, fit
+from oodcli.images.pixels import Fitted, Load, Target, UnreadableError, fitted
 from oodcli.images.source import Rows, unreadable_file
 from oodcli.images.worker import Answer, Fault, Start, read_answer
 
@@ -73,15 +73,19 @@ def decode_rows(
     """Decode and fit one image after another, in this thread or in a process. labels: (n,)."""
     errors: list[str | None] = []
     readable: list[NDArray[np.uint8]] = []
+    dim: list[float] = []
     for load in loads:
         try:
-            readable.append(fit(load(), preprocessing) if crew is None else crew.decode(load))
+            found = fitted(load, preprocessing) if crew is None else crew.decode(load)
+            readable.append(found.pixels)
             errors.append(None)
+            if found.dim is not None:
+                dim.append(found.dim)
         except UnreadableError as reason:
             errors.append(str(reason))
     shape = (0, *preprocessing.input_size, preprocessing.channels)
     stacked = np.stack(readable) if readable else np.empty(shape, np.uint8)
-    return Rows(labels, errors, torch.from_numpy(stacked))
+    return Rows(labels, errors, torch.from_numpy(stacked), tuple(dim))
 
 
 class Crew:
@@ -94,12 +98,7 @@ class Crew:
 
     def __init__(self, preprocessing: Preprocessing, timeout: float) -> None:
         """timeout: seconds for one image."""
-        self._target = Target(
-            preprocessing.input_size,
-            preprocessing.channels,
-            preprocessing.resize,
-            preprocessing.interpolation,
-        )
+        self._target = Target(*(getattr(preprocessing, name) for name in Target._fields))
         self._shape = (*preprocessing.input_size, preprocessing.channels)
         self._timeout = timeout
         self._idle: list[_Process] = []
@@ -125,8 +124,8 @@ class Crew:
         for process in idle:
             process.end()
 
-    def decode(self, load: Load) -> NDArray[np.uint8]:
-        """The pixels (H, W, C) that ``fit`` makes of an image.
+    def decode(self, load: Load) -> Fitted:
+        """What ``fitted`` makes of an image.
 
         A process that dies is replaced and the image tried once more, as something else may have
         killed it; at the second time it was the image. Raises UnreadableError, also for an image
@@ -242,8 +241,8 @@ class _Process:
         pickle.dump(request, self._requests, pickle.HIGHEST_PROTOCOL)
         self._requests.flush()
         answer = read_answer(self._answers, max(math.prod(shape), LONGEST_TEXT))
-        if isinstance(answer, np.ndarray) and answer.shape != shape:
-            raise ValueError(f"pixels of shape {answer.shape}")
+        if isinstance(answer, Fitted) and answer.pixels.shape != shape:
+            raise ValueError(f"pixels of shape {answer.pixels.shape}")
         return answer
 
     def runs(self) -> bool:

@@ -18,7 +18,7 @@ from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
 from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import UNKNOWN, match
-from oodcli.images.pixels import Load, UnreadableError
+from oodcli.images.pixels import Load, UnreadableError, load_file
 from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
 
 Pixels = NDArray[np.float64]
@@ -139,6 +139,9 @@ class TorchvisionImages(ImageSource):
             ) from error
         if self._count == 0:
             raise ImagesError(f"{name} has no images")
+        # torchvision's own loader forgets the EXIF block of some formats, and clips 16-bit grey.
+        if getattr(self._dataset, "loader", None) is datasets.folder.default_loader:
+            self._dataset.loader = load_file
         self._kind = kind
         classes = [_class_name(entry) for entry in getattr(self._dataset, "classes", ())]
         if classes:

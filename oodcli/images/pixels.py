@@ -39,6 +39,8 @@ INTERPOLATION = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
 }
 ORIENTATION_TAG = 0x0112
 ORIENTATIONS = {
@@ -52,6 +54,15 @@ ORIENTATIONS = {
 }
 LARGEST_RESIZED = 1 << 25
 """Pixels of a resized image before its crop; above it only the crop is computed."""
+
+FULL = {True: 65535.0, False: 1.0}
+"""The highest value, of integers and of floating-point numbers."""
+
+DIM = 16
+"""An image of more than 8 bits is dim if no value is above the highest one divided by this."""
+
+AT_ONCE = 1 << 20
+"""Pixels that are scaled together: an image may have 10⁸."""
 
 
 class UnreadableError(Exception):
@@ -67,8 +78,18 @@ class Target(NamedTuple):
 
     input_size: tuple[int, int]
     channels: int
-    resize: int | None
+    resize: int | tuple[int, int] | None
     interpolation: str
+    exif: str
+    image_range: tuple[float, float] | None
+
+
+class Fitted(NamedTuple):
+    """pixels: (H, W, C). dim: the highest value of an image of more than 8 bits where that is so
+    low that the pixels are nearly black, else None."""
+
+    pixels: NDArray[np.uint8]
+    dim: float | None
 
 
 def refuse(reason: str) -> NoReturn:
@@ -94,7 +115,7 @@ def load_bytes(encoded: bytes) -> Image.Image:
 
 
 def decode(stream: IO[bytes]) -> Image.Image:
-    """The first frame of an image, upright as its EXIF block says.
+    """The first frame of an image, as it is stored.
 
     Raises UnreadableError for what is not an image, damaged, cut short, or larger than Pillow's
     limit against decompression bombs.
@@ -108,7 +129,7 @@ def decode(stream: IO[bytes]) -> Image.Image:
                     "(a decompression bomb?)"
                 )
             image.load()
-            return upright(image)
+            return image
     except UnreadableError:
         raise
     except UnidentifiedImageError as error:  # its text has an address in memory
@@ -127,21 +148,18 @@ def upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def colours(image: Image.Image, channels: int) -> Image.Image:
+def colours(
+    image: Image.Image, channels: int, image_range: tuple[float, float] | None = None
+) -> Image.Image:
     """The image as 8-bit RGB, or grey for one channel. Raises UnreadableError.
 
     Alpha is dropped, as Pillow's ``convert("RGB")`` and torchvision's loader do: what a network
-    was trained on. 16-bit grey is scaled by 255/65535, floating point from [0, 1]; other ranges
-    would have to be guessed. CMYK is converted without a colour profile.
+    was trained on. Grey of more than 8 bits is scaled to 0…255 from image_range and clipped;
+    without it, integers from 0…65535 and floating-point numbers from [0, 1]: other ranges would
+    have to be guessed. CMYK is converted without a colour profile.
     """
-    if image.mode.startswith("I"):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
-    elif image.mode == "F":
-        values = np.asarray(image)
-        if not (values.min() >= 0 and values.max() <= 1):  # also false for NaN
-            raise UnreadableError("floating-point pixels outside [0, 1]: save them as 8 or 16 bits")
-        scaled = values * 255
-        image = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
+    if is_deep(image):
+        image = Image.fromarray(_eight_bits(np.asarray(image), image_range))
     mode = "L" if channels == 1 else "RGB"
     if image.mode == mode:
         return image
@@ -157,15 +175,43 @@ def colours(image: Image.Image, channels: int) -> Image.Image:
         raise UnreadableError(f"colour mode {image.mode} cannot be converted to {mode}") from error
 
 
-def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Grey levels 0…65535 → 0…255. Pillow holds 16-bit grey in 16- or 32-bit integers."""
-    if values.min() < 0 or values.max() > 65535:
-        raise UnreadableError("32-bit pixels outside 0…65535: save them as 8 or 16 bits")
-    scaled = values.astype(np.uint32)  # and in place from here: an image may have 10⁸ pixels
-    scaled *= 255
-    scaled += 32767
-    scaled //= 65535
-    return scaled.astype(np.uint8)
+def is_deep(image: Image.Image) -> bool:
+    """Whether these are grey levels of more than 8 bits."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def dim(image: Image.Image) -> float | None:
+    """The highest value of an image of more than 8 bits where that is above 0 and at most a
+    sixteenth of the range of its type: pictures of 12 bits in 16, for example. Else None."""
+    if not is_deep(image):
+        return None
+    values = np.asarray(image)
+    highest = float(values.max())
+    full = FULL[values.dtype.kind != "f"]
+    return highest if 0 < highest <= full / DIM else None
+
+
+def _eight_bits(values: NDArray[Any], image_range: tuple[float, float] | None) -> NDArray[np.uint8]:
+    """Grey levels → 0…255, rounded. Pillow holds 16-bit grey in 16- or 32-bit integers."""
+    if np.isnan(values.min()):
+        raise UnreadableError("floating-point pixels that are not numbers (NaN)")
+    whole = values.dtype.kind != "f"
+    low, high = (0.0, FULL[whole]) if image_range is None else image_range
+    if image_range is None and not (values.min() >= low and values.max() <= high):
+        kind, limits = ("32-bit", "0…65535") if whole else ("floating-point", "[0, 1]")
+        raise UnreadableError(
+            f"{kind} pixels outside {limits}: save them as 8 or 16 bits, or give --image-range "
+            "LOW,HIGH"
+        )
+    flat = values.reshape(-1)
+    scaled = np.empty(flat.shape, np.uint8)
+    for start in range(0, len(flat), AT_ONCE):
+        part = flat[start : start + AT_ONCE].astype(np.float64)
+        np.clip(part, low, high, out=part)
+        part -= low
+        part *= 255 / (high - low)
+        scaled[start : start + AT_ONCE] = np.rint(part, out=part)
+    return scaled.reshape(values.shape)
 
 
 def fit(image: Image.Image, preprocessing: Preprocessing | Target) -> NDArray[np.uint8]:
@@ -174,32 +220,70 @@ def fit(image: Image.Image, preprocessing: Preprocessing | Target) -> NDArray[np
     The same as torchvision's Resize and CenterCrop on a Pillow image (antialiased). Raises
     UnreadableError when the colour mode cannot be converted.
     """
-    image = colours(image, preprocessing.channels)
+    if preprocessing.exif == "turn":
+        image = upright(image)
+    image = colours(image, preprocessing.channels, preprocessing.image_range)
     height, width = preprocessing.input_size
     method = INTERPOLATION[preprocessing.interpolation]
     if preprocessing.resize is None:
         if image.size != (width, height):
             image = image.resize((width, height), method)
     else:
-        image = _resize_and_crop(image, preprocessing.resize, height, width, method)
+        resized = _resized(image.size, preprocessing.resize)
+        image = _resize_and_crop(image, resized, height, width, method)
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def fitted(load: Load, preprocessing: Preprocessing | Target) -> Fitted:
+    """Decode and fit. Raises UnreadableError."""
+    image = load()
+    unsaid = preprocessing.image_range is None
+    return Fitted(fit(image, preprocessing), dim(image) if unsaid else None)
+
+
+def _resized(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:
+    """Width and height after the resize of an image of that width and height."""
+    if not isinstance(resize, int):
+        return resize[1], resize[0]
+    longer = int(resize * max(size) / min(size))
+    return (resize, longer) if size[0] <= size[1] else (longer, resize)
+
+
 def _resize_and_crop(
-    image: Image.Image, shorter: int, height: int, width: int, method: Image.Resampling
+    image: Image.Image,
+    resized: tuple[int, int],
+    height: int,
+    width: int,
+    method: Image.Resampling,
 ) -> Image.Image:
-    longer = int(shorter * max(image.size) / min(image.size))
-    resized = (shorter, longer) if image.width <= image.height else (longer, shorter)
-    left = round((resized[0] - width) / 2)
-    top = round((resized[1] - height) / 2)
+    left, top = _before(resized[0], width), _before(resized[1], height)
     crop = (left, top, left + width, top + height)
     if resized[0] * resized[1] > LARGEST_RESIZED:
-        # A strip of 1x100,000 pixels would become one of 256x25,600,000. The crop alone differs
-        # from the crop of the whole by rounding only (one grey level in few pixels).
-        scale = (image.width / resized[0], image.height / resized[1])
-        box = tuple(min(edge * scale[i % 2], image.size[i % 2]) for i, edge in enumerate(crop))
-        return image.resize((width, height), method, box=(box[0], box[1], box[2], box[3]))
+        return _cropped_alone(image, resized, crop, method)
     if image.size != resized:
         image = image.resize(resized, method)
     return image if image.size == (width, height) else image.crop(crop)
+
+
+def _before(length: int, wanted: int) -> int:
+    """Where the middle of a side begins; below 0 where a black border is added."""
+    return round((length - wanted) / 2) if length >= wanted else -((wanted - length) // 2)
+
+
+def _cropped_alone(
+    image: Image.Image,
+    resized: tuple[int, int],
+    crop: tuple[int, int, int, int],
+    method: Image.Resampling,
+) -> Image.Image:
+    """The crop of an image that is not resized as a whole: a strip of 1x100,000 pixels would become
+    one of 256x25,600,000. It differs from the crop of the whole by rounding only (one grey level in
+    few pixels)."""
+    seen = [max(edge, 0) if i < 2 else min(edge, resized[i - 2]) for i, edge in enumerate(crop)]
+    scale = (image.width / resized[0], image.height / resized[1])
+    box = [min(edge * scale[i % 2], image.size[i % 2]) for i, edge in enumerate(seen)]
+    size = (seen[2] - seen[0], seen[3] - seen[1])
+    part = image.resize(size, method, box=(box[0], box[1], box[2], box[3]))
+    left, top = seen[0] - crop[0], seen[1] - crop[1]
+    return part.crop((-left, -top, crop[2] - crop[0] - left, crop[3] - crop[1] - top))

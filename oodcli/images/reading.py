@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -14,6 +16,8 @@ import torch
 from oodcli.classifier import Preprocessing
 from oodcli.images.decoding import LONGEST_TIMEOUT, Crew, Encoded, decode_rows
 from oodcli.images.source import Batch, Decode, Fetch, ImageSource, Rows
+
+log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
 BYTES_AHEAD = 1 << 28
@@ -55,7 +59,14 @@ def batches(
     end = len(source) if stop is None else min(stop, len(source))
     ahead = max(BATCHES_AHEAD, 2 * workers * source.grain // batch_size)
     pending: deque[Future[Batch]] = deque()
+    dim: list[float] = []
     room = _Room()
+
+    def next_one() -> Batch:
+        batch = pending.popleft().result()
+        dim.extend(batch.dim)
+        return batch
+
     with (
         source.reading() as fetch,
         ThreadPoolExecutor(1, "oodcli-fetch") as reader,
@@ -69,13 +80,38 @@ def batches(
                     _submit(source, preprocessing, first, last, fetch, reader, pool, room, crew)
                 )
                 if len(pending) > ahead:
-                    yield pending.popleft().result()
+                    yield next_one()
             while pending:
-                yield pending.popleft().result()
+                yield next_one()
+            note_dim(dim)
         finally:
             room.close()
             reader.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+DEPTHS = (255, 1023, 4095)
+"""Highest values of 8, 10 and 12 bits, which are often stored in 16 or 32."""
+
+
+def note_dim(highest: Sequence[float]) -> None:
+    """Warns, once, of images of more than 8 bits that are nearly black. highest: the highest value
+    of each; whole numbers, or fractions where the image has floating-point numbers."""
+    whole = [value for value in highest if value >= 1]
+    fractions = [value for value in highest if value < 1]
+    if whole:
+        _warn(len(whole), "16 or 32 bits", next(top for top in DEPTHS if top >= max(whole)))
+    if fractions:
+        top = math.ceil(1000 * max(fractions)) / 1000
+        _warn(len(fractions), "floating-point numbers", top)
+
+
+def _warn(count: int, kind: str, top: float) -> None:
+    what = f"1 image of {kind} has" if count == 1 else f"{count} images of {kind} have"
+    log.warning(
+        f"{what} no value above {top:g}, so {'it looks' if count == 1 else 'they look'} nearly "
+        f"black: give --image-range 0,{top:g}"
+    )
 
 
 class _Room:
@@ -166,4 +202,5 @@ def assembled(paths: list[str], rows: list[Rows], preprocessing: Preprocessing) 
         labels=torch.cat([part.labels for part in rows]),
         errors=tuple(error for part in rows for error in part.errors),
         images=preprocessing.normalise(pixels),
+        dim=tuple(value for part in rows for value in part.dim),
     )

@@ -21,22 +21,25 @@ class Batch:
 
     paths: N, printable as UTF-8. labels: (N,) int64, -1 = unknown. errors: N, None where the row
     could be read. images: (M, C, H, W) float32, in any order of memory, the network's input, of the
-    readable rows.
+    readable rows. dim: as in Rows.
     """
 
     paths: tuple[str, ...]
     labels: Tensor
     errors: tuple[str | None, ...]
     images: Tensor
+    dim: tuple[float, ...] = ()
 
 
 class Rows(NamedTuple):
     """Some decoded rows. labels: (n,) int64. errors: n. pixels of the m readable ones: (m, H, W, C)
-    uint8, or (m, C, H, W) float32 in [0, 1]."""
+    uint8, or (m, C, H, W) float32 in [0, 1]. dim: the highest value of each image of more than 8
+    bits that is nearly black."""
 
     labels: Tensor
     errors: list[str | None]
     pixels: Tensor
+    dim: tuple[float, ...] = ()
 
 
 Decode: TypeAlias = "Callable[[Preprocessing], Rows]"

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from oodcli.images.pixels import Load, Target, UnreadableError, fit
+from oodcli.images.pixels import DIM, FULL, Fitted, Load, Target, UnreadableError, fitted
 
 
 class Start(NamedTuple):
@@ -39,35 +38,37 @@ class Fault(NamedTuple):
     traceback: str
 
 
-Answer = NDArray[np.uint8] | str | Fault
-"""The pixels (H, W, C); or why there are none: a text if the image is at fault, else a Fault."""
+Answer = Fitted | str | Fault
+"""The pixels; or why there are none: a text if the image is at fault, else a Fault."""
 
-_FRAME = struct.Struct("<cIII")
-"""Before an answer: what it is, and the shape of its bytes."""
+_FRAME = struct.Struct("<cIIId")
+"""Before an answer: what it is, the shape of its bytes, and the ``dim`` of pixels, NaN for None."""
 
 
 def write_answer(stream: IO[bytes], answer: Answer) -> None:
     """What ``read_answer`` reads. Large arrays are not copied."""
-    if isinstance(answer, np.ndarray):
-        stream.write(_FRAME.pack(b"P", *answer.shape))
-        stream.write(np.ascontiguousarray(answer).data)
+    if isinstance(answer, Fitted):
+        dim = math.nan if answer.dim is None else answer.dim
+        stream.write(_FRAME.pack(b"P", *answer.pixels.shape, dim))
+        stream.write(np.ascontiguousarray(answer.pixels).data)
     else:
         kind, text = (b"F", answer.traceback) if isinstance(answer, Fault) else (b"T", answer)
         words = text.encode("utf-8", "backslashreplace")
-        stream.write(_FRAME.pack(kind, len(words), 1, 1) + words)
+        stream.write(_FRAME.pack(kind, len(words), 1, 1, math.nan) + words)
     stream.flush()
 
 
 def read_answer(stream: IO[bytes], most: int) -> Answer:
     """most: bytes that it may have. Raises EOFError when it breaks off, ValueError when it is
     none."""
-    kind, *shape = _FRAME.unpack(_exactly(stream, _FRAME.size))
+    kind, *shape, dim = _FRAME.unpack(_exactly(stream, _FRAME.size))
     size = math.prod(shape)
     if kind not in (b"P", b"F", b"T") or size > most:
         raise ValueError(f"an answer {kind!r} of {size} bytes")
     data = _exactly(stream, size)
     if kind == b"P":
-        return np.frombuffer(data, np.uint8).reshape(shape)
+        pixels = np.frombuffer(data, np.uint8).reshape(shape)
+        return Fitted(pixels, dim if 0 < dim <= FULL[True] // DIM else None)
     text = data.decode("utf-8", "replace")
     return Fault(text) if kind == b"F" else text
 
@@ -114,7 +115,7 @@ def _answer(requests: IO[bytes], start: Start) -> Answer:
     # Unlike a thread, it also ends a decoder that keeps the interpreter's lock.
     signal.setitimer(signal.ITIMER_REAL, start.seconds)
     try:
-        return fit(load(), start.target)
+        return fitted(load, start.target)
     except UnreadableError as reason:
         return str(reason)
     except Exception:

@@ -82,7 +82,7 @@ class _Patching:
         self._own, self._others, self._start, self._side = own, others, start, side
 
     def __call__(self, preprocessing: Preprocessing) -> Rows:
-        labels, errors, pixels = self._own(preprocessing)
+        labels, errors, pixels, _ = self._own(preprocessing)
         others = torch.cat([other(preprocessing).pixels for other in self._others])
         numbers = torch.arange(self._start, self._start + len(pixels))
         return Rows(labels, errors, patched(pixels, others, numbers, self._side))

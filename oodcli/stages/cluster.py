@@ -32,7 +32,7 @@ from oodcli.files.journal import Block, Record
 from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import decode_rows
 from oodcli.images.pieces import Piece, chunks, labels_of
-from oodcli.images.reading import assembled
+from oodcli.images.reading import assembled, note_dim
 from oodcli.images.source import Rows as Decoded
 from oodcli.recording import Recorder
 from oodcli.stages.chosen import Chosen, needs, odin_step, placed
@@ -44,6 +44,9 @@ PATIENCE = 30.0
 
 PLACE = "place"
 """In the words of a record: the piece, the chunk of it, and whether that is its last."""
+
+DIM = "dim"
+"""In the words of a record: of images that are nearly black, as in ``Rows``."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,8 @@ class Decoder:
                 labels = torch.cat([part.labels for part in parts])
                 errors = [error for part in parts for error in part.errors]
                 pixels = torch.cat([part.pixels for part in parts])
-                yield source.paths(start, stop), Decoded(labels, errors, pixels)
+                dim = tuple(value for part in parts for value in part.dim)
+                yield source.paths(start, stop), Decoded(labels, errors, pixels, dim)
 
     def _nothing(self) -> Decoded:
         return decode_rows(torch.zeros(0, dtype=torch.int64), [], self._reading.preprocessing)
@@ -187,7 +191,7 @@ def _payload(
     piece: Piece, chunk: int, last: bool, paths: list[str], rows: Decoded
 ) -> dict[str, Any]:
     place = (piece.number, chunk, last)
-    data = (place, paths, rows.labels.numpy(), rows.errors, rows.pixels.numpy())
+    data = (place, paths, rows.labels.numpy(), rows.errors, rows.pixels.numpy(), rows.dim)
     return {"data": [pickle.dumps(data, pickle.HIGHEST_PROTOCOL)], "fault": [False]}
 
 
@@ -214,12 +218,12 @@ class Scorer:
         return {"data": found, "fault": batch["fault"]}
 
     def _scored(self, data: bytes) -> bytes:
-        place, paths, labels, errors, pixels = pickle.loads(data)
+        place, paths, labels, errors, pixels, dim = pickle.loads(data)
         rows = Decoded(torch.from_numpy(labels), errors, torch.from_numpy(pixels))
         batch = assembled(paths, [rows], self._job.reading.preprocessing)
         block = self._job.scoring(recorded_batch(self._recorder, batch), self._chosen)
         record = kept_scores(block)
-        words = {**record.words, PLACE: place}
+        words = {**record.words, PLACE: place, DIM: list(dim)}
         return pickle.dumps(record._replace(words=words), pickle.HIGHEST_PROTOCOL)
 
 
@@ -262,10 +266,12 @@ class ClusterWork(Work):
         assert journal is not None
         assert self.job is not None
         seen: dict[int, dict[int, bool]] = {}
+        dim: list[float] = []
 
         def note(record: Record) -> Record:
             piece, chunk, last = record.words[PLACE]
             seen.setdefault(piece, {})[chunk] = last
+            dim.extend(record.words.get(DIM, ()))
             return record
 
         for _ in journal.kept(note):
@@ -279,6 +285,7 @@ class ClusterWork(Work):
                     if chunk not in seen.get(piece, {}):  # else it came twice
                         journal.append(note(record))
                     progress(record.rows)
+        note_dim(dim)
         missing = [each.number for each in self.pieces if not _is_whole(seen.get(each.number, {}))]
         if missing:
             raise OodcliError(
