@@ -7,8 +7,8 @@ anywhere else, and the batch size that the example had is taken out of the graph
 
 A program is code. ``torch.export.load`` would unpickle objects, load compiled libraries, evaluate
 expressions and call any function under ``torch`` that the archive names, so all of these are
-refused unless the file is trusted. What is left can still compute for ever, or fill the memory, so
-it is tried first in a process that may do neither.
+refused unless the file is trusted. A program computes what it was exported to compute: nothing
+limits its time or its memory.
 """
 
 from __future__ import annotations
@@ -18,29 +18,19 @@ import json
 import logging
 import math
 import operator
-import os
 import pickle
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oodcli.errors import CheckpointError
-
-try:
-    import resource
-except ImportError:  # Windows, where nothing is limited
-    resource = None  # type: ignore[assignment]
 
 aten = torch.ops.aten
 REEXPORT = (
@@ -50,26 +40,6 @@ REEXPORT = (
 LARGEST_EXAMPLE = 1 << 28
 """Numbers in a batch of images."""
 
-
-class Limits(NamedTuple):
-    """Of the process in which a program is tried."""
-
-    seconds: int = 60
-    """Of processor time, in two threads."""
-    bytes: int = 1 << 30
-    """Of memory, beside what torch and three times the file take."""
-
-
-LIMITS = Limits()
-APART = (
-    "-P",  # nothing is imported from the working directory, where anything may lie
-    "-c",
-    "import sys; path, seconds, bytes = sys.argv[1:4]; sys.path[:] = sys.argv[4:]; "
-    "from oodcli.exported import attempt; attempt(path, int(seconds), int(bytes))",
-)
-"""Arguments of the interpreter; path, limits and our own sys.path follow."""
-REFUSED, OUT_OF_MEMORY = 3, 4
-"""Exit statuses."""
 
 ARITHMETIC = frozenset(
     getattr(operator, name)
@@ -99,82 +69,11 @@ def load_program(path: Path, *, trust: bool = False) -> tuple[nn.Module, tuple[i
     """The network in a .pt2 file, and channels, height and width of its example image.
 
     Raises CheckpointError when the file is no exported classifier of float32 images, was exported
-    in training mode, does more than compute with tensors or needs too much time or memory (and is
-    not trusted), or cannot be made to work on other batch sizes than its example's.
+    in training mode, does more than compute with tensors (and is not trusted), or cannot be made to
+    work on other batch sizes than its example's.
     """
     if not trust:
         _check_archive(path)
-        _try_apart(path, LIMITS)
-    return _restored(path, trust)
-
-
-def _try_apart(path: Path, limits: Limits) -> None:
-    """Raises CheckpointError when the program cannot be loaded and run by a process with limits."""
-    given = (str(path), *map(str, limits), *sys.path)
-    threads = str(min(2, torch.get_num_threads()))
-    done = subprocess.run(
-        [sys.executable, *APART, *given],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    if done.returncode == 0:
-        return
-    trust = "give --trust-pickle if you trust whoever made the file"
-    if done.returncode == REFUSED:
-        raise CheckpointError(done.stdout.decode(errors="surrogateescape"))
-    if done.returncode == OUT_OF_MEMORY:
-        raise CheckpointError(
-            f"{path} needs more than {limits.bytes / 1e9:.1f} GB of memory beside its weights when "
-            f"it is tried: export it with a smaller batch as its example, or {trust}"
-        )
-    if done.returncode < 0 and -done.returncode == signal.SIGXCPU:
-        raise CheckpointError(
-            f"{path} computes for more than {limits.seconds} s when it is tried: export it with a "
-            f"smaller batch as its example, or {trust}"
-        )
-    raise CheckpointError(
-        f"{path} ends the process that tries it (exit status {done.returncode}): export it again "
-        "with torch.export.save"
-    )
-
-
-def attempt(path: str, seconds: int, bytes: int) -> None:
-    """Loads and runs a program within limits, and ends the process: with REFUSED and a sentence on
-    standard output where ``load_program`` would raise CheckpointError.
-
-    seconds: of processor time; bytes: of memory, beside what torch and three times the file take.
-    """
-    import torch.export.unflatten  # noqa: F401 — what is imported does not count
-
-    if resource is not None:
-        with suppress(OSError):  # where there is no /proc, memory is not limited
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            most = pages * resource.getpagesize() + 3 * os.path.getsize(path) + bytes
-            _limit(resource.RLIMIT_AS, most)
-        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + seconds)
-        _limit(resource.RLIMIT_CORE, 0)
-    status = 0
-    try:
-        _restored(Path(path), trust=False)
-    except MemoryError:
-        status = OUT_OF_MEMORY
-    except CheckpointError as error:
-        sys.stdout.buffer.write(str(error).encode(errors="surrogateescape"))
-        cause = str(error.__cause__)
-        memory = isinstance(error.__cause__, MemoryError) or re.search("allocate|bad_alloc", cause)
-        status = OUT_OF_MEMORY if memory else REFUSED
-    sys.stdout.flush()
-    os._exit(status)
-
-
-def _limit(what: int, most: int) -> None:
-    hard = resource.getrlimit(what)[1]
-    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-
-
-def _restored(path: Path, trust: bool) -> tuple[nn.Module, tuple[int, int, int]]:
-    """What ``load_program`` returns, of an archive that was looked at."""
     program = _load(path, trust)
     image = _image(program, path)
     shape = image.meta["val"].shape

@@ -14,12 +14,11 @@ from test_architectures import randomised
 from torch import Tensor, nn
 from torch._higher_order_ops import while_loop
 
-from oodcli import exported
 from oodcli.architectures import build
 from oodcli.checkpoint import load_classifier, read_card, write_card
 from oodcli.classifier import Preprocessing, assemble
 from oodcli.errors import CheckpointError
-from oodcli.exported import Limits, _computes, _plain
+from oodcli.exported import _computes, _plain
 
 PREPROCESSING = Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3)
 
@@ -228,48 +227,15 @@ def test_a_program_that_does_more_than_compute_is_refused(tmp_path: Path) -> Non
     assert not ran.exists()
 
 
-class Large(nn.Module):
-    """3.2 GB for a moment."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, :4] + torch.ones(40_000, 20_000).sin().mean()
-
-
-class Long(nn.Module):
-    """10¹³ multiply-adds."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        product = torch.ones(2_000, 2_000)
-        for _ in range(1_250):
-            product = (product @ product).sin()
-        return x.flatten(1)[:, :4] + product.mean()
-
-
 class Endless(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (x,) = while_loop(lambda x: x.sum() < torch.inf, lambda x: (x.sin(),), (x,))
         return x.flatten(1)[:, :4]
 
 
-def test_a_program_that_needs_too_much_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "net.pt2"
-    save(Large(), path, 3)
-    refused(path, "1.1 GB of memory", "--trust-pickle")
-    save(Long(), path, 3)
-    monkeypatch.setattr(exported, "LIMITS", Limits(seconds=4))
-    refused(path, "more than 4 s", "--trust-pickle")
-    save(Endless(), path, 3)
-    refused(path, "while_loop", "--trust-pickle")
-
-
-def test_a_program_that_ends_its_process_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(randomised(build("resnet8-cifar-w8", 4)), tmp_path / "net.pt2", 2)
-    monkeypatch.setattr(exported, "APART", ("-c", "import os; os.abort()"))
-    refused(tmp_path / "net.pt2", "exit status -6")
+def test_a_program_with_a_loop_is_refused(tmp_path: Path) -> None:
+    save(Endless(), tmp_path / "net.pt2", 3)
+    refused(tmp_path / "net.pt2", "while_loop", "--trust-pickle")
 
 
 def test_expressions_of_sizes_are_told_from_code() -> None:
