@@ -130,7 +130,8 @@ class Tap:
 class Classifier:
     """A network in evaluation mode with frozen weights, and what must be known to use it.
 
-    class_names: one a class, "0", "1", … where nobody said. sha256: of the checkpoint file.
+    class_names: one a class, "0", "1", … where nobody said; ``named`` is true where somebody did.
+    sha256: of the checkpoint file.
     assumptions: sentences about what was not given. head: None when the last layer is not linear.
     head_name: also that of a retrained head, whose input is the embedding, too.
     taps: in the order of the forward pass. averaged: whether these are the averaged (EMA) weights
@@ -148,6 +149,7 @@ class Classifier:
     head_name: str | None
     head: LinearHead | None
     averaged: bool = False
+    named: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -270,6 +272,7 @@ def assemble(
         taps=_find_taps(network, calls, layers, preprocessing.input_size),
         head_name=head_name,
         head=head,
+        named=class_names is not None,
     )
 
 

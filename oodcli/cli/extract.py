@@ -99,6 +99,7 @@ def command(
     from oodcli.shards import WHOLE
     from oodcli.stages.chosen import odin_step
     from oodcli.stages.extract import degrading, extract_to_file
+    from oodcli.stages.labels import settle_labels
     from oodcli.stages.record import (
         Work,
         job_of,
@@ -114,6 +115,7 @@ def command(
     refuse_output(path, force=force)
     classifier = model.load(checkpoint)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
+    reading = settle_labels(source, classifier, timeout=timeout)
     if source.note:
         console.say(f"note: {source.note}")
     details.say_source(source, timeout)
@@ -172,6 +174,7 @@ def command(
     settings = {
         **model.job(),
         "the list of images": listing(source),
+        **({} if reading == 0 else {"the reading of its labels": reading}),
         "--record": sorted(recorder.asked),
         "odin": asdict(recorder.odin),
         "--match-accuracy": None if match_accuracy is None else ["equal patches", match_accuracy],

@@ -402,12 +402,14 @@ def _from_images(
     from oodcli.recording import Recorder, recordable
     from oodcli.stages.chosen import needs, odin_step
     from oodcli.stages.cluster import pieces_of
+    from oodcli.stages.labels import settle_labels
     from oodcli.stages.record import listing, paths_sha256, provenance, record_images
 
     classifier = model.load(path)
     if engine and is_remote(images):
         return _from_anywhere(path, images, mirror, model, classifier)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
+    reading = settle_labels(source, classifier, timeout=timeout)
     if source.note:
         console.say(f"note: {source.note}")
     details.say_source(source, timeout)
@@ -452,6 +454,7 @@ def _from_images(
         return {
             **model.job(),
             "the list of images": listing(source),
+            **({} if reading == 0 else {"the reading of its labels": reading}),
             "--batch-size": batch_size,
         }
 
@@ -465,7 +468,7 @@ def _from_images(
         lambda: paths_sha256(source),
         _fit_reference(classifier, batch_size),
         cluster=_cluster(
-            path, images, mirror, model, classifier, lambda: pieces_of(source, batch_size)
+            path, images, mirror, model, classifier, lambda: pieces_of(source, batch_size), reading
         )
         if engine
         else None,
@@ -530,8 +533,10 @@ def _cluster(
     model: ModelOptions,
     classifier: Classifier,
     pieces: Callable[[], Sequence[Piece]],
+    reading: int | None = 0,
 ) -> Callable[[Journal | None, Sequence[Chosen], Scoring, str | None], Work]:
     from oodcli.stages.cluster import ClusterWork, Job, Network, Reading
+    from oodcli.stages.labels import table_of
 
     def work(
         kept: Journal | None, chosen: Sequence[Chosen], scoring: Scoring, address: str | None
@@ -539,6 +544,10 @@ def _cluster(
         network = Network.of(
             path, model.overrides(), prefer_ema=model.ema, trust_pickle=model.trust_pickle
         )
+        found = pieces()
+        table, note = table_of(found, classifier)
+        if note:
+            console.say(f"note: {note}")
         job = Job(
             network,
             Reading(
@@ -547,13 +556,15 @@ def _cluster(
                 classifier.preprocessing,
                 classifier.class_names,
                 model.resolved_batch_size(classifier),
+                reading,
+                table,
             ),
             model.resolved_precision(fast=False),
             mirror,
             chosen,
             scoring,
         )
-        return ClusterWork(kept, job=job, pieces=pieces(), address=address)
+        return ClusterWork(kept, job=job, pieces=found, address=address)
 
     return work
 
