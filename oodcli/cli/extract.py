@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodcli.cli import console, details
+from oodcli.cli import console, details, verdicts
 from oodcli.cli.options import (
     Checkpoint,
     Force,
@@ -170,6 +170,7 @@ def command(
         virtual=virtual,
         matched_accuracy=match_accuracy,
         shard=shard_of(share, len(source), batch_size, lambda: paths_sha256(source)),
+        left_out=source.left_out,
     )
     settings = {
         **model.job(),
@@ -231,7 +232,7 @@ def command(
     if summary is None:
         return
     if json:
-        console.emit_json(summary)
+        console.emit_json({**summary, "left_out": dict(made.left_out)})
     accuracy = summary["accuracy"]
     console.say(
         f"wrote {path}: {summary['images']} images, {summary['unreadable']} unreadable"
@@ -241,6 +242,7 @@ def command(
             else f"; the network is right on {accuracy:.2%} of those labelled"
         )
     )
+    verdicts.say_left_out(made.left_out)
     if summary["unreadable"] and team is None:  # torchrun would take it for a crash
         raise typer.Exit(3)
 

@@ -125,7 +125,7 @@ def left_out(spec: str) -> Counter[str]:
         filesystem, path = _filesystem(each)
         if TAR.search(path) or PARQUET.search(path):
             continue
-        for name in filesystem.find(path):
+        for name in _find(filesystem, path, each):
             below = name[len(path) :]
             if not is_image(below) and not is_hidden(below) and (kind := kind_of_left_out(name)):
                 found[kind] += 1
@@ -387,15 +387,20 @@ def _glob(filesystem: Any, path: str, spec: str) -> list[str]:
 
 
 def _listed(filesystem: Any, path: str, spec: str) -> list[str]:
-    try:
-        files = sorted(name for name in filesystem.find(path) if is_image(name[len(path) :]))
-    except Exception as error:
-        raise ImagesError(f"{spec} cannot be listed: {unreadable_file(error)}") from error
+    found = _find(filesystem, path, spec)
+    files = sorted(name for name in found if is_image(name[len(path) :]))
     if not files:
         raise ImagesError(
             f"{spec} has no images: files with a suffix such as .jpg or .png are looked for"
         )
     return files
+
+
+def _find(filesystem: Any, path: str, spec: str) -> list[str]:
+    try:
+        return list(filesystem.find(path))
+    except Exception as error:
+        raise ImagesError(f"{spec} cannot be listed: {unreadable_file(error)}") from error
 
 
 def _row_groups(filesystem: Any, path: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from collections.abc import Callable
 from functools import cache
@@ -52,6 +53,7 @@ TEXTS = frozenset((
 TEXT_NAMES = frozenset(("thumbs.db", "readme", "license", "licence", "makefile"))
 """Files beside images that are plainly none; others may hold what a gate should see."""
 NO_SUFFIX = "no suffix"
+_SUFFIX = re.compile(r"\.(?=[0-9_-]*[a-z])[a-z0-9_-]{1,10}", re.ASCII)
 
 RASTER = (
     "JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO",
@@ -128,7 +130,12 @@ def kind_of_left_out(name: str) -> str:
     name = os.path.basename(name).lower()
     if name.startswith(".") or name.endswith(".partial"):
         return ""
-    return name if name in TEXT_NAMES else suffix_of(name) or NO_SUFFIX
+    if name in TEXT_NAMES:
+        return name
+    suffix = suffix_of(name)
+    if suffix and not _SUFFIX.fullmatch(suffix):  # "photo.0001", "Mr. Smith"
+        return "other suffix"
+    return suffix or NO_SUFFIX
 
 
 def refuse_suffix(name: str) -> None:
