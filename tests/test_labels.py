@@ -356,7 +356,15 @@ def test_numbers_of_imagenet_v2_are_class_numbers():
     for class_names in (names, IMAGENET):
         found = match(folders, class_names, "sub-folders")
         assert found.values.tolist() == [int(name) for name in folders]
-        assert found.others
+        assert bool(found.others) == (class_names == IMAGENET)
+        assert "sub-folders" in found.note
+
+
+def test_where_classes_have_names_only_folders_are_ambiguous():
+    names = tuple("abcdefghijkl")
+    assert match(AS_TEXT, names, "sub-folders").others
+    assert not written(AS_TEXT, names, "labels").others
+    assert written(AS_TEXT, PLAIN, "labels").others
 
 
 class Grouped(nn.Module):

@@ -149,7 +149,8 @@ def _by_number(
         have = "the network's classes have no names: " if plain else ""
         note = f"{have}{what} taken {first.words}; {_OVERRIDE}"
     first = replace(first, note=note, what=what, by_number=True)
-    if not differing:
+    # ImageNet's classes are numbered in one way alone, and classes with names in lists mostly.
+    if not differing or (not plain and (usual or of_imagenet(class_names))):
         return first
     other = _reading(how, names, by_text, as_text, differing[:1])
     note = f"{what} are numbers and taken {first.words}, not {other.words}; {_OVERRIDE}"
