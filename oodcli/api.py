@@ -37,6 +37,7 @@ from oodcli.images.source import Fetch
 from oodcli.images.source import Rows as Decoded
 from oodcli.recording import CHEAP, Recorder, recordable
 from oodcli.stages.chosen import choose_detectors, fit_on_noise, odin_step, require_same_network
+from oodcli.stages.labels import settle_labels
 from oodcli.stages.record import record_images
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def record(
     None is everything that one forward pass gives. precision: float32 or bfloat16.
 
     A row that could not be read is left out, and a warning of the logger ``oodcli`` says so.
+    Another one says what was assumed about the labels.
     Raises ImagesError where there is nothing to read, or for another shape; DetectorError for a
     word that is unknown, or that this network cannot give.
     """
@@ -165,6 +167,9 @@ def record(
         if isinstance(images, str | Path)
         else Pixels(images.numpy(force=True) if isinstance(images, Tensor) else images)
     )
+    settle_labels(source, classifier)
+    if source.note:
+        log.warning("%s: %s", source.name, source.note)
     return _readable(record_images(classifier, source, recorder, batch_size), len(source))
 
 

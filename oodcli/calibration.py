@@ -10,6 +10,9 @@ from torch import Tensor
 
 from oodcli.errors import DetectorError
 
+ROWS_A_CLASS = 5
+"""Rows to calibrate on for each class on average, from which a class without any is no chance."""
+
 POOL_WEIGHT = 30.0
 """How many real images a pool of accuracy-matched virtual images counts for beside real ones."""
 
@@ -20,7 +23,8 @@ class Calibration:
 
     scores: (n,) float64, ascending. weights: (n,), 1 for a real image; beside real images a
     virtual pool counts for 30 in all. real, virtual: how many rows of each. matched_accuracy: what
-    the pool was degraded to; None without a pool.
+    the pool was degraded to; None without a pool. classes: of the network; without_rows: those of
+    which there is no row; 0 and None in artefacts of before.
     """
 
     scores: Tensor
@@ -28,6 +32,8 @@ class Calibration:
     real: int
     virtual: int
     matched_accuracy: float | None = None
+    classes: int = 0
+    without_rows: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 1 or not len(self.scores) or self.scores.shape != self.weights.shape:
@@ -40,6 +46,13 @@ class Calibration:
             return f"{self.real} real images"
         real = f"{self.real} real images" if self.real else "no real data"
         return f"virtual, matched to accuracy {self.matched_accuracy:.4g}, {real}"
+
+    @property
+    def without_verdict(self) -> tuple[int, ...]:
+        """Classes of which nothing is known: without a row where there are ``ROWS_A_CLASS`` for
+        each on average. With fewer, a class may lack rows by chance."""
+        enough = self.real + self.virtual >= ROWS_A_CLASS * self.classes
+        return (self.without_rows or ()) if enough else ()
 
     @property
     def unit(self) -> float:

@@ -172,7 +172,8 @@ class Tap:
 class Classifier:
     """A network in evaluation mode with frozen weights, and what must be known to use it.
 
-    class_names: one a class, "0", "1", … where nobody said. sha256: of the checkpoint file.
+    class_names: one a class, "0", "1", … where nobody said; ``named`` is true where somebody did.
+    sha256: of the checkpoint file.
     assumptions: sentences about what was not given. head: None when the last layer is not linear.
     head_name: also that of a retrained head, whose input is the embedding, too.
     taps: in the order of the forward pass. averaged: whether these are the averaged (EMA) weights
@@ -192,6 +193,7 @@ class Classifier:
     head: LinearHead | None
     averaged: bool = False
     logits_level: bool = True
+    named: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -290,6 +292,7 @@ def assemble(
         head_name=head_name,
         head=head,
         logits_level=reading.level,
+        named=class_names is not None,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodcli.cli import console, details
+from oodcli.cli import console, details, verdicts
 from oodcli.cli.options import (
     Checkpoint,
     Force,
@@ -99,6 +99,7 @@ def command(
     from oodcli.shards import WHOLE
     from oodcli.stages.chosen import odin_step
     from oodcli.stages.extract import degrading, extract_to_file
+    from oodcli.stages.labels import settle_labels
     from oodcli.stages.record import (
         Work,
         job_of,
@@ -114,6 +115,7 @@ def command(
     refuse_output(path, force=force)
     classifier = model.load(checkpoint)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
+    reading = settle_labels(source, classifier, timeout=timeout)
     if source.note:
         console.say(f"note: {source.note}")
     details.say_source(source, timeout)
@@ -168,10 +170,12 @@ def command(
         virtual=virtual,
         matched_accuracy=match_accuracy,
         shard=shard_of(share, len(source), batch_size, lambda: paths_sha256(source)),
+        left_out=source.left_out,
     )
     settings = {
         **model.job(),
         "the list of images": listing(source),
+        **({} if reading == 0 else {"the reading of its labels": reading}),
         "--record": sorted(recorder.asked),
         "odin": asdict(recorder.odin),
         "--match-accuracy": None if match_accuracy is None else ["equal patches", match_accuracy],
@@ -228,7 +232,7 @@ def command(
     if summary is None:
         return
     if json:
-        console.emit_json(summary)
+        console.emit_json({**summary, "left_out": dict(made.left_out)})
     accuracy = summary["accuracy"]
     console.say(
         f"wrote {path}: {summary['images']} images, {summary['unreadable']} unreadable"
@@ -238,6 +242,7 @@ def command(
             else f"; the network is right on {accuracy:.2%} of those labelled"
         )
     )
+    verdicts.say_left_out(made.left_out)
     if summary["unreadable"] and team is None:  # torchrun would take it for a crash
         raise typer.Exit(3)
 

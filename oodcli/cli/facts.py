@@ -154,7 +154,9 @@ def _scores(found: dict[str, Any]) -> dict[str, Any]:
         "columns": ", ".join(found["columns"]),
         "detectors": ", ".join(found["detectors"]),
         "verdicts": "; ".join(
-            f"{name}: {each['ood']} OOD" + (f", {each['basis']}" if each["basis"] else "")
+            f"{name}: {each['ood']} OOD"
+            + (f", {found['unjudged'][name]} without one" if name in found["unjudged"] else "")
+            + (f", {each['basis']}" if each["basis"] else "")
             for name, each in found["verdicts"].items()
         ),
         "OOD data": "; ".join(f"{name}: {words}" for name, words in found["saw_ood"].items()),

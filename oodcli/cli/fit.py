@@ -136,8 +136,15 @@ def command(
     console.lap("fitting")
     if json:
         console.emit_json(summary)
-    for artefact in summary:
-        console.say(_sentence(artefact))
+    failed = [each for each in summary if each["file"] is None]
+    for each in summary:
+        console.say(
+            f"{each['detector']} is not fitted: {each['reason']}"
+            if each["file"] is None
+            else _sentence(each)
+        )
+    if failed:
+        raise typer.Exit(3)
 
 
 def _is_artefact(word: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from oodcli.cli import console
+from oodcli.cli import console, verdicts
 from oodcli.cli.options import Force, Json, Quiet, Verbose
 
 
@@ -27,7 +27,8 @@ def command(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Exit with 4 when a larger share is OOD by any detector's verdict.",
+            help="Exit with 4 when by any detector more than this share is OOD, without a verdict, "
+            "unreadable or left out.",
             show_default=False,
         ),
     ] = None,
@@ -41,6 +42,7 @@ def command(
     from oodcli.files.atomic import refuse_existing
     from oodcli.files.made import read_made
     from oodcli.stages.merge import merge_to_file, parts_of
+    from oodcli.stages.score import doubts
 
     refuse_existing(output, force=force)
     read_made(output)  # raises where what is beside it is somebody else's
@@ -57,17 +59,22 @@ def command(
             parts, output, console.command_line(), force=force, progress=advance
         )
     console.lap("merging")
-    scored = max(rows - summary["unreadable"], 1)
-    fractions = {name: count / scored for name, count in summary.get("flagged", {}).items()}
+    flagged, unjudged = summary.get("flagged", {}), summary.get("unjudged", {})
+    left_out = summary.get("left_out", {})
+    scored = rows - summary["unreadable"]
+    fractions = {
+        name: count / max(scored - unjudged.get(name, 0), 1) for name, count in flagged.items()
+    }
     if json:
         console.emit_json({**summary, "ood_fraction": fractions})
     console.say(
         f"wrote {output}: {rows} rows of {len(parts)} shards, {summary['unreadable']} unreadable"
     )
     for name, share in fractions.items():
-        console.say(f"{name}: {share:.1%} OOD")
-    if max_ood_fraction is not None and any(part > max_ood_fraction for part in fractions.values()):
-        console.say(f"gate failed: more than {max_ood_fraction:.1%} are OOD")
+        console.say(f"{name}: {share:.1%} OOD{verdicts.without(unjudged.get(name, 0))}")
+    verdicts.say_left_out(left_out)
+    found = doubts(rows, summary["unreadable"], flagged, unjudged, left_out)
+    if verdicts.gate_failed(found, max_ood_fraction):
         raise typer.Exit(4)
     if summary["unreadable"]:
         raise typer.Exit(3)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodcli.cli import console, details
+from oodcli.cli import console, details, verdicts
 from oodcli.cli.options import (
     Detectors,
     Force,
@@ -114,7 +114,8 @@ def command(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Exit with 4 when a larger share is OOD by any detector's verdict.",
+            help="Exit with 4 when by any detector more than this share is OOD, without a verdict, "
+            "unreadable or left out.",
             show_default=False,
             rich_help_panel=_VERDICT,
         ),
@@ -157,7 +158,8 @@ def command(
     from oodcli.shards import WHOLE
     from oodcli.stages.chosen import choose_detectors, fingerprint, placed
     from oodcli.stages.record import Work, file_state, job_of, shard_of
-    from oodcli.stages.score import Scoring, score_to_file
+    from oodcli.stages.score import Scoring, doubts, score_to_file
+    from oodcli.stages.verdict import rule_of
 
     share, team = teams.part(shard, images)
     if output is not None:
@@ -208,7 +210,13 @@ def command(
         )
         if not chosen:
             raise OodcliError("no detector is possible with what was recorded")
-        rules = _rules(chosen, fpr, threshold if stream_rule is None else None, mirror)
+        rules = _rules(
+            chosen,
+            fpr,
+            threshold if stream_rule is None else None,
+            mirror,
+            opened.made.class_names,
+        )
         details.say_chosen(chosen, rules, stream_rule)
         console.lap("detectors")
         made = replace(
@@ -288,11 +296,13 @@ def command(
     if summary is None:
         return
     fractions = summary.ood_fraction
+    left_out = opened.made.left_out
     if json:
         console.emit_json(
             {
                 **vars(summary),
                 "ood_fraction": fractions,
+                "left_out": dict(left_out),
                 "fitted_on": {each.name: each.trained_on or None for each in chosen},
                 "saw_ood": {each.name: each.saw for each in chosen if each.saw},
             }
@@ -311,9 +321,20 @@ def command(
             console.say(f"{each.name} has learnt from {each.saw}")
     by_name = {each.name: each for each in chosen}
     for name, part in fractions.items():
-        console.say(f"{name}: {part:.1%} OOD{_basis(by_name[name], rules, summary.thresholds)}")
-    if max_ood_fraction is not None and any(part > max_ood_fraction for part in fractions.values()):
-        console.say(f"gate failed: more than {max_ood_fraction:.1%} are OOD")
+        lacks = rule_of(by_name[name], opened.made.class_names).more
+        lacks = rules[name].more if name in rules else lacks
+        basis = _basis(by_name[name], rules, summary.thresholds, lacks)
+        console.say(f"{name}: {part:.1%} OOD{verdicts.without(summary.unjudged[name])}{basis}")
+    verdicts.say_left_out(left_out)
+    # A part lists all files, so that merge counts those left out, once.
+    found = doubts(
+        summary.rows,
+        summary.unreadable,
+        summary.flagged,
+        summary.unjudged,
+        left_out if share.whole else {},
+    )
+    if verdicts.gate_failed(found, max_ood_fraction):
         raise typer.Exit(4)
     if summary.unreadable and team is None:  # torchrun would take it for a crash
         raise typer.Exit(3)
@@ -402,12 +423,14 @@ def _from_images(
     from oodcli.recording import Recorder, recordable
     from oodcli.stages.chosen import needs, odin_step
     from oodcli.stages.cluster import pieces_of
+    from oodcli.stages.labels import settle_labels
     from oodcli.stages.record import listing, paths_sha256, provenance, record_images
 
     classifier = model.load(path)
     if engine and is_remote(images):
         return _from_anywhere(path, images, mirror, model, classifier)
     source = open_images(images, classifier.preprocessing, classifier.class_names, stdin=sys.stdin)
+    reading = settle_labels(source, classifier, timeout=timeout)
     if source.note:
         console.say(f"note: {source.note}")
     details.say_source(source, timeout)
@@ -446,12 +469,14 @@ def _from_images(
         seed=model.seed,
         precision=precision,
         virtual=format_of(Path(images)) == FORMAT,
+        left_out=source.left_out,
     )
 
     def job() -> dict[str, Any]:
         return {
             **model.job(),
             "the list of images": listing(source),
+            **({} if reading == 0 else {"the reading of its labels": reading}),
             "--batch-size": batch_size,
         }
 
@@ -465,7 +490,7 @@ def _from_images(
         lambda: paths_sha256(source),
         _fit_reference(classifier, batch_size),
         cluster=_cluster(
-            path, images, mirror, model, classifier, lambda: pieces_of(source, batch_size)
+            path, images, mirror, model, classifier, lambda: pieces_of(source, batch_size), reading
         )
         if engine
         else None,
@@ -476,7 +501,7 @@ def _from_anywhere(
     path: Path, images: str, mirror: bool, model: ModelOptions, classifier: Classifier
 ) -> Opened:
     """Images that only a cluster reads: how many there are is not known before."""
-    from oodcli.images.pieces import pieces, sizes
+    from oodcli.images.pieces import left_out, pieces, sizes
     from oodcli.recording import recordable
     from oodcli.stages.record import provenance
 
@@ -488,6 +513,7 @@ def _from_anywhere(
         seed=model.seed,
         precision=model.resolved_precision(fast=False),
         virtual=False,
+        left_out=left_out(images),
     )
 
     def listing() -> str:
@@ -530,8 +556,10 @@ def _cluster(
     model: ModelOptions,
     classifier: Classifier,
     pieces: Callable[[], Sequence[Piece]],
+    reading: int | None = 0,
 ) -> Callable[[Journal | None, Sequence[Chosen], Scoring, str | None], Work]:
     from oodcli.stages.cluster import ClusterWork, Job, Network, Reading
+    from oodcli.stages.labels import table_of
 
     def work(
         kept: Journal | None, chosen: Sequence[Chosen], scoring: Scoring, address: str | None
@@ -539,6 +567,10 @@ def _cluster(
         network = Network.of(
             path, model.overrides(), prefer_ema=model.ema, trust_pickle=model.trust_pickle
         )
+        found = pieces()
+        table, note = table_of(found, classifier)
+        if note:
+            console.say(f"note: {note}")
         job = Job(
             network,
             Reading(
@@ -547,13 +579,15 @@ def _cluster(
                 classifier.preprocessing,
                 classifier.class_names,
                 model.resolved_batch_size(classifier),
+                reading,
+                table,
             ),
             model.resolved_precision(fast=False),
             mirror,
             chosen,
             scoring,
         )
-        return ClusterWork(kept, job=job, pieces=pieces(), address=address)
+        return ClusterWork(kept, job=job, pieces=found, address=address)
 
     return work
 
@@ -633,13 +667,17 @@ def _stream_rule(threshold: list[str] | None, share: float | None) -> StreamRule
 
 
 def _rules(
-    chosen: Sequence[Chosen], fpr: float | None, threshold: list[str] | None, mirror: bool
+    chosen: Sequence[Chosen],
+    fpr: float | None,
+    threshold: list[str] | None,
+    mirror: bool,
+    class_names: Sequence[str],
 ) -> dict[str, Rule]:
     from oodcli.errors import OodcliError
-    from oodcli.stages.verdict import Rule, calibrated_rules
+    from oodcli.stages.verdict import calibrated_rules, rule_of
 
     if fpr is not None:
-        rules = calibrated_rules(chosen, fpr, mirror=mirror)
+        rules = calibrated_rules(chosen, fpr, class_names, mirror=mirror)
         for name, rule in rules.items():
             if rule.calibration is not None and rule.calibration.resolution > fpr:
                 console.say(
@@ -657,7 +695,7 @@ def _rules(
                     raise OodcliError(
                         f"{each.name} has learnt no threshold: 'oodcli fit … --labelled FILE.csv'"
                     )
-                rules[each.name] = Rule(each.threshold)
+                rules[each.name] = rule_of(each, class_names, threshold=each.threshold)
             continue
         name, equals, number = text.rpartition("=")
         try:
@@ -672,18 +710,18 @@ def _rules(
             raise OodcliError(
                 f"--threshold {text}: {name} is not among the detectors, {', '.join(by_name)}"
             )
-        rules[name] = Rule(value)
+        rules[name] = rule_of(by_name[name], class_names, threshold=value)
     return rules
 
 
-def _basis(one: Chosen, rules: dict[str, Rule], found: dict[str, float]) -> str:
-    """What a verdict rests on."""
+def _basis(one: Chosen, rules: dict[str, Rule], found: dict[str, float], lacks: str) -> str:
+    """What a verdict rests on. lacks: of classes without a verdict."""
     name = one.name
     if name in found:
-        return f" (score above {found[name]:.6g}, from this stream)"
+        return f" (score above {found[name]:.6g}, from this stream{lacks})"
     rule = rules[name]
     if rule.calibration is None:
-        return f" (score above {rule.threshold:.6g})"
+        return f" (score above {rule.threshold:.6g}{lacks})"
     low, high = rule.calibration.achieved(rule.rate)
     measured = ""
     if rule.calibration.virtual:
@@ -694,5 +732,5 @@ def _basis(one: Chosen, rules: dict[str, Rule], found: dict[str, float]) -> str:
         )
     return (
         f" (calibrated on: {rule.calibration.words}; for a nominal {rule.rate:.1%}, the luck of "
-        f"that draw leaves {low:.1%} to {high:.1%} false alarms{measured})"
+        f"that draw leaves {low:.1%} to {high:.1%} false alarms{measured}{lacks})"
     )

@@ -34,12 +34,12 @@ BLOCK_BYTES = 1 << 25
 @dataclass(frozen=True)
 class Artefact:
     """A detector and where it comes from. fitted_on: file, rows and the hash of their list, virtual
-    or real, and ``ood``, the OOD data that it has learnt from; empty when it needs no fitting.
-    calibrations: ``plain`` and, for ``score --mirror``, ``mirror``. threshold: learnt from labelled
-    rows. path: the file that it was read from. preprocessing: of the images that it was fitted or
-    calibrated on; None in files of before. recorded: what else is known of how those rows were made
-    (arch, seed, device, precision, averaged, command). command: the command line that made the
-    artefact."""
+    or real, the classes without a row and with only one, and ``ood``, the OOD data that it has
+    learnt from; empty when it needs no fitting. calibrations: ``plain`` and, for ``score
+    --mirror``, ``mirror``. threshold: learnt from labelled rows. path: the file that it was read
+    from. preprocessing: of the images that it was fitted or calibrated on; None in files of before.
+    recorded: what else is known of how those rows were made (arch, seed, device, precision,
+    averaged, command). command: the command line that made the artefact."""
 
     detector: Detector
     checkpoint_sha256: str
@@ -56,6 +56,11 @@ class Artefact:
         """The OOD data that the detector has learnt from, in words; empty where there are none."""
         ood = self.fitted_on.get("ood")
         return f"OOD images ({ood})" if ood else ""
+
+    @property
+    def without_rows(self) -> tuple[int, ...]:
+        """Classes of which no row was fitted on."""
+        return _numbers(self.fitted_on.get("classes_without_rows")) or ()
 
     @property
     def averaged(self) -> bool:
@@ -79,7 +84,7 @@ def write_artefact(artefact: Artefact, path: Path) -> None:
         "torch_version": str(torch.__version__),
     }
     tensors = dict(detector.state())
-    about = {}
+    about: dict[str, dict[str, Any]] = {}
     for view, calibration in artefact.calibrations.items():
         tensors |= {
             f"{CALIBRATION}{view}/scores": calibration.scores,
@@ -91,6 +96,11 @@ def write_artefact(artefact: Artefact, path: Path) -> None:
             "matched_accuracy": calibration.matched_accuracy,
             "words": calibration.words,
         }
+        if calibration.without_rows is not None:
+            about[view] |= {
+                "classes": calibration.classes,
+                "classes_without_rows": list(calibration.without_rows),
+            }
     if about:
         metadata["calibration"] = json.dumps(about)
     if artefact.threshold is not None:
@@ -141,13 +151,17 @@ def read_artefact(path: Path) -> Artefact:
                 int(about["real"]),
                 int(about["virtual"]),
                 about["matched_accuracy"],
+                int(about.get("classes", 0)),
+                _numbers(about.get("classes_without_rows")),
             )
             for view, about in _object(metadata.get("calibration", "{}")).items()
         }
+        fitted_on = _object(metadata["fitted_on"])
+        _numbers(fitted_on.get("classes_without_rows"))
         return Artefact(
             kind.restore({**tensors, **banks}, _object(metadata["hyperparameters"])),
             metadata["checkpoint_sha256"],
-            _object(metadata["fitted_on"]),
+            fitted_on,
             calibrations,
             float(metadata["threshold"]) if "threshold" in metadata else None,
             path,
@@ -163,6 +177,12 @@ def read_artefact(path: Path) -> Artefact:
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileError(f"{path} is damaged ({reason}): fit it again") from error
+
+
+def _numbers(found: Any) -> tuple[int, ...] | None:
+    """Raises ValueError or TypeError for what is no list of numbers; None is what older files
+    have."""
+    return None if found is None else tuple(int(number) for number in found)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -234,6 +234,7 @@ def _scores(path: Path, suffix: str) -> dict[str, Any]:
         "verdicts": {
             name: {"ood": count, "basis": basis} for name, (count, basis) in scores.verdicts.items()
         },
+        "unjudged": {name: int(rows.sum()) for name, rows in scores.unjudged.items()},
         "saw_ood": dict(scores.saw),
     }
 

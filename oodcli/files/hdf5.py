@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ class Provenance:
     """How a file was made. source: what the user named as input. command: the command line.
     precision: float32 or bfloat16. averaged: as of a Classifier; no older file has it. virtual:
     whether the rows are virtual images; matched_accuracy: to which they were degraded, None where
-    they were not. shard: which part of a whole the file is, None where it is all."""
+    they were not. shard: which part of a whole the file is, None where it is all. left_out:
+    suffix → files among the images that are no rows."""
 
     checkpoint_sha256: str
     arch: str
@@ -56,34 +57,37 @@ class Provenance:
     virtual: bool = False
     matched_accuracy: float | None = None
     shard: Shard | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def write(self, file: h5py.File, format_name: str) -> None:
         file.attrs["format"] = format_name
         file.attrs["version"] = VERSION
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            value = getattr(self, each.name)
             if isinstance(value, Preprocessing):
                 value = json.dumps(value.to_dict())
             elif isinstance(value, Shard):
                 value = json.dumps(asdict(value))
-            elif value is None:
+            elif value is None or value == {}:
                 continue
+            elif isinstance(value, Mapping):
+                value = json.dumps(value)
             elif isinstance(value, tuple):
                 # As a dataset where it is long: attributes are limited to 64 KiB.
                 value = json.dumps(value, ensure_ascii=False)
                 if len(value.encode()) > 60_000:
-                    file.create_dataset(field.name, data=value)
+                    file.create_dataset(each.name, data=value)
                     continue
-            file.attrs[field.name] = value
+            file.attrs[each.name] = value
 
     @classmethod
     def read(cls, file: h5py.File) -> Provenance:
         """Raises KeyError or ValueError when something is missing."""
         values = {
-            field.name: file.attrs[field.name]
-            for field in fields(cls)
-            if field.name in file.attrs
-            or field.name not in ("averaged", "class_names", "matched_accuracy", "shard")
+            each.name: file.attrs[each.name]
+            for each in fields(cls)
+            if each.name in file.attrs
+            or each.name not in ("averaged", "class_names", "left_out", "matched_accuracy", "shard")
         }
         matched, shard = values.get("matched_accuracy"), values.get("shard")
         names = values.get("class_names") or dataset(file, "class_names", "OS")[()].decode()
@@ -106,6 +110,7 @@ class Provenance:
             virtual=bool(values["virtual"]),
             matched_accuracy=None if matched is None else float(matched),
             shard=None if shard is None else Shard.from_dict(json.loads(shard)),
+            left_out={str(k): int(n) for k, n in json.loads(values.get("left_out", "{}")).items()},
         )
 
 

@@ -3,9 +3,10 @@
 Columns: ``path,label,predicted,confidence,<detector>…,error``. ``label`` and ``predicted`` are
 class names, ``label`` empty where unknown. Higher = more out of distribution, for every detector.
 With a verdict there are ``<detector>.p``, ``<detector>.ood`` and ``<detector>.basis`` (what it
-rests on) too, with an explanation ``<detector>.why``, and for a detector that has learnt from OOD
-data ``<detector>.saw``, which says from which; they are no detectors. One that was fitted twice has
-the columns ``<detector>[virtual]`` and ``<detector>[real]``. A row that could not be scored keeps
+rests on) too, the first two empty where the detector has none on the predicted class; with an
+explanation ``<detector>.why``, and for a detector that has learnt from OOD data
+``<detector>.saw``, which says from which; they are no detectors. One that was fitted twice has the
+columns ``<detector>[virtual]`` and ``<detector>[real]``. A row that could not be scored keeps
 its place: empty cells and the reason in ``error``.
 
 Decisions:
@@ -176,7 +177,7 @@ class ScoresWriter:
 
 
 _Column: TypeAlias = list[str] | NDArray[np.float64] | NDArray[np.int64]
-"""Cells that are NaN are written empty."""
+"""Cells that are NaN or masked are written empty."""
 
 
 def _utf8(text: str) -> str:
@@ -192,7 +193,9 @@ def _cells(column: str, cells: NDArray[np.float64] | Sequence[str]) -> _Column:
     if not isinstance(cells, np.ndarray):
         return _text_cells(cells)
     if column.endswith(".ood"):
-        return cells.astype(np.int64)
+        silent = np.isnan(cells)  # rows without a verdict
+        whole: NDArray[np.int64] = np.where(silent, 0, cells).astype(np.int64)
+        return np.ma.array(whole, mask=silent) if silent.any() else whole
     # Never as ID: a score that is NaN or -inf came out of a network that overflowed.
     missing = np.nan if column.endswith(".p") else np.inf
     return np.where(np.isfinite(cells), cells, missing)
@@ -238,9 +241,14 @@ def _joined(columns: list[_Column]) -> Iterator[list[str]]:
     """Texts of a row each: of columns of words, and of all numbers between two of these."""
     for numbers, some in groupby(columns, lambda column: isinstance(column, np.ndarray)):
         if numbers:
-            yield lines(np.column_stack(list(some)).astype(np.float64, copy=False))
+            yield lines(np.column_stack([_filled(column) for column in some]))
         else:
             yield from (_csv_cells(list(map(str, column))) for column in some)
+
+
+def _filled(column: _Column) -> NDArray[np.float64]:
+    """NaN where there is no number."""
+    return np.ma.filled(np.ma.asarray(column).astype(np.float64), np.nan)
 
 
 _SPECIAL = re.compile(r'[,"\r\n]')
@@ -355,8 +363,9 @@ class Scores:
     paths, labels, predicted, errors: N strings. confidence: (N,) float64, NaN where there is none.
     detectors: for each name the (R,) float64 scores of the R readable rows alone, those without an
     error; ``readable`` says which they are. verdicts: for each name with a column ``.ood`` how many
-    of those rows it calls OOD, and what that rests on. p_values: for each name with a column
-    ``.p`` the (R,) float64 p-values of those rows, NaN where there is none. saw: for each name that
+    of those rows it calls OOD, and what that rests on. unjudged: for each name that leaves some of
+    those rows without a verdict, which, (R,) bool. p_values: for each name with a column ``.p`` the
+    (R,) float64 p-values of those rows, NaN where there is none. saw: for each name that
     has learnt from OOD data, from which. columns: the file's header. made: how the file was made,
     if it is known.
     """
@@ -369,6 +378,7 @@ class Scores:
     detectors: Mapping[str, NDArray[np.float64]]
     errors: tuple[str, ...]
     verdicts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    unjudged: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     p_values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     saw: Mapping[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
@@ -484,8 +494,8 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
     if not detectors:
         raise FileError(f"{path}, {where}: no column of a detector's scores: score with -d NAME")
 
-    flagged = {name: 0 for name in detectors if f"{name}.ood" in place}
-    basis = dict.fromkeys(flagged, "")
+    flags: dict[str, array[float]] = {n: array("d") for n in detectors if f"{n}.ood" in place}
+    basis = dict.fromkeys(flags, "")
     chances: dict[str, array[float]] = {n: array("d") for n in detectors if f"{n}.p" in place}
     saw: dict[str, dict[str, None]] = {n: {} for n in detectors if f"{n}.saw" in place}
     texts: dict[str, list[str]] = {name: [] for name in ("path", "label", "predicted", "error")}
@@ -505,10 +515,10 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
                         "score the row again, or give the reason in the column error"
                     )
                 scores.append(score)
-            for name in flagged:
-                flagged[name] += (
-                    _number(path, where, f"{name}.ood", cells[place[f"{name}.ood"]]) > 0
-                )
+            for name, verdicts in flags.items():
+                cell = cells[place[f"{name}.ood"]]
+                blank = cell is None or cell == ""
+                verdicts.append(math.nan if blank else _number(path, where, f"{name}.ood", cell))
                 if f"{name}.basis" in place:
                     basis[name] = _text(cells[place[f"{name}.basis"]])
             for name, p_values in chances.items():
@@ -532,7 +542,14 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
         confidence=np.array(confidence, dtype=np.float64),
         detectors={name: np.array(scores, dtype=np.float64) for name, scores in detectors.items()},
         errors=tuple(texts["error"]),
-        verdicts={name: (count, basis[name]) for name, count in flagged.items()},
+        verdicts={
+            name: (sum(flag > 0 for flag in column), basis[name]) for name, column in flags.items()
+        },
+        unjudged={
+            name: np.isnan(np.array(column))
+            for name, column in flags.items()
+            if any(flag != flag for flag in column)
+        },
         p_values={name: np.array(column, dtype=np.float64) for name, column in chances.items()},
         saw={name: " | ".join(found) for name, found in saw.items() if found},
         columns=tuple(header),

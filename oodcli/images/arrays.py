@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from lzma import LZMAError
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from oodcli.classifier import Preprocessing
 from oodcli.errors import CheckpointError, ImagesError
 from oodcli.images.decoding import decode_rows
-from oodcli.images.labels import UNKNOWN, match, numbered, written
+from oodcli.images.labels import UNKNOWN, Labels, match, numbered, unknown, written
 from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
 
 MOST_ROWS = 1 << 28
@@ -70,8 +70,7 @@ class ArchiveOfArrays(ImageSource):
                 f"{path} is damaged or not an .npz file: {unreadable_file(error)}"
             ) from error
         self.grain = max(1, min(self.grain, BLOCK_BYTES // self._row_bytes))
-        self._labels, self.note = self._read_labels(labels, classes, class_names)
-        self.labelled = bool((self._labels >= 0).any())
+        self.read_as(self._read_labels(labels, classes, class_names))
 
     def _check(self, kind: np.dtype[Any]) -> None:
         shape = self._shape
@@ -105,9 +104,9 @@ class ArchiveOfArrays(ImageSource):
         labels: NDArray[Any] | None,
         classes: NDArray[Any] | None,
         class_names: Sequence[str],
-    ) -> tuple[Tensor, str | None]:
+    ) -> Labels:
         if labels is None:
-            return torch.full((len(self),), UNKNOWN), None
+            return unknown(len(self))
         if labels.size != len(self) or labels.dtype.kind not in "iuUS":
             raise ImagesError(
                 f"{self.name}: 'labels' is {labels.dtype} of shape {labels.shape}, expected "
@@ -124,9 +123,11 @@ class ArchiveOfArrays(ImageSource):
                 f"{self.name}: 'labels' go from {int(numbers.min())} to {int(numbers.max())}, but "
                 f"'classes' has {len(names)} names"
             )
-        table, note = match(names, class_names, "classes of the file")
-        table = torch.cat([table, torch.tensor([UNKNOWN])])  # so that -1 finds the last entry
-        return table[numbers], note
+        return match(names, class_names, "classes of the file", own=True).at(numbers)
+
+    @property
+    def _values(self) -> Tensor:
+        return cast(Labels, self.known).values
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -151,7 +152,7 @@ class ArchiveOfArrays(ImageSource):
             except Exception as error:
                 raise ImagesError(f"{self.name} is damaged: {unreadable_file(error)}") from error
             yield lambda start, stop: partial(
-                _decode_array, self._labels[start:stop], whole[start:stop]
+                _decode_array, self._values[start:stop], whole[start:stop]
             )
             return
         with zipfile.ZipFile(self._path) as archive, archive.open("images.npy") as member:
@@ -170,7 +171,7 @@ class ArchiveOfArrays(ImageSource):
                     raise ImagesError(
                         f"{self.name} is damaged at image {start}: {unreadable_file(error)}"
                     ) from error
-                return partial(_decode_array, self._labels[start:stop], images)
+                return partial(_decode_array, self._values[start:stop], images)
 
             yield fetch
 
@@ -275,9 +276,13 @@ class VirtualImages(ImageSource):
             )
         if 0 in shape:
             raise ImagesError(f"{path} has no images: make it again with oodcli invert")
-        self.labels, label_note = numbered(
-            torch.from_numpy(labels.astype(np.int64)), num_classes, "labels of the virtual images"
+        found = numbered(
+            torch.from_numpy(labels.astype(np.int64)),
+            num_classes,
+            "labels of the virtual images",
+            exact=True,
         )
+        self.labels = found.values
         self._row_bytes: int = 4 * math.prod(shape[1:])
         self.grain = max(1, min(self.grain, BLOCK_BYTES // self._row_bytes))
         made, wanted = self._made_by.input_size, preprocessing.input_size
@@ -285,7 +290,7 @@ class VirtualImages(ImageSource):
             f"virtual images of {made[0]}x{made[1]} are resized to {wanted[0]}x{wanted[1]}: they "
             "were made for another network"
         )
-        notes = [label_note, size_note if made != wanted else None]
+        notes = [found.note, size_note if made != wanted else None]
         self.note = "; ".join(note for note in notes if note) or None
         self.labelled = bool((self.labels >= 0).any())
 

@@ -8,44 +8,55 @@ import re
 import tarfile
 import zipfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tarfile import ReadError, TarFile
 from typing import IO, NamedTuple, Self, TextIO, cast
 
-import torch
-from torch import Tensor
-
 from oodcli.errors import ImagesError
 from oodcli.images.decoding import Encoded
-from oodcli.images.labels import UNKNOWN, by_folder, written
-from oodcli.images.pixels import SUFFIXES, Load, load_bytes, load_file, refuse
+from oodcli.images.labels import Labels, by_folder, unknown, written
+from oodcli.images.pixels import (
+    SUFFIXES,
+    UNREADABLE,
+    Load,
+    UnreadableError,
+    is_picture,
+    kind_of_left_out,
+    load_bytes,
+    load_file,
+    refuse,
+    refuse_suffix,
+)
 from oodcli.images.source import Fetch, ImageSource, printable, unreadable_file
 
 LARGEST_MEMBER = 1 << 28
 """Bytes of one image in an archive; it is read whole, and more is no image but a bomb."""
+
+MAC_SHADOWS = "__MACOSX"
+"""A folder that macOS adds to archives, with files named as the images."""
 
 LONGEST_NAME = 1 << 20
 """Bytes of an entry of a tar that holds a name or other words about the next one."""
 
 
 class FileList(ImageSource):
-    """Files, one a row. labels: (N,) int64, -1 = unknown."""
+    """Files, one a row."""
 
     def __init__(
         self,
         name: str,
         files: Sequence[str],
-        labels: Tensor | None = None,
-        note: str | None = None,
+        labels: Labels | None = None,
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
         self.name = name
         self._files = files
-        self._labels = torch.full((len(files),), UNKNOWN) if labels is None else labels
-        self.labelled = bool((self._labels >= 0).any())
-        self.note = note
+        self.read_as(unknown(len(files)) if labels is None else labels)
+        self.left_out = left_out or {}
 
     def __len__(self) -> int:
         return len(self._files)
@@ -56,7 +67,7 @@ class FileList(ImageSource):
     @contextmanager
     def reading(self) -> Iterator[Fetch]:
         yield lambda start, stop: Encoded(
-            self._labels[start:stop],
+            cast(Labels, self.known).values[start:stop],
             [partial(load_file, path) for path in self._files[start:stop]],
         )
 
@@ -64,24 +75,38 @@ class FileList(ImageSource):
 def folder(root: Path, class_names: Sequence[str]) -> FileList:
     """The images in a folder and all below it, sorted by path; classes by sub-folder.
 
-    Hidden files and folders, and files without an image's suffix, are left out. Links to folders
-    are followed, except back to a folder that they are in. A folder that cannot be listed is a
-    row, whose error says why. Raises ImagesError when there is no image.
+    Hidden files and folders are left out, and so are files without an image's suffix, which are
+    counted. Links to folders are followed, except back to a folder that they are in. A folder that
+    cannot be listed is a row, whose error says why. Raises ImagesError when there is no image.
     """
-    found = sorted(_walk(str(root), "", ()))
+    left_out: Counter[str] = Counter()
+    found = sorted(_walk(str(root), "", (), left_out))
     if not found:
         raise ImagesError(
             f"{root} has no images: files with a suffix such as .jpg or .png are looked for, "
-            "also in sub-folders"
+            f"also in sub-folders{_instead(left_out)}"
         )
-    labels, note = by_folder([PurePosixPath(path).parts[:-1] for path in found], class_names)
+    labels = by_folder([PurePosixPath(path).parts[:-1] for path in found], class_names)
     files = [(root / path).as_posix() for path in found]
-    return FileList(str(root), files, labels, note)
+    return FileList(str(root), files, labels, left_out)
 
 
-def _walk(root: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _instead(left_out: Mapping[str, int]) -> str:
+    return f" ({listed(left_out)} are there)" if left_out else ""
+
+
+def listed(left_out: Mapping[str, int]) -> str:
+    """``.txt 3, no suffix 1``: the most frequent first, five at most."""
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{printable(kind)} {count}" for kind, count in ordered[:5])
+    return shown + (f", {len(ordered) - 5} other suffixes" if ordered[5:] else "")
+
+
+def _walk(
+    root: str, below: str, above: tuple[tuple[int, int], ...], left_out: Counter[str]
+) -> Iterator[str]:
     """Paths of images relative to ``root``, with / between the parts. above: device and number of
-    each folder on the way here."""
+    each folder on the way here. left_out: counts the other files."""
     here = os.path.join(root, below)
     try:
         status = os.stat(here)
@@ -100,18 +125,17 @@ def _walk(root: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator
         if name.startswith("."):
             continue
         if is_folder:
-            yield from _walk(root, f"{below}{name}/", (*above, identity))
-        elif _has_image_suffix(name):
+            if name != MAC_SHADOWS:
+                yield from _walk(root, f"{below}{name}/", (*above, identity), left_out)
+        elif is_picture(name):
             yield below + name
-
-
-def _has_image_suffix(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+        elif kind := kind_of_left_out(name):
+            left_out[kind] += 1
 
 
 # The path ends with the last image suffix that is followed by a separator; the rest is the label.
 _LABELLED = re.compile(
-    rf"(?P<path>.*(?:{'|'.join(re.escape(suffix) for suffix in sorted(SUFFIXES))}))"
+    rf"(?P<path>.*(?:{'|'.join(re.escape(suffix) for suffix in sorted({*SUFFIXES, *UNREADABLE}))}))"
     r"\s*[\s,]\s*(?P<label>\S.*)",
     re.IGNORECASE,
 )
@@ -152,13 +176,13 @@ def parse_list(name: str, text: bytes, beside: Path, class_names: Sequence[str])
     rows = [_parse_line(line.strip(), beside, class_names) for line in lines if line.strip()]
     if not rows:
         raise ImagesError(f"{what} lists no images: give one path a line")
-    labels, note = written([label for _, label in rows], class_names, "labels of the list")
+    labels = written([label for _, label in rows], class_names, "labels of the list")
     files = [(beside / path).as_posix() for path, _ in rows]
-    return FileList(name, files, labels, note)
+    return FileList(name, files, labels)
 
 
 def _parse_line(line: str, beside: Path, class_names: Sequence[str]) -> tuple[str, str | None]:
-    if _has_image_suffix(line):
+    if is_picture(line):
         return line, None
     if match := _LABELLED.fullmatch(line):
         return match["path"], match["label"]
@@ -187,8 +211,9 @@ class _Archive(ImageSource):
     def __init__(self, path: Path, class_names: Sequence[str]) -> None:
         self.name = str(path)
         self._path = path
+        self.left_out = self._others = Counter[str]()
         try:
-            self._members, order_note = self._index()
+            self._members, self.order_note = self._index()
         except Exception as error:  # zipfile and tarfile raise almost anything
             raise ImagesError(
                 f"{path} is damaged or not such an archive: {unreadable_file(error)}"
@@ -196,15 +221,23 @@ class _Archive(ImageSource):
         if not self._members:
             raise ImagesError(
                 f"{path} has no images: files with a suffix such as .jpg or .png are looked for"
+                f"{_instead(self.left_out)}"
             )
         parents = [_parts(member.name)[:-1] for member in self._members]
-        self._labels, label_note = by_folder(parents, class_names)
-        self.labelled = bool((self._labels >= 0).any())
-        self.note = "; ".join(note for note in (label_note, order_note) if note) or None
+        self.read_as(by_folder(parents, class_names))
 
     @abstractmethod
     def _index(self) -> tuple[list[Member], str | None]:
-        """The images in the order in which they are read, and a note on that order."""
+        """The images in the order in which they are read, and a note on that order. Counts the
+        other files in ``left_out``."""
+
+    def _is_row(self, name: str) -> bool:
+        """Whether a file is an image; one that is not, and is not hidden, is counted."""
+        if is_image(name):
+            return True
+        if not is_hidden(name) and (kind := kind_of_left_out(name)):
+            self._others[kind] += 1
+        return False
 
     def __len__(self) -> int:
         return len(self._members)
@@ -220,7 +253,7 @@ class _Archive(ImageSource):
 
     def _fetcher(self, read: Callable[[Member], bytes]) -> Fetch:
         return lambda start, stop: Encoded(
-            self._labels[start:stop],
+            cast(Labels, self.known).values[start:stop],
             [_load_member(read, member) for member in self._members[start:stop]],
         )
 
@@ -229,6 +262,10 @@ def _load_member(read: Callable[[Member], bytes], member: Member) -> Load:
     """Read the bytes now, by the fetching thread; decode them later."""
     if member.error is not None:
         return partial(refuse, member.error)
+    try:
+        refuse_suffix(member.name)
+    except UnreadableError as error:
+        return partial(refuse, str(error))
     if member.size > LARGEST_MEMBER:
         return partial(refuse, f"{member.size} bytes are too many for an image")
     try:
@@ -249,8 +286,12 @@ def _parts(name: str) -> tuple[str, ...]:
 
 def is_image(name: str) -> bool:
     """Whether a member of an archive is an image: by suffix, not hidden, not macOS's shadow."""
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in _parts(name))
-    return _has_image_suffix(name) and not hidden
+    return is_picture(name) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a member of an archive is hidden, or in a hidden folder."""
+    return any(part.startswith(".") or part == MAC_SHADOWS for part in _parts(name))
 
 
 class ZipOfImages(_Archive):
@@ -261,7 +302,7 @@ class ZipOfImages(_Archive):
             members = [
                 Member(info.filename, info.header_offset, info.file_size)
                 for info in archive.infolist()
-                if not info.is_dir() and is_image(info.filename)
+                if not info.is_dir() and self._is_row(info.filename)
             ]
         unique = {member.name: member for member in members}  # the last of a name counts
         return [unique[name] for name in sorted(unique)], None
@@ -324,7 +365,7 @@ class TarOfImages(_Archive):
         for name, target in links:
             missing = Member(name, 0, 0, "a link to what is not a file of the archive")
             found[name] = found.get(target, missing)._replace(name=name)
-        members = [member for name, member in found.items() if is_image(name)]
+        members = [member for name, member in found.items() if self._is_row(name)]
         in_order = sorted(members, key=lambda member: member.name)
         if compressed and [m.name for m in members] != [m.name for m in in_order]:
             return members, "rows are in the order of the compressed archive, not sorted by path"

@@ -17,7 +17,7 @@ from PIL import Image
 from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
 from oodcli.images.decoding import decode_rows
-from oodcli.images.labels import UNKNOWN, match
+from oodcli.images.labels import UNKNOWN, Labels, match, unknown
 from oodcli.images.pixels import Load, UnreadableError, load_file
 from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
 
@@ -113,6 +113,8 @@ class TorchvisionImages(ImageSource):
     the network's.
     """
 
+    labels_are_of_rows = False
+
     def __init__(self, name: str, rest: str, class_names: Sequence[str]) -> None:
         from torchvision import datasets
 
@@ -143,13 +145,14 @@ class TorchvisionImages(ImageSource):
         if getattr(self._dataset, "loader", None) is datasets.folder.default_loader:
             self._dataset.loader = load_file
         self._kind = kind
-        classes = [_class_name(entry) for entry in getattr(self._dataset, "classes", ())]
+        classes = _classes(self._dataset)
         if classes:
-            self._table, self.note = match(classes, class_names, "classes of the dataset")
+            # Its numbers are those of a training with it, also where its classes are digits.
+            what = "classes of the dataset"
+            self.read_as(match(classes, class_names, what, own=True, certain=True))
         else:
-            self._table = torch.empty(0, dtype=torch.int64)
-            self.note = f"torchvision:{kind} does not name its classes: labels unknown"
-        self.labelled = bool((self._table >= 0).any())
+            note = f"torchvision:{kind} does not name its classes: labels unknown"
+            self.read_as(unknown(0, note))
 
     def __len__(self) -> int:
         return self._count
@@ -172,8 +175,9 @@ class TorchvisionImages(ImageSource):
         except Exception as error:  # a dataset's own code, on the user's files
             return partial(_image, unreadable_file(error)), UNKNOWN
         image, target = item[:2] if isinstance(item, tuple) and len(item) > 1 else (item, None)
-        is_class = isinstance(target, int | np.integer) and 0 <= target < len(self._table)
-        return partial(_image, image), int(self._table[int(target)]) if is_class else UNKNOWN
+        table = cast(Labels, self.known).values
+        is_class = isinstance(target, int | np.integer) and 0 <= target < len(table)
+        return partial(_image, image), int(table[int(target)]) if is_class else UNKNOWN
 
 
 def _image(item: Any) -> Image.Image:
@@ -182,6 +186,18 @@ def _image(item: Any) -> Image.Image:
     raise UnreadableError(
         item if isinstance(item, str) else f"{type(item).__name__} is not an image"
     )
+
+
+def _classes(dataset: Any) -> list[str]:
+    """The names of a dataset's classes, in the order of its numbers; empty where it has none."""
+    classes = [_class_name(entry) for entry in getattr(dataset, "classes", ())]
+    if classes:
+        return classes
+    numbers = getattr(dataset, "class_to_idx", None)
+    if not isinstance(numbers, dict):
+        return []
+    first = {number: str(name) for name, number in reversed(numbers.items())}  # of synonyms
+    return [first[number] for number in sorted(first)] if set(first) == {*range(len(first))} else []
 
 
 def _class_name(entry: Any) -> str:

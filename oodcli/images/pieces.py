@@ -10,18 +10,27 @@ from __future__ import annotations
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import IO, Any, Literal, NamedTuple, cast
 
 import torch
 
 from oodcli.errors import ImagesError
-from oodcli.images.files import LARGEST_MEMBER, StrictHeader, is_image
+from oodcli.images.files import LARGEST_MEMBER, StrictHeader, is_hidden, is_image
 from oodcli.images.labels import UNKNOWN
-from oodcli.images.pixels import Load, load_bytes, refuse
+from oodcli.images.pixels import (
+    Load,
+    UnreadableError,
+    kind_of_left_out,
+    load_bytes,
+    refuse,
+    refuse_suffix,
+)
 from oodcli.images.source import printable, unreadable_file
 
 Kind = Literal["rows", "files", "tar", "parquet"]
@@ -108,6 +117,20 @@ def sizes(spec: str) -> list[str]:
     return found
 
 
+def left_out(spec: str) -> Counter[str]:
+    """Suffix → files of a folder that are no images by theirs. Hidden ones are not counted."""
+    found: Counter[str] = Counter()
+    for each in _expanded(spec):
+        filesystem, path = _filesystem(each)
+        if TAR.search(path) or PARQUET.search(path):
+            continue
+        for name in _find(filesystem, path, each):
+            below = name[len(path) :]
+            if not is_image(below) and not is_hidden(below) and (kind := kind_of_left_out(name)):
+                found[kind] += 1
+    return found
+
+
 def chunks(piece: Piece, size: int) -> Iterator[Chunk]:
     """The rows of a piece that is not of kind ``rows``, at most ``size`` together. Raises
     ImagesError when a file breaks off in the middle, or is out of reach."""
@@ -136,17 +159,24 @@ def _files(piece: Piece) -> Iterator[_Row]:
     for name in piece.names:
         filesystem, path = _filesystem(name)
         try:
+            refuse_suffix(name)
             size = filesystem.size(path)
             load = (
                 partial(refuse, f"{size} bytes are too many for an image")
                 if size is not None and size > LARGEST_MEMBER
                 else partial(load_bytes, filesystem.cat_file(path))
             )
+        except UnreadableError as error:
+            load = partial(refuse, str(error))
         except Exception as error:  # one file costs one row
             load = partial(refuse, unreadable_file(error))
-        parent = PurePosixPath(path).parent.name
-        root = PurePosixPath(_filesystem(piece.where)[1])
-        yield name, None if PurePosixPath(path).parent == root else parent, load
+        yield name, _folder_of(piece, PurePosixPath(path)), load
+
+
+def _folder_of(piece: Piece, path: PurePosixPath) -> str | None:
+    """The folder that is a file's label: that it lies in, unless that is all of the images."""
+    root = PurePosixPath(_filesystem(piece.where)[1])
+    return None if path.parent == root else path.parent.name
 
 
 def _tar(piece: Piece) -> Iterator[_Row]:
@@ -174,14 +204,20 @@ def _tar(piece: Piece) -> Iterator[_Row]:
             elif is_image(info.name):
                 if waiting is not None:
                     yield waiting
-                load = (
-                    partial(refuse, f"{info.size} bytes are too many for an image")
-                    if info.size > LARGEST_MEMBER
-                    else partial(load_bytes, _member(archive, info))
-                )
+                load = _loading(archive, info)
                 waiting = (f"{piece.where}/{info.name}", label, load)
         if waiting is not None:
             yield waiting
+
+
+def _loading(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Load:
+    try:
+        refuse_suffix(info.name)
+    except UnreadableError as error:
+        return partial(refuse, str(error))
+    if info.size > LARGEST_MEMBER:
+        return partial(refuse, f"{info.size} bytes are too many for an image")
+    return partial(load_bytes, _member(archive, info))
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -249,20 +285,34 @@ def _parquet_row(
     return f"{piece.where}#{number}" + (f"/{name}" if name else ""), known, load
 
 
-def labels_of(given: Sequence[str | int | None], class_names: Sequence[str]) -> torch.Tensor:
-    """Names and numbers → classes of the network, -1 for what is none. (n,) int64"""
-    index = {name: number for number, name in enumerate(class_names)}
-    return torch.tensor(
-        [
-            index.get(each, UNKNOWN)
-            if isinstance(each, str)
-            else each
-            if each is not None and 0 <= each < len(class_names)
-            else UNKNOWN
-            for each in given
-        ],
-        dtype=torch.int64,
+def folder_names(found: Sequence[Piece]) -> list[str]:
+    """The distinct names of the folders that are labels of the files in these pieces, sorted."""
+    labels = (
+        _folder_of(piece, PurePosixPath(_filesystem(name)[1]))
+        for piece in found
+        if piece.kind == "files"
+        for name in piece.names
     )
+    return sorted({label for label in labels if label is not None})
+
+
+def labels_of(
+    given: Sequence[str | int | None],
+    class_names: Sequence[str],
+    table: Mapping[str, int] = MappingProxyType({}),
+) -> torch.Tensor:
+    """Names and numbers → classes of the network, -1 for what is none. (n,) int64. table: classes
+    of names, which come first."""
+    index = {**{name: number for number, name in enumerate(class_names)}, **table}
+
+    def label(each: str | int | None) -> int:
+        if isinstance(each, str) and each not in index and re.fullmatch(r"[0-9]{1,18}", each):
+            each = int(each)
+        if isinstance(each, str):
+            return index.get(each, UNKNOWN)
+        return each if each is not None and 0 <= each < len(class_names) else UNKNOWN
+
+    return torch.tensor([label(each) for each in given], dtype=torch.int64)
 
 
 # ----------------------------------------------------------------------------------- file systems
@@ -329,15 +379,20 @@ def _glob(filesystem: Any, path: str, spec: str) -> list[str]:
 
 
 def _listed(filesystem: Any, path: str, spec: str) -> list[str]:
-    try:
-        files = sorted(name for name in filesystem.find(path) if is_image(name[len(path) :]))
-    except Exception as error:
-        raise ImagesError(f"{spec} cannot be listed: {unreadable_file(error)}") from error
+    found = _find(filesystem, path, spec)
+    files = sorted(name for name in found if is_image(name[len(path) :]))
     if not files:
         raise ImagesError(
             f"{spec} has no images: files with a suffix such as .jpg or .png are looked for"
         )
     return files
+
+
+def _find(filesystem: Any, path: str, spec: str) -> list[str]:
+    try:
+        return list(filesystem.find(path))
+    except Exception as error:
+        raise ImagesError(f"{spec} cannot be listed: {unreadable_file(error)}") from error
 
 
 def _row_groups(filesystem: Any, path: str) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -21,15 +23,45 @@ if TYPE_CHECKING:  # torch is not imported here, as processes that decode images
 # fmt: off
 SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".tif",
-    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".avif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc",
+    ".tga", ".ico", ".avif", ".heic", ".heif", ".hif", ".mpo",
 ))
-"""What counts as an image in folders and archives; everything else there is left alone."""
+"""What counts as an image in folders and archives."""
+
+RAW = (
+    ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".raf", ".orf", ".rw2",
+    ".rwl", ".pef", ".srw", ".x3f", ".3fr", ".fff", ".iiq", ".erf", ".kdc", ".dcr", ".mrw", ".mef",
+    ".mos", ".raw",
+)
+OTHER_PICTURES = (
+    ".jxl", ".jxr", ".wdp", ".hdp", ".psd", ".psb", ".xcf", ".exr", ".hdr", ".pfm", ".dds", ".pcx",
+    ".sgi", ".xbm", ".xpm", ".qoi", ".bpg", ".flif", ".pct", ".pict",
+)
+UNREADABLE = {
+    **dict.fromkeys(RAW, "raw data of a camera, whose embedded preview is no stand-in: develop it"),
+    **dict.fromkeys(OTHER_PICTURES, "a picture in a format that is not read: convert it"),
+    **dict.fromkeys((".dcm", ".dicom"), "a DICOM file, which is not read: export it"),
+    **dict.fromkeys((".svg", ".svgz", ".wmf", ".emf"), "a drawing, which has no pixels: render it"),
+}
+"""Suffixes of pictures that are rows, but cannot be read; the reason and what to do."""
+
+TEXTS = frozenset((
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".md", ".rst", ".xml", ".yaml", ".yml",
+    ".toml", ".ini", ".cfg", ".conf", ".log", ".html", ".htm", ".cls", ".lst", ".list", ".xmp",
+    ".aae", ".sha256", ".md5", ".py", ".sh", ".ipynb",
+))
+TEXT_NAMES = frozenset(("thumbs.db", "readme", "license", "licence", "makefile"))
+"""Files beside images that are plainly none; others may hold what a gate should see."""
+NO_SUFFIX = "no suffix"
+_SUFFIX = re.compile(r"\.(?=[0-9_-]*[a-z])[a-z0-9_-]{1,10}", re.ASCII)
 
 RASTER = (
     "JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO",
     "AVIF",
 )
 # fmt: on
+HEIF = "HEIF"
+"""Pillow's name for HEIC and HEIF, once pillow-heif has told it of them."""
 # Pillow looks at the content, not at the suffix. Of all it knows, only plain raster formats: an
 # EPS named .png would run Ghostscript.
 Image.init()
@@ -97,9 +129,48 @@ def refuse(reason: str) -> NoReturn:
     raise UnreadableError(reason)
 
 
+def suffix_of(name: str) -> str:
+    """In small letters."""
+    return os.path.splitext(name)[1].lower()
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is a row, by its suffix: an image, or a picture that cannot be read."""
+    suffix = suffix_of(name)
+    return suffix in SUFFIXES or suffix in UNREADABLE
+
+
+def is_text(suffix: str) -> bool:
+    """Whether a file that is left out is plainly no picture. suffix: as ``left_out`` counts it."""
+    return suffix in TEXTS or suffix in TEXT_NAMES
+
+
+def kind_of_left_out(name: str) -> str:
+    """What a file that is no row is counted as: its suffix, or its name where that says more.
+    Empty for what is not counted: hidden files, and what oodcli writes on the way."""
+    name = os.path.basename(name).lower()
+    if name.startswith(".") or name.endswith(".partial"):
+        return ""
+    if name in TEXT_NAMES:
+        return name
+    suffix = suffix_of(name)
+    if suffix and not _SUFFIX.fullmatch(suffix):  # "photo.0001", "Mr. Smith"
+        return "other suffix"
+    return suffix or NO_SUFFIX
+
+
+def refuse_suffix(name: str) -> None:
+    """Raises UnreadableError for a picture that cannot be read. Its content is not tried: Pillow
+    would take raw data of a camera for a TIFF, and show the small preview in it."""
+    suffix = suffix_of(name)
+    if suffix in UNREADABLE:
+        raise UnreadableError(f"{suffix} is {UNREADABLE[suffix]} to PNG, TIFF or JPEG first")
+
+
 def load_file(path: str | Path) -> Image.Image:
     """Decode the image in a file. Raises UnreadableError, also for what is not a regular file: a
     pipe would wait for ever, a device never end."""
+    refuse_suffix(str(path))
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UnreadableError("not a regular file")
@@ -121,7 +192,8 @@ def decode(stream: IO[bytes]) -> Image.Image:
     limit against decompression bombs.
     """
     try:
-        with Image.open(stream, formats=FORMATS) as image:
+        formats = (*FORMATS, HEIF) if _is_heif(stream) and heif_is_read() else FORMATS
+        with Image.open(stream, formats=formats) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise UnreadableError(
@@ -133,10 +205,38 @@ def decode(stream: IO[bytes]) -> Image.Image:
     except UnreadableError:
         raise
     except UnidentifiedImageError as error:  # its text has an address in memory
-        empty = stream.seek(0, os.SEEK_END) == 0
-        raise UnreadableError("empty file" if empty else "not an image, or damaged") from error
+        reason = "not an image, or damaged"
+        if stream.seek(0, os.SEEK_END) == 0:
+            reason = "empty file"
+        elif _is_heif(stream) and not heif_is_read():
+            reason = "HEIC needs pillow-heif: pip install 'oodcli[heic]', or convert it to JPEG"
+        raise UnreadableError(reason) from error
     except Exception as error:  # on damaged files Pillow's decoders raise almost anything
         raise UnreadableError(f"damaged image: {unreadable_file(error)}") from error
+
+
+_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
+"""Kinds of an ISO base media file that are HEIF (ISO/IEC 23008-12, annex B)."""
+
+
+def _is_heif(stream: IO[bytes]) -> bool:
+    """By the first of its bytes; the stream is at its beginning afterwards."""
+    stream.seek(0)
+    head = stream.read(32)
+    stream.seek(0)
+    # An AVIF may name mif1 first, and itself among the compatible brands after that.
+    return head[4:8] == b"ftyp" and head[8:12] in _BRANDS and b"avif" not in head[16:]
+
+
+@cache
+def heif_is_read() -> bool:
+    """Whether pillow-heif is there, which is imported when the first such image comes."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:  # torch is not imported here, as processes that decode images do without it
     from torch import Tensor
 
     from oodcli.classifier import Preprocessing
+    from oodcli.images.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,20 @@ class ImageSource(ABC):
     """Images in a fixed order. Files are open only inside ``reading``.
 
     name: what the user gave. labelled: whether any label is known. note: what the user should know
-    about the labels or the order. grain: rows that are fetched and decoded as one task.
+    about the labels or the order; order_note is the part of it that is not about labels. grain:
+    rows that are fetched and decoded as one task. known: labels of the rows in all readings, None
+    where there are none; where ``labels_are_of_rows`` is false, of a dataset's own classes.
+    left_out: suffix → files that are no rows, because they are no images by their suffix.
     """
 
     name: str
     labelled: bool = False
     note: str | None = None
     grain: int = 4
+    known: Labels | None = None
+    labels_are_of_rows: bool = True
+    order_note: str | None = None
+    left_out: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -77,6 +86,12 @@ class ImageSource(ABC):
     @abstractmethod
     def reading(self) -> AbstractContextManager[Fetch]:
         """Opens what must be open while rows are read."""
+
+    def read_as(self, labels: Labels) -> None:
+        """From now on the labels are these: one of the readings, or another one of as many."""
+        self.known = labels
+        self.labelled = bool((labels.values >= 0).any())
+        self.note = "; ".join(note for note in (labels.note, self.order_note) if note) or None
 
 
 def printable(text: str) -> str:

@@ -12,6 +12,7 @@ from oodcli.errors import FileError
 from oodcli.files.made import require_same_origin
 from oodcli.files.scores import Scores
 from oodcli.metrics import CONVENTIONS, LOWER_IS_BETTER, MEAN, Estimate, evaluate_sets
+from oodcli.report.thresholds import judged
 
 ID = "ID"
 """The name of the in-distribution rows among the counts."""
@@ -216,16 +217,22 @@ def _verdicts(files: Mapping[str, Scores], detectors: Sequence[str]) -> list[str
     """What share of each file a detector called OOD, and what that rests on."""
     notes = []
     for detector in detectors:
-        shares = []
+        shares, without = [], []
         bases: dict[str, None] = {}
         for name, scores in files.items():
             if detector in scores.verdicts:
                 flagged, basis = scores.verdicts[detector]
-                shares.append(f"{name} {flagged / max(len(scores.detectors[detector]), 1):.1%}")
+                known = judged(scores, detector)
+                shares.append(f"{name} {flagged / max(int(known.sum()), 1):.1%}")
+                if not known.all():
+                    without.append(f"{name} {int((~known).sum())}")
                 bases[basis or "not said"] = None
         if shares:
             rest = " | ".join(bases)
-            notes.append(f"{detector} calls OOD: {', '.join(shares)} (verdicts rest on: {rest}).")
+            some = f"; rows without a verdict: {', '.join(without)}" if without else ""
+            notes.append(
+                f"{detector} calls OOD: {', '.join(shares)}{some} (verdicts rest on: {rest})."
+            )
     return notes
 
 

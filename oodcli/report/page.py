@@ -295,6 +295,8 @@ def _thresholds(detector: str, files: Mapping[str, Scores]) -> str:
 def _calibration(evaluation: Evaluation, id_scores: Scores, svg: str) -> str:
     rates = np.array(RATES)
     n = int(id_scores.readable.sum())
+    some = any(detector in id_scores.unjudged for detector in evaluation.detectors)
+    left = " Rows without a verdict of a detector do not count for it." if some else ""
     rows = []
     for detector in evaluation.detectors:
         if detector in id_scores.p_values:
@@ -307,7 +309,8 @@ def _calibration(evaluation: Evaluation, id_scores: Scores, svg: str) -> str:
     return (
         f"<p>Which share of the {n} ID rows would be called OOD at each nominal rate of false "
         "alarms. On the diagonal a verdict keeps its promise; above it there are more false alarms "
-        "than promised. Only ID rows that the calibration has not seen count as a test of it.</p>"
+        "than promised. Only ID rows that the calibration has not seen count as a test of it."
+        f"{left}</p>"
         f"{_drawing(svg, 'Calibration')}{_table(header, rows, sortable=True)}"
     )
 

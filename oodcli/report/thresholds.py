@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from oodcli.files.scores import Scores
 
-_WORDS = re.compile(r"score above (\S+)")
+_WORDS = re.compile(r"score above ([^\s;]+)(?:;.*)?", re.DOTALL)
 """The basis of a verdict without a calibration (``stages.verdict.Rule``)."""
 
 
@@ -48,7 +48,7 @@ def verdict_threshold(detector: str, files: Iterable[Scores]) -> Threshold | Non
         if detector in scores.verdicts:
             flagged, basis = scores.verdicts[detector]
             bases.add(basis)
-            column = np.sort(scores.detectors[detector])
+            column = np.sort(scores.detectors[detector][judged(scores, detector)])
             kept = column.size - flagged
             if kept:
                 low = max(low, float(column[kept - 1]))
@@ -68,8 +68,15 @@ def verdict_threshold(detector: str, files: Iterable[Scores]) -> Threshold | Non
 def flagged_shares(
     id_scores: Scores, detector: str, rates: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """The share of ID rows that a verdict at each nominal rate flags: those with p ≤ rate and those
-    whose score is infinite. rates: (r,). Returns (r,)."""
-    p = id_scores.p_values[detector]
-    p = np.sort(np.where(np.isinf(id_scores.detectors[detector]), 0.0, p))  # NaN at the end
-    return np.searchsorted(p, rates, side="right") / p.size
+    """The share of ID rows that a verdict at each nominal rate flags, of those that have a verdict:
+    those with p ≤ rate and those whose score is infinite. rates: (r,). Returns (r,)."""
+    known = judged(id_scores, detector)
+    p = id_scores.p_values[detector][known]
+    p = np.sort(np.where(np.isinf(id_scores.detectors[detector][known]), 0.0, p))  # NaN at the end
+    return np.searchsorted(p, rates, side="right") / max(p.size, 1)
+
+
+def judged(scores: Scores, detector: str) -> NDArray[np.bool_]:
+    """(R,) which of the readable rows have a verdict of this detector."""
+    rows = scores.detectors[detector].size
+    return ~scores.unjudged.get(detector, np.zeros(rows, np.bool_))

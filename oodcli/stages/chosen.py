@@ -31,7 +31,8 @@ class Chosen:
     """A detector to score with, and what its artefact knows beyond it. trained_on: virtual, real
     or noise; empty when it needs no fitting. saw: OOD data that it has learnt from, in words.
     column: its name among the scores, where that is not the detector's. device: where it is, if
-    not in the processor's memory. artefact: the file that it comes from, if it does."""
+    not in the processor's memory. artefact: the file that it comes from, if it does. without_rows:
+    classes of which no row was fitted on."""
 
     detector: Detector
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class Chosen:
     column: str = ""
     device: torch.device | None = None
     artefact: str = ""
+    without_rows: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -210,6 +212,7 @@ def _belonging(
         trained_on,
         artefact.saw,
         artefact=str(path),
+        without_rows=artefact.without_rows,
     )
 
 

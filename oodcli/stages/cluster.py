@@ -31,6 +31,7 @@ from oodcli.errors import ImagesError, OodcliError
 from oodcli.files.journal import Block, Record
 from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import decode_rows
+from oodcli.images.labels import unknown
 from oodcli.images.pieces import Piece, chunks, labels_of
 from oodcli.images.reading import assembled, note_dim
 from oodcli.images.source import Rows as Decoded
@@ -102,13 +103,17 @@ class Network:
 
 @dataclass(frozen=True)
 class Reading:
-    """What decoding takes. images: as the user named them, in ``folder``."""
+    """What decoding takes. images: as the user named them, in ``folder``. reading: number of that
+    of the labels; None where they are unknown. table: classes of names, where only the cluster
+    reads the images."""
 
     images: str
     folder: str
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     batch_size: int
+    reading: int | None = 0
+    table: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,19 @@ class Job:
 
 
 @cache
-def _source(images: str, preprocessing: Preprocessing, class_names: tuple[str, ...]) -> ImageSource:
-    """Listed once in a process."""
-    return open_images(images, preprocessing, class_names)
+def _source(
+    images: str,
+    preprocessing: Preprocessing,
+    class_names: tuple[str, ...],
+    reading: int | None,
+) -> ImageSource:
+    """Listed once in a process, and its labels read as the user's process has settled."""
+    source = open_images(images, preprocessing, class_names)
+    if source.known is not None and reading is None:
+        source.read_as(unknown(len(source.known.values)))
+    elif source.known is not None and reading:
+        source.read_as(source.known.readings[reading])
+    return source
 
 
 class Decoder:
@@ -162,10 +177,10 @@ class Decoder:
         job = self._reading
         if piece.kind != "rows":
             for chunk in chunks(piece, job.batch_size):
-                labels = labels_of(chunk.labels, job.class_names)
+                labels = labels_of(chunk.labels, job.class_names, job.table)
                 yield chunk.paths, decode_rows(labels, chunk.loads, job.preprocessing)
             return
-        source = _source(job.images, job.preprocessing, job.class_names)
+        source = _source(job.images, job.preprocessing, job.class_names, job.reading)
         paths = source.paths(piece.start, piece.stop)
         if tuple(paths[:1] + paths[-1:]) != piece.names:
             raise ImagesError(

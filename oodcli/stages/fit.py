@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +15,15 @@ from torch import Tensor
 
 from oodcli.calibration import Calibration, calibrate, labelled_threshold
 from oodcli.detectors.base import Detector
-from oodcli.errors import DetectorError, FileError
-from oodcli.features import Features
+from oodcli.errors import DetectorError, FileError, OodcliError
+from oodcli.features import Features, recorded
 from oodcli.files.artefact import Artefact, write_artefact
 from oodcli.files.atomic import atomic, refuse_existing
 from oodcli.files.cache import FeatureCache
 from oodcli.files.hdf5 import Provenance
 from oodcli.files.made import weights_of
 from oodcli.stages.chosen import further_rows, require_same_network, score_views
+from oodcli.stages.verdict import classes_in_words
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +85,10 @@ def fit_to_folder(
 ) -> list[dict[str, Any]]:
     """Fits and calibrates detectors, one artefact each; one that comes as an artefact is fitted
     already. Everything is fitted before anything is written. command: the command line, for the
-    artefacts. leave_out: those that cannot be fitted on these rows are left out, which is said, as
-    long as one can. progress: called after each. Raises DetectorError when one cannot be fitted on
-    these rows or is there twice, FileError when an artefact is of another checkpoint, other weights
-    or preprocessing."""
+    artefacts. What cannot be fitted or calibrated on these rows, as an artefact of another
+    checkpoint, has an entry with a ``reason`` and no file; with leave_out it has none, which is
+    said. progress: called after each. Raises DetectorError or FileError when not one can be, and
+    when one is there twice."""
     names = [each.detector.name if isinstance(each, Artefact) else each.name for each in chosen]
     for name in names:
         path = folder / f"{name}.safetensors"
@@ -102,23 +103,27 @@ def fit_to_folder(
                 "extract CHECKPOINT V.h5 --match-accuracy 0.9' (the published accuracy)"
             )
     origin = inputs.provenance
-    made = []
-    for each in chosen:
-        if isinstance(each, Artefact):
-            require_same_network(
-                each, origin.checkpoint_sha256, origin.preprocessing, origin.averaged
-            )
-            made.append(_calibrate_one(each, inputs))
-            progress()
-            continue
+    made: list[Artefact] = []
+    failed: dict[str, OodcliError] = {}
+    for name, each in zip(names, chosen, strict=True):
         try:
-            made.append(_fit_one(each, dict(hyperparameters.get(each.name, {})), inputs))
-        except DetectorError as error:
-            if not leave_out or (each is chosen[-1] and not made):
-                raise
-            log.info(f"{each.name} is left out: {error}")
+            if isinstance(each, Artefact):
+                require_same_network(
+                    each, origin.checkpoint_sha256, origin.preprocessing, origin.averaged
+                )
+                made.append(_calibrate_one(each, inputs))
+            else:
+                made.append(_fit_one(each, dict(hyperparameters.get(name, {})), inputs))
+        except (DetectorError, FileError) as error:
+            failed[name] = error
+            if leave_out:
+                log.info(f"{name} is left out: {error}")
         progress()
-    summary = []
+    if not made:
+        raise _none_of(failed)
+    for note in dict.fromkeys(note for each in made for note in _lacking(each, origin)):
+        log.info(note)
+    summary: list[dict[str, Any]] = []
     with ExitStack() as stack:
         for artefact in made:
             path = folder / f"{artefact.detector.name}.safetensors"
@@ -137,7 +142,48 @@ def fit_to_folder(
                     "bytes": unfinished.stat().st_size,
                 }
             )
+    if not leave_out:
+        summary += [
+            {"file": None, "detector": name, "reason": str(error)} for name, error in failed.items()
+        ]
     return summary
+
+
+def _none_of(failed: Mapping[str, OodcliError]) -> OodcliError:
+    """The error where not one detector could be fitted."""
+    first, *others = failed.values()
+    if not others:
+        return first
+    reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+    return DetectorError(f"not one of {', '.join(failed)} can be fitted: {reasons}")
+
+
+def _lacking(artefact: Artefact, origin: Provenance) -> Iterator[str]:
+    """Sentences on the classes of which there are not enough rows."""
+    fitted_on = artefact.fitted_on
+
+    def words(classes: Sequence[int]) -> str:
+        return classes_in_words(classes, origin.class_names)
+
+    if artefact.without_rows:
+        yield (
+            f"{fitted_on['file']} has no rows of {words(artefact.without_rows)}: detectors fitted "
+            "on it give no verdict on predictions of that"
+        )
+    if one := fitted_on.get("classes_with_one_row"):
+        yield f"{fitted_on['file']} has only one row of {words(one)}"
+    for calibration in artefact.calibrations.values():
+        count = calibration.real + calibration.virtual
+        if calibration.without_verdict:
+            yield (
+                f"the {count} rows to calibrate on have none of "
+                f"{words(calibration.without_verdict)}: there is no verdict on predictions of that"
+            )
+        elif calibration.without_rows:
+            yield (
+                f"the {count} rows to calibrate on have none of {len(calibration.without_rows)} of "
+                f"{calibration.classes} classes, which may be chance"
+            )
 
 
 def _with_origin(artefact: Artefact, origin: Provenance, command: str) -> Artefact:
@@ -195,6 +241,10 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
             "kind": _kind_of(cache.provenance),
             "ood": None if not kind.uses_ood or inputs.ood is None else inputs.ood.path.name,
         }
+        if fitted_on["kind"] != "noise":
+            counts = class_counts(cache.rows({"logits"}), _classes(cache))
+            fitted_on["classes_without_rows"] = _where(counts == 0)
+            fitted_on["classes_with_one_row"] = _where(counts == 1)
         if kind.uses_ood and inputs.ood is not None:
             fitted_on["ood_rows_sha256"] = inputs.ood.rows_sha256
         if kind.noise_images is not None and inputs.noise is not None:
@@ -215,10 +265,11 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
         return _calibrate_one(artefact, inputs)
     if cache is None or cache.provenance.virtual or kind.reference_images is not None:
         return artefact
-    everything, held_out = needs | detector.score_needs, None
+    everything, held_out = needs | detector.score_needs | {"logits"}, None
     cache.require(everything, kind.name)
     if not needs:
-        held_out = [detector.score(block) for block in cache.rows(everything)]
+        rows: Iterable[Features] = cache.rows(everything)
+        held_out = [detector.score(block) for block in rows]
     elif cache.count >= HELD_OUT_FROM:
         # A detector is kinder to the rows that it was fitted on, so another one, fitted
         # without every fifth row, says how rows that it has not seen are scored.
@@ -230,11 +281,37 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
             )
         with _said_once():
             apart = kind.fit(cache.rows(needs, lambda row: row % every != 0), **given)
-        kept = cache.rows(everything, lambda row: row % every == 0)
-        held_out = [apart.score(block) for block in kept]
+        rows = cache.rows(everything, lambda row: row % every == 0)
+        held_out = [apart.score(block) for block in rows]
     if held_out is None:
         return artefact
-    return replace(artefact, calibrations={"plain": calibrate(held_out, [], None)})
+    counts = class_counts(rows, _classes(cache))
+    calibration = _with_classes(calibrate(held_out, [], None), counts)
+    return replace(artefact, calibrations={"plain": calibration})
+
+
+def _classes(cache: FeatureCache) -> int:
+    return len(cache.provenance.class_names)
+
+
+def _where(found: Tensor) -> list[int]:
+    return [int(number) for number in found.nonzero().flatten()]
+
+
+def class_counts(blocks: Iterable[Features], classes: int) -> Tensor:
+    """How many rows there are of each class, by their labels, where there is none by what the
+    network says. (classes,)"""
+    counts = torch.zeros(classes, dtype=torch.int64)
+    for block in blocks:
+        found = recorded(block.logits).argmax(1)
+        if block.label is not None:
+            found = torch.where(block.label >= 0, block.label, found)
+        counts += torch.bincount(found[found < classes], minlength=classes)
+    return counts
+
+
+def _with_classes(calibration: Calibration, counts: Tensor) -> Calibration:
+    return replace(calibration, classes=len(counts), without_rows=tuple(_where(counts == 0)))
 
 
 def _kind_of(rows: Provenance) -> str:
@@ -346,16 +423,18 @@ def _calibrated(detector: Detector, caches: Sequence[FeatureCache], *, mirror: b
     real: list[Tensor] = []
     pools: list[Tensor] = []
     accuracy = None
+    counts = torch.zeros(_classes(caches[0]), dtype=torch.int64)
     needs = detector.score_needs | {"logits"} | ({"mirror"} if mirror else set())
     for cache in caches:
         cache.require(needs, detector.name)
         scores = [score_views(detector, block, mirror=mirror) for block in cache.rows(needs)]
+        counts += class_counts(cache.rows({"logits"}), len(counts))
         if cache.provenance.matched_accuracy is None:
             real += scores
         else:
             pools += scores
             accuracy = cache.provenance.matched_accuracy
-    return calibrate(real, pools, accuracy)
+    return _with_classes(calibrate(real, pools, accuracy), counts)
 
 
 def _learn(detector: Detector, inputs: FitInputs) -> tuple[Detector, float]:

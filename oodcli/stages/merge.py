@@ -270,10 +270,11 @@ def _merge_scores(
         name: sum(each.get(name, 0) for each in made) for name in ("unreadable", "infinite")
     }
     _require_readable(count, counts["unreadable"])
-    counts["flagged"] = {
-        name: sum(each.get("flagged", {}).get(name, 0) for each in made)
-        for name in made[0].get("flagged", {})
-    }
+    for key in ("flagged", "unjudged"):
+        counts[key] = {
+            name: sum(each.get(key, {}).get(name, 0) for each in made)
+            for name in made[0].get(key, {})
+        }
     with atomic(output, force=force) as unfinished, ExitStack() as stack:
         paths_sha256 = join_scores(paths, unfinished, format_of(output))
         progress(count)
@@ -286,7 +287,8 @@ def _merge_scores(
             "paths_sha256": paths_sha256,
         }
         write_made({**about, "shard": None}, unfinished, beside)
-    return {name: counts[name] for name in ("unreadable", "infinite", "flagged")}
+    # Every part lists all of the images, and with them the same files that are none.
+    return {**counts, "left_out": made[0].get("left_out", {})}
 
 
 _HDF5 = {"features": _merge_features, "virtual": _merge_virtual}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -199,6 +200,10 @@ def file_state(path: Path) -> str:
     return f"{status.st_size} bytes of {status.st_mtime_ns}" if path.is_file() else ""
 
 
+MOST_SUFFIXES = 100
+"""Of files that are left out, the most frequent."""
+
+
 def provenance(
     classifier: Classifier,
     *,
@@ -209,8 +214,13 @@ def provenance(
     virtual: bool,
     matched_accuracy: float | None = None,
     shard: Shard | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> Provenance:
-    """What a file says of how it was made."""
+    """What a file says of how it was made. left_out: as of the images' source."""
+    counted = Counter(left_out or {})
+    most = dict(counted.most_common(MOST_SUFFIXES))
+    if len(counted) > len(most):
+        most["others"] = counted.total() - sum(most.values())
     return Provenance(
         checkpoint_sha256=classifier.sha256,
         arch=classifier.arch,
@@ -227,4 +237,5 @@ def provenance(
         virtual=virtual,
         matched_accuracy=matched_accuracy,
         shard=shard,
+        left_out=most,
     )

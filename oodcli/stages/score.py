@@ -20,27 +20,78 @@ from oodcli.files.atomic import atomic
 from oodcli.files.journal import Record
 from oodcli.files.made import made_path, write_made
 from oodcli.files.scores import ScoreBlock, ScoresWriter
+from oodcli.images.pixels import is_text
 from oodcli.stages.chosen import Chosen, score_views
 from oodcli.stages.record import ALONE, Progress, Work, no_progress
-from oodcli.stages.verdict import Rule, StreamRule
+from oodcli.stages.verdict import Rule, StreamRule, rule_of
 
 
 @dataclass(frozen=True)
 class ScoreSummary:
     """rows: all inputs. unreadable, infinite: how many had no score, or +inf for some detector.
-    flagged: detector → how many are OOD by its rule. thresholds: those found in the stream."""
+    flagged: detector → how many are OOD by its rule. thresholds: those found in the stream.
+    unjudged: detector → how many have a score, but no verdict by its rule."""
 
     rows: int
     unreadable: int
     infinite: int
     flagged: dict[str, int]
     thresholds: dict[str, float]
+    unjudged: dict[str, int]
 
     @property
     def ood_fraction(self) -> dict[str, float]:
-        """Of the rows that could be scored."""
-        scored = max(self.rows - self.unreadable, 1)
-        return {name: count / scored for name, count in self.flagged.items()}
+        """Of the rows that have a verdict."""
+        scored = self.rows - self.unreadable
+        return {
+            name: count / max(scored - self.unjudged[name], 1)
+            for name, count in self.flagged.items()
+        }
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """What of a scored set is not known to be in-distribution, by one detector. left_out: files
+    that are no rows, but may be pictures."""
+
+    rows: int
+    flagged: int
+    unjudged: int
+    unreadable: int
+    left_out: int
+
+    @property
+    def share(self) -> float:
+        """Of the rows and of the files that are none."""
+        doubtful = self.flagged + self.unjudged + self.unreadable + self.left_out
+        return doubtful / max(self.rows + self.left_out, 1)
+
+    @property
+    def words(self) -> str:
+        """How the share is made up."""
+        parts = (
+            (self.flagged, "OOD"),
+            (self.unjudged, "without a verdict"),
+            (self.unreadable, "unreadable"),
+            (self.left_out, "left out"),
+        )
+        made = ", ".join(f"{count} {what}" for count, what in parts if count) or "0 OOD"
+        return f"{made}, of {self.rows + self.left_out}"
+
+
+def doubts(
+    rows: int,
+    unreadable: int,
+    flagged: Mapping[str, int],
+    unjudged: Mapping[str, int],
+    left_out: Mapping[str, int],
+) -> dict[str, Doubts]:
+    """By detector. left_out: suffix → files; those that are plainly texts do not count."""
+    hidden = sum(count for kind, count in left_out.items() if not is_text(kind))
+    return {
+        name: Doubts(rows, count, unjudged.get(name, 0), unreadable, hidden)
+        for name, count in flagged.items()
+    }
 
 
 def score_to_file(
@@ -75,7 +126,7 @@ def score_to_file(
     columns, rules = scoring.columns, scoring.rules
     total = unreadable = infinite = 0
     paths = hashlib.sha256()
-    flagged = dict.fromkeys(rules, 0)
+    flagged, unjudged = dict.fromkeys(rules, 0), dict.fromkeys(rules, 0)
     thresholds: dict[str, float] = {}
 
     def score() -> Iterator[ScoreBlock]:
@@ -94,12 +145,18 @@ def score_to_file(
             return
         kept = list(scored)
         for each in chosen:
-            values = np.concatenate([block.scores[each.name] for block in kept])
-            thresholds[each.name] = stream_rule(torch.from_numpy(values))
+            values, verdicts = (
+                np.concatenate([block.scores[name] for block in kept])
+                for name in (each.name, f"{each.name}.ood")
+            )
+            judged = torch.from_numpy(values[~np.isnan(verdicts)])
+            thresholds[each.name] = stream_rule(judged)
         for block in kept:
             found = dict(block.scores)
             for name, threshold in thresholds.items():
-                found |= Rule(threshold).columns(name, torch.tensor(found[name]))
+                silent = torch.tensor(np.isnan(found[f"{name}.ood"]))
+                rule = replace(rules[name], threshold=threshold)
+                found |= rule.columns_without(name, torch.tensor(found[name]), silent)
             yield replace(block, scores=found)
 
     with ExitStack() as stack:
@@ -115,7 +172,9 @@ def score_to_file(
                 finite = [np.isfinite(block.scores[each.name]) for each in chosen]
                 infinite += int((~np.all(finite, axis=0)).sum())
                 for name in flagged:
-                    flagged[name] += int(np.sum(block.scores[f"{name}.ood"]))
+                    verdicts = np.asarray(block.scores[f"{name}.ood"], np.float64)
+                    flagged[name] += int(np.nansum(verdicts))
+                    unjudged[name] += int(np.isnan(verdicts).sum())
                 paths.update("".join(f"{path}\0" for path in block.paths).encode())
         if made is not None and isinstance(target, Path) and isinstance(unfinished, Path):
             beside = stack.enter_context(atomic(made_path(target), force=True))
@@ -125,12 +184,13 @@ def score_to_file(
                 "unreadable": unreadable,
                 "infinite": infinite,
                 "flagged": flagged,
+                "unjudged": unjudged,
                 "paths_sha256": paths.hexdigest(),
             }
             write_made(about, unfinished, beside)
         if journal is not None and isinstance(target, Path):
             journal.finish(target, force=force)
-    return ScoreSummary(total, unreadable, infinite, flagged, thresholds)
+    return ScoreSummary(total, unreadable, infinite, flagged, thresholds, unjudged)
 
 
 def kept_scores(block: ScoreBlock) -> Record:
@@ -184,7 +244,7 @@ class Scoring:
     ) -> Scoring:
         """streamed: every detector gets a threshold from the whole stream."""
         if streamed:
-            rules = {**rules, **{each.name: Rule() for each in chosen}}
+            rules = {**rules, **{each.name: rule_of(each, class_names) for each in chosen}}
         columns: list[str] = []
         for each in chosen:
             columns.append(each.name)
@@ -215,7 +275,7 @@ class Scoring:
                 values = score_views(each.detector, there[each.device], mirror=self.mirror).cpu()
                 scores[each.name] = values.double().numpy()
                 if each.name in self.rules:
-                    scores |= self.rules[each.name].columns(each.name, values)
+                    scores |= self.rules[each.name].columns(each.name, values, top.indices)
                 if each.saw:
                     scores[f"{each.name}.saw"] = [each.saw] * len(values)
                 if _explained(each.detector, self.explain):
