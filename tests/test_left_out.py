@@ -23,7 +23,15 @@ from oodcli.files.cache import open_cache
 from oodcli.images import batches, open_images, pixels
 from oodcli.images.files import listed
 from oodcli.images.pieces import Piece, chunks, left_out, pieces
-from oodcli.images.pixels import SUFFIXES, TEXTS, UNREADABLE, UnreadableError, load_bytes, load_file
+from oodcli.images.pixels import (
+    SUFFIXES,
+    TEXTS,
+    UNREADABLE,
+    UnreadableError,
+    load_bytes,
+    load_file,
+    upright,
+)
 from oodcli.stages.score import Doubts, doubts
 
 PLAIN = Preprocessing((8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -273,7 +281,7 @@ def test_heic_is_read_whatever_its_suffix(tmp_path, suffix):
 def test_the_orientation_of_heic_is_applied_once(tag, size, corner):
     """pillow-heif turns the pixels and resets the tag; in a JPEG it is ours to do."""
     for kind in ("HEIF", "JPEG"):
-        image = load_bytes(photo(kind, quality=95, exif=oriented(tag)))
+        image = upright(load_bytes(photo(kind, quality=95, exif=oriented(tag))))
         assert (image.size, red_corner(image)) == (size, corner), kind
 
 

@@ -335,13 +335,13 @@ def test_virtual_images_go_with_every_way_of_reading(fitted: Path, tmp_path: Pat
 
 def test_files_of_before_go_with_new_ones(fitted: Path, tmp_path: Path) -> None:
     """They lack exif and image_range, which means turn and none."""
-    (tmp_path / "x.png").write_bytes(b"")
-    flat(7, np.uint8).save(tmp_path / "x.png")
+    (tmp_path / "images").mkdir()
+    flat(7, np.uint8).save(tmp_path / "images" / "x.png")
     for name in ("old", "new", "kept"):
         words = (
             "score",
             fitted / "digits.pt",
-            tmp_path,
+            tmp_path / "images",
             "-d",
             "msp",
             "-o",
