@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from benchmarks.measure import peak
-from oodcli.classifier import Preprocessing
 from oodcli.files.cache import FORMAT
 from oodcli.files.hdf5 import Provenance
+from oodcli.networks.preprocessing import Preprocessing
 
 CLASSES = 100
 BLOCK = 10_000

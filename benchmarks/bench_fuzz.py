@@ -101,14 +101,14 @@ def write_samples(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from oodcli import detectors
-    from oodcli.architectures import build
-    from oodcli.checkpoint import load_classifier
     from oodcli.features import Rows
     from oodcli.files.artefact import Artefact, write_artefact
     from oodcli.files.cache import CacheWriter, open_cache
     from oodcli.files.hdf5 import writing
     from oodcli.files.virtual import VirtualWriter
     from oodcli.images import open_images
+    from oodcli.networks.architectures import build
+    from oodcli.networks.load import load_classifier
     from oodcli.recording import Recorder, recordable
     from oodcli.stages.chosen import Chosen
     from oodcli.stages.record import provenance, record_images
@@ -181,7 +181,7 @@ def with_labels(features: Any, labels: Any) -> Any:
 
 
 def options_of(folder: Path) -> Any:
-    from oodcli.checkpoint import Overrides
+    from oodcli.networks.card import Overrides
 
     return Overrides(card=folder / "card.toml")
 
@@ -247,8 +247,8 @@ class Parser:
     """Reads mutated files as the command line would; what it needs besides is from the samples."""
 
     def __init__(self, samples: Path) -> None:
-        from oodcli.checkpoint import load_classifier
         from oodcli.files.cache import open_cache
+        from oodcli.networks.load import load_classifier
 
         warnings.simplefilter("ignore")
         self.samples = samples
@@ -262,12 +262,13 @@ class Parser:
         getattr(self, how)(path)
 
     def checkpoint(self, path: Path) -> None:
-        from oodcli.checkpoint import load_classifier
+        from oodcli.networks.load import load_classifier
 
         load_classifier(path)
 
     def card(self, path: Path) -> None:
-        from oodcli.checkpoint import Overrides, load_classifier
+        from oodcli.networks.card import Overrides
+        from oodcli.networks.load import load_classifier
 
         load_classifier(self.samples / "net.pt", Overrides(card=path))
 

@@ -34,13 +34,14 @@ from torchvision import models
 from benchmarks.bench_fit import generate
 from benchmarks.bench_memory import single_pass
 from benchmarks.measure import in_turns
-from oodcli import architectures
-from oodcli.checkpoint import Overrides, load_classifier
-from oodcli.classifier import Classifier
 from oodcli.cli import app
 from oodcli.cli.options import ModelOptions
 from oodcli.inversion.invert import Plan, prepare
 from oodcli.inversion.step import Step
+from oodcli.networks import architectures
+from oodcli.networks.card import Overrides
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.load import load_classifier
 from oodcli.recording import CHEAP, Recorder, recordable
 
 SIDES = (32, 64, 112, 224)

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import in_turns, ratio
-from oodcli.checkpoint import load_classifier
 from oodcli.inversion.invert import Plan, _invert_batch
 from oodcli.inversion.objective import OBJECTIVES
 from oodcli.inversion.step import Step
+from oodcli.networks.load import load_classifier
 
 T = OBJECTIVES["deepinversion"].steps
 AT_ONCE = 5

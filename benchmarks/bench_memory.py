@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.measure import peak
 from oodcli import detectors
-from oodcli.checkpoint import load_classifier
+from oodcli.networks.load import load_classifier
 from oodcli.recording import recordable
 
 

@@ -34,14 +34,14 @@ from torch import Tensor
 
 from benchmarks.measure import in_turns, ratio
 from oodcli import detectors
-from oodcli.checkpoint import load_classifier
-from oodcli.classifier import Classifier
 from oodcli.detectors.energy import energy
 from oodcli.features import Features, LinearHead, Rows, recorded
 from oodcli.files.cache import CacheWriter, open_cache
 from oodcli.files.hdf5 import writing
 from oodcli.images import batches, open_images
 from oodcli.metrics import auroc
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.load import load_classifier
 from oodcli.recording import CHEAP, Recorder, recordable
 from oodcli.stages.chosen import Chosen, choose_detectors, fit_on_noise, needs
 from oodcli.stages.record import provenance

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oodcli.architectures import CIFAR_MEAN, CIFAR_STD, build
+from oodcli.networks.architectures import CIFAR_MEAN, CIFAR_STD, build
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from oodcli import checkpoint, detectors
-from oodcli.classifier import Classifier, Preprocessing
+from oodcli import detectors
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, ImagesError, OodcliError
 from oodcli.features import KNOWN_RECORDS, Features, Rows, concatenate
@@ -35,6 +34,10 @@ from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import decode_rows
 from oodcli.images.source import Fetch
 from oodcli.images.source import Rows as Decoded
+from oodcli.networks import load
+from oodcli.networks.card import Overrides
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording import CHEAP, Recorder, recordable
 from oodcli.stages.chosen import choose_detectors, fit_on_noise, odin_step, require_same_network
 from oodcli.stages.labels import settle_labels
@@ -69,7 +72,7 @@ def load_classifier(
     comes from the model card beside it, then from the weights; ``assumptions`` says what was
     assumed. The arguments are the command line's options; mean, std: one number a channel, of
     pixels in [0, 1]. Raises CheckpointError."""
-    overrides = checkpoint.Overrides(
+    overrides = Overrides(
         arch=arch,
         num_classes=num_classes,
         input_size=input_size,
@@ -84,7 +87,7 @@ def load_classifier(
         layers=layers,
         card=None if card is None else Path(card),
     )
-    return checkpoint.load_classifier(
+    return load.load_classifier(
         Path(path), overrides, device=device, prefer_ema=prefer_ema, trust_pickle=trust_pickle
     )
 

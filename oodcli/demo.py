@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from oodcli.architectures import build
+from oodcli.networks.architectures import build
 
 ARCH = "resnet8-cifar+grey"
 MEAN, STD = 0.3, 0.35

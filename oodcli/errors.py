@@ -6,7 +6,7 @@ line prints it and exits with status 1; whoever uses the package catches :class:
 
 
 class OodcliError(Exception):
-    """A fault that the user can mend."""
+    """A fault that the user can fix."""
 
 
 class CheckpointError(OodcliError):
@@ -23,3 +23,13 @@ class FileError(OodcliError):
 
 class DetectorError(OodcliError):
     """A detector is unknown, or lacks something that it needs."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its kind where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of that line, short enough for a line of ours."""
+    return first_line(error).split(". ")[0][:160].rstrip(".")

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from oodcli.classifier import Classifier, Tap
 from oodcli.detectors.gram import gram_sums
 from oodcli.errors import DetectorError, OodcliError
 from oodcli.features import (
@@ -28,7 +27,8 @@ from oodcli.features import (
 )
 from oodcli.layout import laid_out
 from oodcli.memory import let_go, ran_out, too_short
-from oodcli.outputs import as_logits, copy_input
+from oodcli.networks.classifier import Classifier, Tap
+from oodcli.networks.outputs import as_logits, copy_input
 
 log = logging.getLogger(__name__)
 

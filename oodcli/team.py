@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from oodcli.errors import OodcliError
+from oodcli.errors import OodcliError, first_line
 from oodcli.shards import Share
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Team:
         try:
             store, rank, size = next(rendezvous("env://"))
         except (RuntimeError, ValueError, OSError) as error:
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             raise OodcliError(f"the other processes of torchrun are out of reach: {reason}") from (
                 error
             )

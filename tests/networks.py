@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oodcli.classifier import Classifier, Preprocessing, assemble
+from oodcli.networks.assemble import assemble
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing((8, 8), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 

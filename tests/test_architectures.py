@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oodcli import architectures
-from oodcli.architectures import build, names, recognise, skeleton
 from oodcli.errors import CheckpointError
+from oodcli.networks import architectures
+from oodcli.networks.architectures import build, names, recognise, skeleton
 
 BUILT_IN = [name for name in names() if not name.startswith("torchvision:")]
 TORCHVISION = [name for name in names() if name.startswith("torchvision:")]
@@ -90,7 +90,7 @@ def layout(name: str, classes: int = 10) -> dict[str, Tensor]:
 
 def with_classes(name: str, classes: int) -> dict[str, Tensor]:
     """The state dict of a torchvision model with another number of classes, and no weights."""
-    imagenet = pytest.importorskip("oodcli.architectures.imagenet")
+    imagenet = pytest.importorskip("oodcli.networks.architectures.imagenet")
     table = imagenet.shapes(name.removeprefix("torchvision:"))
     head = [*table][-2:] if not name.endswith("maxvit_t") else [*table][-1:]
     assert all(table[key][0] == 1000 for key in head)
@@ -188,7 +188,7 @@ def test_unknown_names_say_what_is_near() -> None:
 
 def test_names_need_neither_torch_nor_torchvision() -> None:
     code = (
-        "import sys; from oodcli import architectures as a; n = a.names(); "
+        "import sys; from oodcli.networks import architectures as a; n = a.names(); "
         "assert 'torchvision:resnet18' in n and 'wrn-28-10' in n; "
         "assert not {'torch', 'torchvision', 'numpy'} & set(sys.modules)"
     )
@@ -204,7 +204,7 @@ def test_names_are_torchvisions_own() -> None:
 
 def test_recognition_is_quick_and_leaves_torchvision_alone_for_cifar_networks() -> None:
     code = (
-        "import sys, time; from oodcli import architectures as a; "
+        "import sys, time; from oodcli.networks import architectures as a; "
         "s = a.skeleton('resnet56-cifar', 10).state_dict(); "
         "assert a.recognise(s).name == 'resnet56-cifar'; assert 'torchvision' not in sys.modules"
     )

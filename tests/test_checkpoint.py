@@ -20,16 +20,12 @@ from safetensors.torch import save_file
 from test_architectures import randomised, rekeyed
 from torch import Tensor, nn
 
-from oodcli.architectures import CIFAR_MEAN, CIFAR_STD, build
-from oodcli.checkpoint import (
-    Overrides,
-    file_sha256,
-    load_classifier,
-    read_card,
-    write_card,
-)
-from oodcli.classifier import Preprocessing, Resize
 from oodcli.errors import CheckpointError
+from oodcli.files.hashes import file_sha256
+from oodcli.networks.architectures import CIFAR_MEAN, CIFAR_STD, build
+from oodcli.networks.card import Overrides, read_card, write_card
+from oodcli.networks.load import load_classifier
+from oodcli.networks.preprocessing import Preprocessing, Resize
 
 NAME = "resnet8-cifar-w8"
 

@@ -23,12 +23,12 @@ from networks import Plain, settled
 from PIL import Image
 
 from oodcli import __version__, detectors
-from oodcli.checkpoint import load_classifier
 from oodcli.cli import console, interrupts
 from oodcli.features import concatenate
 from oodcli.files.artefact import read_artefact
 from oodcli.files.cache import open_cache
 from oodcli.files.scores import read_scores
+from oodcli.networks.load import load_classifier
 
 COMMANDS = (
     *("inspect", "invert", "extract", "fit", "score", "merge", "evaluate", "detectors", "demo"),

@@ -19,12 +19,13 @@ import torchvision
 import typer
 from commands import oodcli
 
-from oodcli import __version__, checkpoint, classifier, detectors
+from oodcli import __version__, detectors
 from oodcli.cli import EXAMPLES, app, completions, shells
 from oodcli.features import ROW_RECORDS
 from oodcli.files import scores
 from oodcli.images import generated
 from oodcli.inversion.objective import OBJECTIVES
+from oodcli.networks import contents, inputs, preprocessing
 
 SCRIPTS = Path(__file__).parents[1] / "completions"
 COMMANDS = typer.main.get_command(app).commands
@@ -63,10 +64,10 @@ def answered(line):
         ("oodcli --version sc", ["score\tScore images: higher = more out of distribution."]),
         ("oodcli score x.pt --forc", ["--force\tOverwrite an existing output."]),
         ("oodcli score x.pt --fp", [f"--fpr\t{HELP['fpr']}"]),
-        ("oodcli invert ", [f"<files>\t{' '.join(checkpoint.SUFFIXES)}"]),
-        ("oodcli invert my\\ n", [f"my n<files>\t{' '.join(checkpoint.SUFFIXES)}"]),
-        ('oodcli invert "my n', [f"my n<files>\t{' '.join(checkpoint.SUFFIXES)}"]),
-        ("oodcli score ", [f"<files>\t{' '.join(checkpoint.SUFFIXES)} .h5 .hdf5"]),
+        ("oodcli invert ", [f"<files>\t{' '.join(contents.SUFFIXES)}"]),
+        ("oodcli invert my\\ n", [f"my n<files>\t{' '.join(contents.SUFFIXES)}"]),
+        ('oodcli invert "my n', [f"my n<files>\t{' '.join(contents.SUFFIXES)}"]),
+        ("oodcli score ", [f"<files>\t{' '.join(contents.SUFFIXES)} .h5 .hdf5"]),
         ("oodcli score x.pt ", ["noise:", "torchvision:", "<files>"]),
         ("oodcli score x.pt ph", ["ph<files>"]),
         ("oodcli score x.pt noise:u", ["noise:uniform"]),
@@ -126,12 +127,12 @@ def test_the_tables_name_what_there_is():
 
 
 def test_the_words_are_those_that_are_taken():
-    assert checkpoint.SUFFIXES == completions.CHECKPOINTS
+    assert contents.SUFFIXES == completions.CHECKPOINTS
     assert tuple(generated.NOISES) == completions.NOISES
     assert completions.BY_NAME["objective"]("") == list(OBJECTIVES)
-    assert completions.BY_NAME["interpolation"]("") == list(classifier.INTERPOLATIONS)
-    assert completions.BY_NAME["exif"]("") == list(classifier.EXIF)
-    assert completions.BY_NAME["crop"]("") == list(checkpoint.CROPS)
+    assert completions.BY_NAME["interpolation"]("") == list(preprocessing.INTERPOLATIONS)
+    assert completions.BY_NAME["exif"]("") == list(preprocessing.EXIF)
+    assert completions.BY_NAME["crop"]("") == list(inputs.CROPS)
     datasets = [word.partition(":")[2] for word in completions.images("torchvision:")]
     assert {"CIFAR10", "SVHN"} <= set(datasets) <= set(torchvision.datasets.__all__)
     assert tuple(scores._SUFFIXES) == completions.SCORES

@@ -23,12 +23,12 @@ import torch
 from commands import oodcli
 from PIL import Image
 
-from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
 from oodcli.images import ImageSource, batches, decoding, open_images
 from oodcli.images.decoding import Encoded
 from oodcli.images.pixels import Fitted, load_bytes
 from oodcli.images.worker import Fault, read_answer, write_answer
+from oodcli.networks.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such processes there")
 

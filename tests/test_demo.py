@@ -24,7 +24,7 @@ def test_it_stops_with_the_command_that_stopped(fault, status, tmp_path, monkeyp
         raise fault
 
     monkeypatch.setattr(demo, "_prepare", lambda output: None)
-    monkeypatch.setattr("oodcli.checkpoint.load_classifier", stop)
+    monkeypatch.setattr("oodcli.networks.load.load_classifier", stop)
     result = oodcli("demo", "-o", tmp_path / "demo")
     assert result.status == status
     assert result.err.count("$ oodcli") == 1

@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks import detector_pages
 from oodcli import detectors
-from oodcli.architectures import build
+from oodcli.networks.architectures import build
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in detector_pages.PAGES.glob("*.md")}
 FIGURES = detector_pages.read_figures()

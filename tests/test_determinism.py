@@ -19,9 +19,9 @@ from commands import oodcli
 from PIL import Image
 
 from oodcli import detectors
-from oodcli.architectures import build
-from oodcli.architectures.heads import DeconfHead
 from oodcli.files.scores import read_scores
+from oodcli.networks.architectures import build
+from oodcli.networks.heads import DeconfHead
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,11 +14,13 @@ from test_architectures import randomised
 from torch import Tensor, nn
 from torch._higher_order_ops import while_loop
 
-from oodcli.architectures import build
-from oodcli.checkpoint import load_classifier, read_card, write_card
-from oodcli.classifier import Preprocessing, assemble
 from oodcli.errors import CheckpointError
-from oodcli.exported import _computes, _plain
+from oodcli.networks.architectures import build
+from oodcli.networks.assemble import assemble
+from oodcli.networks.card import read_card, write_card
+from oodcli.networks.load import load_classifier
+from oodcli.networks.preprocessing import Preprocessing
+from oodcli.networks.program import _computes, _plain
 
 PREPROCESSING = Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3)
 

@@ -34,14 +34,14 @@ from safetensors.torch import save_file
 
 from benchmarks.bench_fuzz import PARSERS, SLOW, Parser, write_samples
 from benchmarks.mutations import mutated
-from oodcli.architectures import build
-from oodcli.classifier import Preprocessing
 from oodcli.detectors.energy import Energy
 from oodcli.errors import FileError, OodcliError
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
 from oodcli.files.scores import read_scores
 from oodcli.images import batches, open_images, reading
 from oodcli.images import files as image_files
+from oodcli.networks.architectures import build
+from oodcli.networks.preprocessing import Preprocessing
 
 PLAIN = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -481,7 +481,7 @@ def test_virtual_images_that_are_not_there(
 
 def test_code_that_a_model_card_names_is_not_run_unasked(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    network = "from oodcli.architectures import build\n\n\ndef make():\n"
+    network = "from oodcli.networks.architectures import build\n\n\ndef make():\n"
     network += "    return build('resnet8-cifar-w4', 3)\n"
     (tmp_path / "net.py").write_text(f"open({str(canary)!r}, 'w').close()\n{network}")
     arch = f"{tmp_path / 'net.py'}:make"

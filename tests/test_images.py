@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets, transforms
 
-from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
 from oodcli.images import Batch, ImageSource, batches, open_images, reading
 from oodcli.images import files as image_files
 from oodcli.images.generated import NOISES
 from oodcli.images.pixels import UnreadableError, colours, fit, load_bytes
 from oodcli.images.source import Rows
+from oodcli.networks.preprocessing import Preprocessing
 
 PLAIN = Preprocessing((8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 GREY = Preprocessing((8, 8), (0.0,), (1.0,))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from oodcli.classifier import Classifier, Preprocessing, assemble
 from oodcli.errors import CheckpointError, OodcliError
 from oodcli.features import Features, Layer
 from oodcli.inversion import invert as inverting
@@ -28,6 +27,9 @@ from oodcli.inversion.objective import (
 )
 from oodcli.inversion.quality import Quality, report
 from oodcli.inversion.step import Step, batch_moments
+from oodcli.networks.assemble import assemble
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording import Recorder
 
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 import oodcli as api
-from oodcli import architectures
-from oodcli.classifier import Preprocessing, assemble
 from oodcli.images import open_images
 from oodcli.images.labels import Labels, match, named, numbered, wnids, written
 from oodcli.images.pieces import Piece, labels_of
+from oodcli.networks import architectures
+from oodcli.networks.assemble import assemble
+from oodcli.networks.preprocessing import Preprocessing
 from oodcli.stages.labels import SAMPLE, settle_labels, table_of
 
 K = 12

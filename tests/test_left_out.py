@@ -17,7 +17,6 @@ import torch
 from commands import oodcli
 from PIL import Image
 
-from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
 from oodcli.files.cache import open_cache
 from oodcli.images import batches, open_images, pixels
@@ -32,6 +31,7 @@ from oodcli.images.pixels import (
     load_file,
     upright,
 )
+from oodcli.networks.preprocessing import Preprocessing
 from oodcli.stages.score import Doubts, doubts
 
 PLAIN = Preprocessing((8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -20,14 +20,14 @@ from PIL import Image
 from torchvision import datasets, transforms
 
 import oodcli as api
-from oodcli.checkpoint import Overrides
-from oodcli.classifier import Preprocessing
 from oodcli.features import Features
 from oodcli.files.made import read_made
 from oodcli.images import batches, open_images
 from oodcli.images.pieces import pieces
 from oodcli.images.pixels import fit
 from oodcli.images.reading import note_dim
+from oodcli.networks.card import Overrides
+from oodcli.networks.preprocessing import Preprocessing
 from oodcli.stages import cluster
 from oodcli.stages.record import no_progress
 

@@ -19,13 +19,17 @@ from test_architectures import randomised
 from torch import Tensor
 from torchvision import models, transforms
 
-from oodcli import api, architectures
-from oodcli.checkpoint import Overrides, _preprocessing, _Timm, load_classifier
-from oodcli.classifier import Preprocessing
+from oodcli import api
 from oodcli.errors import CheckpointError
 from oodcli.images.decoding import decode_rows
 from oodcli.images.pixels import load_file
 from oodcli.images.reading import assembled
+from oodcli.networks import architectures
+from oodcli.networks.card import Overrides
+from oodcli.networks.inputs import preprocessing_of
+from oodcli.networks.load import load_classifier
+from oodcli.networks.makers import TimmMaker
+from oodcli.networks.preprocessing import Preprocessing
 
 PAGE = (Path(__file__).parents[1] / "docs" / "pixels.md").read_text("utf-8")
 HALF = (0.5, 0.5, 0.5)
@@ -245,7 +249,7 @@ def test_where_transformers_crops_one_pixel_beside() -> None:
 def test_all_pretrained_configurations_of_timm() -> None:
     """Each different one on pictures of several sizes; the page has the counts of timm 1.0.31."""
     timm = pytest.importorskip("timm")
-    maker = _Timm("timm:x")
+    maker = TimmMaker("timm:x")
     groups = defaultdict(list)
     for name in timm.list_pretrained():
         config = timm.models.get_pretrained_cfg(name).to_dict()
@@ -260,11 +264,11 @@ def test_all_pretrained_configurations_of_timm() -> None:
         network = SimpleNamespace(pretrained_cfg=config)
         if data["crop_mode"] == "border":
             with pytest.raises(CheckpointError, match="border"):
-                _preprocessing(Overrides(), {}, maker.inputs(network))
+                preprocessing_of(Overrides(), {}, maker.inputs(network))
             assert not any(config["num_classes"] for _, config in found), name
             refused += len(found)
             continue
-        preprocessing, _ = _preprocessing(Overrides(), {}, maker.inputs(network))
+        preprocessing, _ = preprocessing_of(Overrides(), {}, maker.inputs(network))
         theirs = timm.data.create_transform(**data, is_training=False)
         for image in images:
             assert torch.equal(theirs(image), ours(image, preprocessing)), (name, image.size)
@@ -282,7 +286,7 @@ def test_all_pretrained_configurations_of_timm() -> None:
 def test_the_presets_of_torchvisions_weights(name: str) -> None:
     network = architectures.skeleton(f"torchvision:{name}", 1000)
     inputs = architectures.inputs(f"torchvision:{name}", network)
-    preprocessing, _ = _preprocessing(Overrides(), {}, inputs)
+    preprocessing, _ = preprocessing_of(Overrides(), {}, inputs)
     theirs = models.get_model_weights(name).DEFAULT.transforms()
     for seed, size in enumerate(SIZES):
         image = photograph(size, seed)
@@ -295,8 +299,8 @@ def test_timm_at_another_size_and_what_cannot_be_done(monkeypatch: pytest.Monkey
     def prepared(said: Overrides = NOTHING, **config: Any) -> Preprocessing:
         plain = {"input_size": (3, 224, 224), "mean": HALF, "std": HALF, "crop_pct": 0.9}
         plain |= {"interpolation": "bicubic", "crop_mode": "center"}
-        inputs = _Timm("timm:x").inputs(SimpleNamespace(pretrained_cfg={**plain, **config}))
-        return _preprocessing(said, {}, inputs)[0]
+        inputs = TimmMaker("timm:x").inputs(SimpleNamespace(pretrained_cfg={**plain, **config}))
+        return preprocessing_of(said, {}, inputs)[0]
 
     for mode, sides in (("center", (160, 384)), ("squash", (160, 384))):
         for side in sides:

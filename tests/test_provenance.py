@@ -17,8 +17,8 @@ from commands import oodcli
 from PIL import Image
 
 from oodcli import __version__
-from oodcli.architectures import build
 from oodcli.files.scores import read_scores
+from oodcli.networks.architectures import build
 
 CACHES = ("v.features.h5", "photos.h5", "id.h5")
 DETECTORS = ("virtual/c2ir-z.safetensors", "real/knn.safetensors", "real/energy.safetensors")

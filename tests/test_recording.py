@@ -13,10 +13,10 @@ from commands import oodcli
 from torch import nn
 
 from oodcli import detectors
-from oodcli.architectures import cifar_resnet
-from oodcli.classifier import _channel_dim, assemble
 from oodcli.errors import CheckpointError, DetectorError, OodcliError
 from oodcli.features import INPUT, ROW_RECORDS, OdinStep, concatenate
+from oodcli.networks.architectures import cifar_resnet
+from oodcli.networks.assemble import _channel_dim, assemble
 from oodcli.recording import CHEAP, Recorder, recordable, spatial_moments
 
 EVERYTHING = frozenset(ROW_RECORDS) - {"deconf.h", "mos.others"}

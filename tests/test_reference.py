@@ -9,11 +9,11 @@ import pytest
 from commands import oodcli
 
 from oodcli import detectors
-from oodcli.checkpoint import load_classifier
 from oodcli.features import concatenate
 from oodcli.files.artefact import read_artefact
 from oodcli.images import open_images
 from oodcli.metrics import auroc, tnr95
+from oodcli.networks.load import load_classifier
 from oodcli.recording import Recorder
 from oodcli.stages.record import record_images
 

@@ -15,10 +15,10 @@ import torch
 from commands import oodcli
 from PIL import Image
 
-from oodcli.architectures import build
 from oodcli.errors import FileError
 from oodcli.files.atomic import atomic
 from oodcli.files.journal import Journal, Record, journal, partial_path, read_about
+from oodcli.networks.architectures import build
 
 JOB = {"--seed": 0, "the images": "photos"}
 COMMAND = "oodcli extract net.pt photos"

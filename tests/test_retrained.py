@@ -17,13 +17,15 @@ from test_architectures import randomised
 from torch import nn
 
 from oodcli import detectors
-from oodcli.architectures import build, heads
-from oodcli.checkpoint import Overrides, load_classifier, write_card
-from oodcli.classifier import assemble
 from oodcli.errors import CheckpointError, DetectorError
 from oodcli.features import Features, Rows
 from oodcli.files.cache import CacheWriter, open_cache
 from oodcli.files.hdf5 import writing
+from oodcli.networks import heads
+from oodcli.networks.architectures import build
+from oodcli.networks.assemble import assemble
+from oodcli.networks.card import Overrides, write_card
+from oodcli.networks.load import load_classifier
 from oodcli.recording import Recorder, recordable
 from oodcli.stages.record import provenance
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from oodcli.cli import console
 
 if TYPE_CHECKING:
-    from oodcli.classifier import Classifier
     from oodcli.cli.options import ModelOptions
     from oodcli.detectors.base import Detector
     from oodcli.files.artefact import Artefact
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from oodcli.files.journal import Journal
     from oodcli.images import ImageSource
     from oodcli.inversion.invert import Plan
+    from oodcli.networks.classifier import Classifier
     from oodcli.stages.chosen import Chosen
     from oodcli.stages.fit import FitInputs
     from oodcli.stages.verdict import Rule
@@ -42,8 +42,8 @@ def say_classifier(model: ModelOptions, checkpoint: Path, classifier: Classifier
         return
     import torch
 
-    from oodcli.architectures import resizing
-    from oodcli.checkpoint import read_card
+    from oodcli.networks.architectures import resizing
+    from oodcli.networks.card import read_card
 
     path = model.card or checkpoint.with_suffix(".toml")
     card = read_card(path) if path.is_file() else {}

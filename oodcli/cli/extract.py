@@ -29,7 +29,7 @@ from oodcli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from oodcli.classifier import Classifier
+    from oodcli.networks.classifier import Classifier
 
 
 @takes_model
@@ -249,10 +249,10 @@ def command(
 
 def _require_same_network(classifier: Classifier, checkpoint: Path, images: str) -> None:
     """Virtual images tell of the network that they were made from, and of no other."""
-    from oodcli.classifier import INPUTS
     from oodcli.errors import OodcliError
     from oodcli.files.made import weights_of
     from oodcli.files.virtual import read_provenance
+    from oodcli.networks.preprocessing import INPUTS
 
     origin = read_provenance(Path(images))
     if origin.checkpoint_sha256 != classifier.sha256:

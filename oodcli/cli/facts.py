@@ -208,7 +208,7 @@ def _pairs(values: dict[str, Any]) -> str:
 
 
 def input_of(preprocessing: dict[str, Any]) -> str:
-    from oodcli.architectures import resizing
+    from oodcli.networks.architectures import resizing
 
     height, width = preprocessing["input_size"]
     channels = len(preprocessing["mean"])

@@ -11,8 +11,8 @@ from oodcli.cli import console
 from oodcli.cli.options import Force, Json, ModelOptions, Quiet, Verbose, takes_model
 
 if TYPE_CHECKING:
-    from oodcli.classifier import Classifier
     from oodcli.files.describe import Kind
+    from oodcli.networks.classifier import Classifier
 
 
 def describe(classifier: Classifier, path: Path) -> dict[str, Any]:
@@ -121,8 +121,8 @@ def command(
     else:
         _print(found)
     if write_card:
-        from oodcli.checkpoint import write_card as write
         from oodcli.files.atomic import atomic
+        from oodcli.networks.card import write_card as write
 
         with atomic(card, force=force) as partial:
             write(classifier, partial)

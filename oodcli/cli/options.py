@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from oodcli.cli import console, details
-from oodcli.errors import OodcliError
+from oodcli.errors import OodcliError, first_line
 
 if TYPE_CHECKING:
-    from oodcli.checkpoint import Overrides
-    from oodcli.classifier import Classifier
+    from oodcli.networks.card import Overrides
+    from oodcli.networks.classifier import Classifier
 
 
 def complete_detectors(incomplete: str) -> list[str]:
@@ -28,7 +28,7 @@ def complete_detectors(incomplete: str) -> list[str]:
 
 def complete_architectures(incomplete: str) -> list[str]:
     """Built-in architectures, for the shell."""
-    from oodcli import architectures
+    from oodcli.networks import architectures
 
     return [name for name in architectures.names() if name.startswith(incomplete)]
 
@@ -220,7 +220,7 @@ class ModelOptions:
     def load(self, checkpoint: Path) -> Classifier:
         """The classifier; what was assumed about it is said on standard error. Raises
         CheckpointError, or OodcliError for an option that makes no sense."""
-        from oodcli.checkpoint import load_classifier
+        from oodcli.networks.load import load_classifier
 
         classifier = load_classifier(
             checkpoint,
@@ -237,7 +237,7 @@ class ModelOptions:
 
     def overrides(self) -> Overrides:
         """What is said about the network. Raises OodcliError for what makes no sense."""
-        from oodcli.checkpoint import Overrides
+        from oodcli.networks.card import Overrides
 
         return Overrides(
             arch=self.arch,
@@ -273,7 +273,7 @@ class ModelOptions:
         try:
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             raise OodcliError(f"--device {self.device} cannot be used ({reason})") from error
         return self.device
 

@@ -31,12 +31,12 @@ from oodcli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from oodcli.classifier import Classifier
     from oodcli.detectors.base import Detector
     from oodcli.features import Rows
     from oodcli.files.hdf5 import Provenance
     from oodcli.files.journal import Journal
     from oodcli.images.pieces import Piece
+    from oodcli.networks.classifier import Classifier
     from oodcli.stages.chosen import Chosen, FitReference
     from oodcli.stages.record import Progress, Work
     from oodcli.stages.score import Scoring
@@ -365,9 +365,9 @@ def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
     import torch
 
     from oodcli import __version__
-    from oodcli.checkpoint import file_sha256
     from oodcli.errors import OodcliError
     from oodcli.files.cache import FORMAT, open_cache
+    from oodcli.files.hashes import file_sha256
     from oodcli.files.hdf5 import format_of
     from oodcli.stages.chosen import needs
     from oodcli.stages.record import file_state

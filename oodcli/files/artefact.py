@@ -16,10 +16,10 @@ from torch import Tensor
 
 from oodcli import __version__, detectors
 from oodcli.calibration import Calibration
-from oodcli.classifier import Preprocessing
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
-from oodcli.errors import FileError, OodcliError
+from oodcli.errors import FileError, OodcliError, first_line
+from oodcli.networks.preprocessing import Preprocessing
 
 FORMAT = "oodcli-detector"
 VERSION = 1
@@ -175,7 +175,7 @@ def read_artefact(path: Path) -> Artefact:
         *(SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError),
         *(RuntimeError, OverflowError, OodcliError),
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FileError(f"{path} is damaged ({reason}): fit it again") from error
 
 

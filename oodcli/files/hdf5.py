@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 
-from oodcli.classifier import Preprocessing
-from oodcli.errors import FileError, OodcliError
+from oodcli.errors import FileError, OodcliError, first_line
+from oodcli.networks.preprocessing import Preprocessing
 from oodcli.shards import Shard
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def damage(path: Path) -> Iterator[None]:
         *(OverflowError, MemoryError, OodcliError),
     ) as error:
         raise FileError(
-            f"{path} is truncated, damaged or no HDF5 file ({_first_line(error)}): make it again"
+            f"{path} is truncated, damaged or no HDF5 file ({first_line(error)}): make it again"
         ) from error
 
 
@@ -290,7 +290,3 @@ def writing(path: Path) -> Iterator[NewFile]:
         with h5py.File(sink, "w", libver=("v110", "v114"), rdcc_nbytes=CHUNK_CACHE) as file:
             yield NewFile(file, sink.check)
         sink.check()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

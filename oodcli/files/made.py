@@ -26,7 +26,7 @@ def made_path(scores: Path) -> Path:
 def write_made(made: Mapping[str, Any], scores: Path, path: Path) -> None:
     """Writes where ``atomic`` says. made: what JSON can hold. scores: the finished file, whose
     SHA-256 is added. Raises OSError when the disk refuses."""
-    from oodcli.checkpoint import file_sha256  # imports torch, which reading does not need
+    from oodcli.files.hashes import file_sha256
 
     about = {"format": FORMAT, "version": VERSION, **made, SHA256: file_sha256(scores)}
     path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

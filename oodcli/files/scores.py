@@ -41,7 +41,7 @@ from typing import Any, Literal, Self, TextIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from oodcli.errors import FileError
+from oodcli.errors import FileError, first_line
 from oodcli.files.decimals import lines
 from oodcli.files.made import read_made
 
@@ -650,7 +650,7 @@ def _parquet_rows(path: Path) -> Iterator[_Numbered]:
                     yield f"row {number}", cells
     # Besides Arrow's own: ValueError and OverflowError for a time that Python cannot hold.
     except (arrow.ArrowException, ValueError, OverflowError, MemoryError, LookupError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FileError(f"{path} is not parquet, or is cut off ({reason}): score again") from None
 
 

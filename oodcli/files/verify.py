@@ -12,11 +12,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from oodcli.checkpoint import file_sha256
 from oodcli.errors import FileError
 from oodcli.files import cache, virtual
 from oodcli.files.artefact import TENSORS_SHA256, read_artefact, read_header, tensors_sha256
 from oodcli.files.describe import Kind, describe_file
+from oodcli.files.hashes import file_sha256
 from oodcli.files.hdf5 import ROWS_SHA256, SHA256, damage, dataset, reading
 from oodcli.files.made import SHA256 as SCORES_SHA256
 from oodcli.files.made import made_path, read_made

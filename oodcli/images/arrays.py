@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from oodcli.classifier import Preprocessing
 from oodcli.errors import CheckpointError, ImagesError
 from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import UNKNOWN, Labels, match, numbered, unknown, written
 from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
+from oodcli.networks.preprocessing import Preprocessing
 
 MOST_ROWS = 1 << 28
 MOST_CLASSES = 1 << 20

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
 from oodcli.images.pixels import Fitted, Load, Target, UnreadableError, fitted
 from oodcli.images.source import Rows, unreadable_file
 from oodcli.images.worker import Answer, Fault, Start, read_answer
+from oodcli.networks.preprocessing import Preprocessing
 
 LONGEST_TIMEOUT = 86400.0
 """Seconds. Sockets take a few weeks at most."""

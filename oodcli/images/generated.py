@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
 from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import UNKNOWN, Labels, match, unknown
 from oodcli.images.pixels import Load, UnreadableError, load_file
 from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
+from oodcli.networks.preprocessing import Preprocessing
 
 Pixels = NDArray[np.float64]
 

@@ -228,7 +228,7 @@ def wnids() -> dict[str, int]:
 
 @cache
 def _categories() -> tuple[str, ...]:
-    from oodcli.architectures import categories
+    from oodcli.networks.architectures import categories
 
     found = categories("torchvision:resnet18", CLASSES_OF_IMAGENET)
     assert found is not None

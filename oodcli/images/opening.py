@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from oodcli.classifier import Preprocessing
 from oodcli.errors import ImagesError
 from oodcli.images.arrays import ArchiveOfArrays, VirtualImages
 from oodcli.images.files import (
@@ -23,6 +22,7 @@ from oodcli.images.generated import Noise, TorchvisionImages
 from oodcli.images.pieces import is_remote
 from oodcli.images.pixels import SUFFIXES
 from oodcli.images.source import ImageSource
+from oodcli.networks.preprocessing import Preprocessing
 
 LISTS = (".txt", ".lst", ".list", ".csv", ".tsv", "")
 TARS = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz")

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from oodcli.images.source import unreadable_file
 
 if TYPE_CHECKING:  # torch is not imported here, as processes that decode images do without it
-    from oodcli.classifier import Preprocessing
+    from oodcli.networks.preprocessing import Preprocessing
 
 # fmt: off
 SUFFIXES = frozenset((

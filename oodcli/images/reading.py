@@ -13,9 +13,9 @@ from contextlib import nullcontext
 
 import torch
 
-from oodcli.classifier import Preprocessing
 from oodcli.images.decoding import LONGEST_TIMEOUT, Crew, Encoded, decode_rows
 from oodcli.images.source import Batch, Decode, Fetch, ImageSource, Rows
+from oodcli.networks.preprocessing import Preprocessing
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 if TYPE_CHECKING:  # torch is not imported here, as processes that decode images do without it
     from torch import Tensor
 
-    from oodcli.classifier import Preprocessing
     from oodcli.images.labels import Labels
+    from oodcli.networks.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from oodcli.classifier import Preprocessing
 from oodcli.errors import OodcliError
 from oodcli.images.arrays import VirtualImages
 from oodcli.images.source import Decode, Fetch, ImageSource, Rows
+from oodcli.networks.preprocessing import Preprocessing
 
 STEPS = 20
 SEQUENCE = (0.8191725133961645, 0.6710436067037893, 0.5497004779019703)

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from oodcli.classifier import Classifier
-from oodcli.errors import CheckpointError, OodcliError
+from oodcli.errors import CheckpointError, OodcliError, first_line
 from oodcli.inversion.mgi import Sensitivity
 from oodcli.inversion.objective import OBJECTIVES, Objective, multiscale_start
 from oodcli.inversion.step import Step
 from oodcli.memory import let_go, ran_out, too_short
-from oodcli.outputs import as_logits
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.outputs import as_logits
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def prepare(
         step = eager.compiled()
         then = _seconds(step, plan)
     except Exception as error:  # whatever a compiler, or its absence, may raise
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         if compiled:
             raise OodcliError(f"the step does not compile here ({reason})") from error
         log.info("not compiled: %s", reason)
@@ -187,7 +187,7 @@ def _half_steps(classifier: Classifier, plan: Plan) -> int:
         with torch.no_grad():
             as_logits(classifier.network(image))
     except (RuntimeError, ValueError, AssertionError) as error:  # whatever torch says of shapes
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         log.info("every step is at full size: the network does not take half of it (%s)", reason)
         return 0
     return wanted

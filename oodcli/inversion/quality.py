@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodcli.classifier import Classifier
 from oodcli.features import INPUT, recorded
 from oodcli.inversion.objective import gaussian_kl
+from oodcli.networks.classifier import Classifier
 from oodcli.recording import Recorder
 
 Sums = Mapping[str, NDArray[np.float64]]

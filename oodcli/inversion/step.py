@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from oodcli.classifier import Classifier
 from oodcli.errors import CheckpointError
 from oodcli.features import Features, Layer
 from oodcli.inversion.objective import Moments, Objective, batchnorm_distance, image_loss
-from oodcli.outputs import as_logits
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.outputs import as_logits
 from oodcli.recording import batchnorm_constants, only_normalises
 
 SAME = 1e-3

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodcli.classifier import Preprocessing
 from oodcli.detectors.base import finite_rows
 from oodcli.detectors.lsgm import LSGM, Projection, count_steps
 from oodcli.errors import FileError, OodcliError
@@ -22,6 +21,7 @@ from oodcli.files.hdf5 import damage, dataset, reading
 from oodcli.files.made import weights_of
 from oodcli.files.virtual import FORMAT, MADE_BY, read_provenance
 from oodcli.metrics import MEAN
+from oodcli.networks.preprocessing import Preprocessing
 from oodcli.report.evaluation import ID
 
 VIRTUAL = "virtual"

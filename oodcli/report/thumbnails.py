@@ -58,9 +58,9 @@ def _container(path: str) -> str | None:
 
 
 def _read(container: str, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    from oodcli.classifier import Preprocessing
     from oodcli.images.files import FileList
     from oodcli.images.opening import open_images
+    from oodcli.networks.preprocessing import Preprocessing
 
     black, one = (0.0,) * 3, (1.0,) * 3
     preprocessing = Preprocessing((SIDE, SIDE), black, one, resize=SIDE, interpolation="bicubic")

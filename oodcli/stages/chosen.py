@@ -14,7 +14,6 @@ from torch import Tensor
 
 from oodcli import detectors
 from oodcli.calibration import Calibration
-from oodcli.classifier import Classifier, Preprocessing
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, FileError
@@ -22,6 +21,8 @@ from oodcli.features import Features, OdinStep
 from oodcli.files.artefact import Artefact, read_artefact
 from oodcli.files.made import weights_of
 from oodcli.images import open_images
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording import Recorder
 from oodcli.stages.record import record_images
 

@@ -25,9 +25,7 @@ from typing import Any, cast
 
 import torch
 
-from oodcli.checkpoint import Overrides, load_classifier
-from oodcli.classifier import Classifier, Preprocessing
-from oodcli.errors import ImagesError, OodcliError
+from oodcli.errors import ImagesError, OodcliError, first_line
 from oodcli.files.journal import Block, Record
 from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import decode_rows
@@ -35,6 +33,10 @@ from oodcli.images.labels import unknown
 from oodcli.images.pieces import Piece, chunks, labels_of
 from oodcli.images.reading import assembled, note_dim
 from oodcli.images.source import Rows as Decoded
+from oodcli.networks.card import Overrides
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.load import load_classifier
+from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording import Recorder
 from oodcli.stages.chosen import Chosen, needs, odin_step, placed
 from oodcli.stages.record import Progress, Work, recorded_batch
@@ -341,7 +343,7 @@ def _connected(address: str | None) -> Iterator[None]:
                 },
             )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise OodcliError(
             f"the Ray cluster is out of reach: {reason} (where it asks for a token, set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"

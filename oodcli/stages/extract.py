@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oodcli.classifier import Classifier
 from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
 from oodcli.files.cache import CacheWriter
@@ -21,6 +20,7 @@ from oodcli.files.virtual import read_sensitivity
 from oodcli.images import ImageSource
 from oodcli.images.arrays import VirtualImages
 from oodcli.inversion.degrade import Patched, match_accuracy
+from oodcli.networks.classifier import Classifier
 from oodcli.recording import Recorder
 from oodcli.stages.record import ALONE, Progress, Work, no_progress, record_images
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oodcli.classifier import Classifier
 from oodcli.errors import OodcliError
 from oodcli.files.atomic import atomic
 from oodcli.files.hdf5 import Provenance, writing
@@ -20,6 +19,7 @@ from oodcli.files.virtual import VirtualWriter
 from oodcli.inversion.invert import Plan, VirtualBatch, invert
 from oodcli.inversion.quality import Quality, report
 from oodcli.inversion.step import Step
+from oodcli.networks.classifier import Classifier
 from oodcli.report.contact_sheet import contact_sheet
 from oodcli.shards import Shard, Share
 from oodcli.stages.record import ALONE, Progress, Work, no_progress

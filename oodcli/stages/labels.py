@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import torch
 
-from oodcli.architectures import heads
-from oodcli.classifier import Classifier
 from oodcli.features import recorded
 from oodcli.images import ImageSource
 from oodcli.images.labels import UNKNOWN, Labels, is_plain, match, of_imagenet, unknown, wnids
 from oodcli.images.pieces import Piece, folder_names
 from oodcli.images.source import Decode, Fetch
+from oodcli.networks import heads
+from oodcli.networks.classifier import Classifier
 from oodcli.recording import Recorder
 from oodcli.stages.record import record_images
 

@@ -12,12 +12,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from oodcli import __version__
-from oodcli.classifier import Classifier
 from oodcli.errors import ImagesError
 from oodcli.features import Rows
 from oodcli.files.hdf5 import Provenance
 from oodcli.files.journal import Block, Journal, Record
 from oodcli.images import Batch, ImageSource, batches
+from oodcli.networks.classifier import Classifier
 from oodcli.recording import Recorder
 from oodcli.shards import WHOLE, Shard, Share
 from oodcli.team import Team

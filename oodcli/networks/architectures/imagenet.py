@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision import models
 
-from oodcli.architectures import KUANGLIU
-from oodcli.architectures.weightless import Weightless
+from oodcli.networks.architectures import KUANGLIU
+from oodcli.networks.architectures.weightless import Weightless
 
 STEMS = ("conv1", "features.conv0")
 """First convolutions that a CIFAR stem replaces: ResNet's and DenseNet's."""

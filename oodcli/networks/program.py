@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oodcli.errors import CheckpointError
+from oodcli.errors import CheckpointError, first_line
 
 aten = torch.ops.aten
 REEXPORT = (
@@ -39,7 +39,6 @@ REEXPORT = (
 )
 LARGEST_EXAMPLE = 1 << 28
 """Numbers in a batch of images."""
-
 
 ARITHMETIC = frozenset(
     getattr(operator, name)
@@ -87,7 +86,7 @@ def load_program(path: Path, *, trust: bool = False) -> tuple[nn.Module, tuple[i
     try:
         expected = _run_rows(program.module(), images, batch)
     except Exception as error:  # a graph that was edited or damaged can raise almost anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error)[:160]
         raise CheckpointError(
             f"{path} does not run ({reason}): export it again with torch.export.save"
         ) from error
@@ -127,7 +126,7 @@ def _load(path: Path, trust: bool) -> torch.export.ExportedProgram:
         with _quiet(), _unpickling_tensors_only(trust):
             program = torch.export.load(path)
     except Exception as error:  # JSON, zip, pickle and graph errors of every kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error)[:160]
         raise CheckpointError(
             f"{path} is not a program that this torch ({torch.__version__}) can load ({reason}): "
             "export it again with torch.export.save"

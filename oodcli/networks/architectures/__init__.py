@@ -123,7 +123,7 @@ def build(name: str, num_classes: int) -> nn.Module:
 
 def skeleton(name: str, num_classes: int) -> nn.Module:
     """As ``build``, on the meta device: no memory, a few milliseconds."""
-    from oodcli.architectures.weightless import Weightless
+    from oodcli.networks.architectures.weightless import Weightless
 
     with Weightless():
         return build(name, num_classes)
@@ -286,4 +286,4 @@ def _imagenet() -> Any:
 
 
 def _family(name: str) -> Any:
-    return import_module(f"oodcli.architectures.{name}")
+    return import_module(f"oodcli.networks.architectures.{name}")

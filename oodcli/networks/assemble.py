@@ -1,22 +1,22 @@
-"""A classifier as everything else sees it: a frozen network, its preprocessing, its layers."""
+"""A network → a Classifier, by one image that runs through it."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from oodcli.architectures.heads import RetrainedHead
-from oodcli.errors import CheckpointError, OodcliError
+from oodcli.errors import CheckpointError, OodcliError, first_line
 from oodcli.features import LinearHead
 from oodcli.memory import ran_out, too_short
-from oodcli.outputs import (
+from oodcli.networks.classifier import Classifier, Tap
+from oodcli.networks.heads import RetrainedHead
+from oodcli.networks.outputs import (
     Call,
     Reading,
     as_logits,
@@ -26,201 +26,7 @@ from oodcli.outputs import (
     returning_logits,
     sparing_input,
 )
-
-LARGEST_INPUT = 1 << 24
-LARGEST_RESIZE = 1 << 14
-"""Pixels, of an image and of a side; more is a damaged file."""
-
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-EXIF = ("turn", "keep")
-
-Resize: TypeAlias = int | tuple[int, int] | None
-"""Before a centre crop: length of the shorter side, or height and width; None resizes straight to
-the input, without a crop."""
-
-
-INPUTS = ("input_size", "mean", "std")
-"""Fields of a Preprocessing that concern images which are the network's inputs already."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From an image to the network's input.
-
-    input_size: height, width. mean, std: one number a channel, of pixels in [0, 1]; one channel
-    means grey images. exif: whether an image is turned upright as its EXIF block says, or kept as
-    it is stored. image_range: values that become 0 and 255, of images with more than 8 bits; None
-    is the range of their type. Raises CheckpointError where the numbers make no sense.
-    """
-
-    input_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: Resize = None
-    interpolation: str = "bilinear"
-    exif: str = "turn"
-    image_range: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
-            raise CheckpointError(
-                f"mean has {len(self.mean)} and std {len(self.std)} numbers: give one for grey "
-                "or three for RGB, the same count for both"
-            )
-        if not all(math.isfinite(number) for number in (*self.mean, *self.std)):
-            raise CheckpointError(f"mean {self.mean} and std {self.std} must be finite numbers")
-        if not all(deviation > 0 for deviation in self.std):
-            raise CheckpointError(f"std {self.std} must be positive")
-        if len(self.input_size) != 2 or min(self.input_size) < 1:
-            raise CheckpointError(f"input_size {self.input_size} must be two positive integers")
-        if self.input_size[0] * self.input_size[1] > LARGEST_INPUT:
-            raise CheckpointError(
-                f"input_size {self.input_size} is more than {LARGEST_INPUT} pixels: no classifier "
-                "takes such images"
-            )
-        if self.resize is not None:
-            sides = (self.resize,) if isinstance(self.resize, int) else self.resize
-            if len(sides) > 2 or min(sides) < 1:
-                raise CheckpointError(
-                    f"resize {self.resize} must be a positive integer, or height and width"
-                )
-            if max(sides) > LARGEST_RESIZE:
-                raise CheckpointError(f"resize={self.resize} is more than {LARGEST_RESIZE} pixels")
-        for name, given, known in (
-            ("interpolation", self.interpolation, INTERPOLATIONS),
-            ("exif", self.exif, EXIF),
-        ):
-            if given not in known:
-                raise CheckpointError(f"{name} '{given}' is not one of {', '.join(known)}")
-        if self.image_range is not None:
-            low, high = self.image_range
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise CheckpointError(
-                    f"image range {low:g},{high:g}: expected two numbers, the first below the "
-                    "second"
-                )
-
-    @property
-    def channels(self) -> int:
-        return len(self.mean)
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """(N, C, H, W) pixels in [0, 1] → the network's input, the same shape."""
-        mean, std = self._constants(pixels)
-        return (pixels - mean) / std
-
-    def to_pixels(self, normalised: Tensor) -> Tensor:
-        """The way back; nothing is clipped."""
-        mean, std = self._constants(normalised)
-        return normalised * std + mean
-
-    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (like.new_tensor(numbers).view(-1, 1, 1) for numbers in (self.mean, self.std))
-        return mean, std
-
-    def unlike(self, other: Preprocessing) -> tuple[str, str] | None:
-        """The first field in which the two differ, with the value of each; None if in none."""
-        for name, mine in asdict(self).items():
-            theirs = getattr(other, name)
-            if mine != theirs:
-                return f"{name} {mine}", f"{name} {theirs}"
-        return None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Preprocessing:
-        """The fields of to_dict, or of an older one. Raises KeyError, TypeError, IndexError or
-        ValueError for others."""
-        limits = fields.get("image_range")
-        return cls(
-            input_size=(int(fields["input_size"][0]), int(fields["input_size"][1])),
-            mean=tuple(float(number) for number in fields["mean"]),
-            std=tuple(float(number) for number in fields["std"]),
-            resize=_resize(fields.get("resize")),
-            interpolation=str(fields.get("interpolation", "bilinear")),
-            exif=str(fields.get("exif", "turn")),
-            image_range=None if limits is None else (float(limits[0]), float(limits[1])),
-        )
-
-
-def _resize(found: Any) -> Resize:
-    if isinstance(found, list | tuple):
-        return int(found[0]), int(found[1])
-    return None if found is None else int(found)
-
-
-@dataclass(frozen=True)
-class Tap:
-    """One call of one module whose output is recorded.
-
-    name: dotted path of the module; ``@2`` is appended for its second call in a forward pass.
-    kind: batchnorm, block, stage or other. channels: C. channel_dim: 1, or -1 for tokens.
-    spatial_size: number of positions.
-    """
-
-    name: str
-    module: str
-    kind: str
-    channels: int
-    channel_dim: int
-    spatial_size: int
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A network in evaluation mode with frozen weights, and what must be known to use it.
-
-    class_names: one a class, "0", "1", … where nobody said; ``named`` is true where somebody did.
-    sha256: of the checkpoint file.
-    assumptions: sentences about what was not given. head: None when the last layer is not linear.
-    head_name: also that of a retrained head, whose input is the embedding, too.
-    taps: in the order of the forward pass. averaged: whether these are the averaged (EMA) weights
-    of a checkpoint that has plain ones, too. logits_level: False where the network returns
-    log-probabilities, which are logits up to a constant for each image.
-    """
-
-    network: nn.Module
-    arch: str
-    num_classes: int
-    class_names: tuple[str, ...]
-    preprocessing: Preprocessing
-    sha256: str
-    assumptions: tuple[str, ...]
-    taps: tuple[Tap, ...]
-    head_name: str | None
-    head: LinearHead | None
-    averaged: bool = False
-    logits_level: bool = True
-    named: bool = False
-
-    @property
-    def device(self) -> torch.device:
-        parameter = next(self.network.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
-
-    @property
-    def batchnorms(self) -> dict[str, _BatchNorm]:
-        """The BatchNorm layers that take part in the forward pass, by tap name."""
-        modules = dict(self.network.named_modules())
-        found = {tap.name: modules[tap.module] for tap in self.taps if tap.kind == "batchnorm"}
-        return {name: norm for name, norm in found.items() if isinstance(norm, _BatchNorm)}
-
-    @property
-    def last_map(self) -> Tap | None:
-        """The last tap with several positions: what a pooling makes the embedding of."""
-        return next((tap for tap in reversed(self.taps) if tap.spatial_size > 1), None)
-
-    @property
-    def retrained(self) -> RetrainedHead | None:
-        """The head, where it was trained to tell what is out of distribution."""
-        found = None if self.head_name is None else self.network.get_submodule(self.head_name)
-        return found if isinstance(found, RetrainedHead) else None
-
-    @property
-    def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.network.parameters())
+from oodcli.networks.preprocessing import Preprocessing
 
 
 def assemble(
@@ -260,7 +66,7 @@ def assemble(
     except (RuntimeError, MemoryError, ValueError, AssertionError, IndexError, TypeError) as error:
         if ran_out(error):
             raise OodcliError(too_short(image.device, preprocessing.input_size)) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{arch} does not run on {preprocessing.channels}x{height}x{width} images "
             f"({reason}): give --input-size and --mean (one number for grey, three for RGB)"

@@ -1,0 +1,115 @@
+"""A checkpoint file → what is in it. Nothing in it is run unless the user trusts it."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oodcli.errors import CheckpointError, first_sentence
+from oodcli.networks.state_dict import AVERAGED, PLAIN
+
+SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".safetensors", ".pt2")
+
+UNPACKED = 20, 1 << 28
+"""An archive that unpacks to so many times its size, and to so many bytes, is no checkpoint:
+torch.save does not compress."""
+
+
+def check_file(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: give the checkpoint file in it")
+    try:
+        with open(path, "rb") as file:
+            empty = not file.read(1)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if empty:
+        raise CheckpointError(f"{path} is empty: copy the checkpoint again")
+
+
+def zip_members(path: Path) -> dict[str, int]:
+    """Names in a zip archive, which torch's files are, and their unpacked bytes; empty for any
+    other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {info.filename: info.file_size for info in archive.infolist()}
+    except Exception:  # damaged archives raise almost anything, and torch is asked next
+        return {}
+
+
+def check_unpacked(path: Path, members: Mapping[str, int]) -> None:
+    """Raises CheckpointError for a decompression bomb."""
+    times, least = UNPACKED
+    unpacked = sum(members.values())
+    if unpacked > least and unpacked > times * path.stat().st_size:
+        raise CheckpointError(
+            f"{path} would unpack to {unpacked} bytes, more than {times} times its size (a "
+            "decompression bomb?): save it again with torch.save, which does not compress"
+        )
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({first_sentence(error)}): copy it again"
+        ) from error
+
+
+def read_torch(path: Path, trust_pickle: bool) -> Any:
+    try:
+        # Arguments of a command line and paths, which many training scripts save, are inert.
+        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
+            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except Exception as error:  # a damaged pickle can raise almost anything
+        text = str(error)
+        refused = re.search(r"GLOBAL ([\w.]+)|(?:unrecognized function|but got) ([^\n]+)", text)
+        if isinstance(error, pickle.UnpicklingError) and not trust_pickle and refused:
+            raise CheckpointError(
+                f"{path} holds a pickled {refused[1] or refused[2]}, not only tensors, and "
+                "unpickling can run any code that its author put there: save model.state_dict() "
+                "alone, or give --trust-pickle if you trust whoever made the file"
+            ) from error
+        if trust_pickle and isinstance(error, ImportError | AttributeError):
+            raise CheckpointError(
+                f"{path} cannot be unpickled without the code that made it "
+                f"({first_sentence(error)}): run oodcli where that code can be imported "
+                "(PYTHONPATH), or save the state dict"
+            ) from error
+        no_pickle = isinstance(error, pickle.UnpicklingError | KeyError)  # an unknown opcode
+        reason = "no pickle" if no_pickle else first_sentence(error)
+        raise CheckpointError(
+            f"{path} is not a checkpoint that torch can read, or it is damaged "
+            f"({reason}): oodcli reads {' '.join(SUFFIXES)}"
+        ) from error
+
+
+def find_module(content: Any) -> nn.Module | None:
+    """A pickled network: the content itself, or where a training script keeps it."""
+    if isinstance(content, Mapping):
+        content = next(
+            (content[k] for k in (*PLAIN, *AVERAGED) if isinstance(content.get(k), nn.Module)),
+            None,
+        )
+    if not isinstance(content, nn.Module):
+        return None
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(content, wrappers):
+        content = content.module
+    network: nn.Module = content.float()
+    return network

@@ -1,0 +1,121 @@
+"""From a checkpoint file to a Classifier: what the user said, then the model card, then what the
+tensors themselves tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from oodcli.errors import CheckpointError, first_sentence
+from oodcli.files.hashes import file_sha256
+from oodcli.networks import architectures, heads
+from oodcli.networks.assemble import assemble
+from oodcli.networks.card import NOTHING, Overrides, card_of
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.contents import (
+    check_file,
+    check_unpacked,
+    find_module,
+    read_safetensors,
+    read_torch,
+    zip_members,
+)
+from oodcli.networks.inputs import guess_inputs, preprocessing_of
+from oodcli.networks.recognition import SLICES, Network, network_of, require_classes
+from oodcli.networks.state_dict import check_finite, check_values, find_state
+
+
+def load_classifier(
+    path: Path,
+    overrides: Overrides = NOTHING,
+    *,
+    device: str = "cpu",
+    prefer_ema: bool = False,
+    trust_pickle: bool = False,
+) -> Classifier:
+    """Read a checkpoint. The overrides win over the model card, and the card over recognition;
+    what was assumed is in the classifier's ``assumptions``, each with the option that overrides
+    it.
+
+    prefer_ema: take the averaged weights where there are any. trust_pickle: run the code in the
+    file, for pickled modules, and the code that a model card names. Raises CheckpointError when
+    anything does not fit.
+    """
+    path = Path(path)
+    check_file(path)
+    card = card_of(path, overrides, trust=trust_pickle)
+    fill = {key: value for key, value in card.items() if getattr(overrides, key) is None}
+    given = replace(overrides, **fill)
+    found = _read(path, given, prefer_ema=prefer_ema, trust_pickle=trust_pickle)
+    preprocessing, _ = preprocessing_of(overrides, card, found.inputs)
+    try:
+        module = found.module.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"--device {device} cannot be used: {first_sentence(error)}"
+        ) from error
+    classifier = assemble(
+        module,
+        arch=found.arch,
+        preprocessing=preprocessing,
+        class_names=given.class_names,
+        sha256=file_sha256(path),
+        layers=given.layers,
+        num_classes=given.num_classes,
+    )
+    inputs = architectures.for_classes(found.inputs, classifier.num_classes)
+    preprocessing, assumed = preprocessing_of(overrides, card, inputs)
+    classifier = replace(
+        classifier,
+        preprocessing=preprocessing,
+        assumptions=(*found.assumptions, *assumed, *classifier.assumptions),
+        averaged=found.averaged,
+    )
+    require_classes(given.num_classes, classifier.num_classes, path)
+    categories = architectures.categories(found.arch, classifier.num_classes)
+    grouped = heads.split(found.arch)[1].startswith("mos")  # so in another order than ImageNet's
+    if given.class_names is None and categories is not None and not grouped:
+        note = "class names: ImageNet's, from torchvision's weights (override: --class-names)"
+        notes = (*classifier.assumptions, note)
+        classifier = replace(classifier, class_names=categories, assumptions=notes)
+    return classifier
+
+
+def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool) -> Network:
+    members = zip_members(path)
+    check_unpacked(path, members)
+    if any(name.endswith("/constants.pkl") for name in members):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, which oodcli does not run: save the state dict of "
+            "the Python model, or export it with torch.export.save to a .pt2 file"
+        )
+    if path.suffix == ".pt2" or any(
+        name.endswith(("archive_format", "serialized_exported_program.json")) for name in members
+    ):
+        from oodcli.networks.program import load_program
+
+        module, shape = load_program(path, trust=trust_pickle)
+        check_finite(module.state_dict(), path)
+        return Network(
+            module,
+            "torch.export",
+            replace(
+                guess_inputs(module, (shape[1], shape[2])),
+                size_source="that of the program's example",
+            ),
+        )
+    if path.suffix == ".safetensors":
+        content: Any = read_safetensors(path)
+    else:
+        content = read_torch(path, trust_pickle)
+    module_found = find_module(content)
+    if module_found is not None:
+        return Network(module_found, type(module_found).__name__, guess_inputs(module_found))
+    state, notes, averaged = find_state(content, path, prefer_ema)
+    slices = content.get(SLICES)
+    check_values({SLICES: slices, **state} if isinstance(slices, Tensor) else state, path)
+    found = network_of(state, given, path, slices)
+    return replace(found, assumptions=(*notes, *found.assumptions), averaged=averaged)

@@ -1,0 +1,278 @@
+"""A state dict → the network that it belongs to: recognised, or named by the user."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from oodcli.errors import CheckpointError
+from oodcli.networks import architectures, heads
+from oodcli.networks.architectures import Inputs
+from oodcli.networks.card import Overrides
+from oodcli.networks.makers import Maker, maker_of
+from oodcli.networks.state_dict import Layouts, layouts_of, some_of
+
+SLICES = "group_slices"
+"""Where MOS's training script says which outputs belong to which group."""
+
+HEAD_NAMES = ("fc", "linear", "classifier", "head", "heads.head")
+"""What the last linear layer is called where nothing but the backbone was saved under its names."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its weights, and what is known of it. inputs: None where nothing is. averaged:
+    as of a Classifier."""
+
+    module: nn.Module
+    arch: str
+    inputs: Inputs
+    assumptions: tuple[str, ...] = ()
+    averaged: bool = False
+
+
+def network_of(
+    state: dict[str, Tensor], given: Overrides, path: Path, slices: Any = None
+) -> Network:
+    """The network that the user named, or that the state dict is recognised as, with its weights;
+    with a retrained head where there is one. slices: MOS's, if kept beside the state dict."""
+    arch, head = heads.split(given.arch)
+    given = replace(given, arch=arch)
+    if not head and ".py:" in (arch or ""):  # the user's code makes the head that it wants
+        return _plain(state, given, path)
+    backbone, deconf = heads.take_deconf(state)
+    if head.startswith("deconf") or (deconf and not head):
+        return _deconf(backbone, deconf, head, given, path)
+    key = next((key for key in state if key.rpartition(".")[2] == SLICES), None)
+    if key is not None:
+        slices = state.pop(key)
+    if head or isinstance(slices, Tensor):
+        return _mos(state, slices, head, given, path)
+    return _plain(state, given, path)
+
+
+def _plain(state: dict[str, Tensor], given: Overrides, path: Path) -> Network:
+    layouts = layouts_of(state)
+    if given.arch is not None:
+        return _named(given.arch, layouts, given, path)
+    found = _recognised(layouts, given, path)
+    if found is None:
+        raise _unrecognised(layouts, path)
+    return found
+
+
+def _deconf(
+    backbone: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    head: str,
+    given: Overrides,
+    path: Path,
+) -> Network:
+    """The network with a DeConf head: recognised with a linear layer of the same shape in its
+    place. head: as the user wrote it, or empty."""
+    form = heads.form_of(head) if head else "inner" if "h.h.bias" in tensors else "cosine"
+    if not tensors:
+        raise CheckpointError(
+            f"{path} has no DeConf head (h.h.weight, g.0.weight …): leave +{head} out of --arch"
+        )
+    weight = tensors["h.h.weight"]
+    layouts = layouts_of(backbone)
+    if given.arch is not None:
+        found = _named(given.arch, layouts, given, path, stand_in=weight)
+    else:
+        made = (_standing_in(layouts, name, weight) for name in HEAD_NAMES)
+        known = next(filter(None, (_recognised(each, given, path) for each in made)), None)
+        if known is None:
+            raise _unrecognised(_standing_in(layouts, HEAD_NAMES[0], weight), path)
+        found = known
+    retrained = heads.DeconfHead(form, weight.shape[1], weight.shape[0])
+    differing = architectures.compare(retrained.state_dict(), tensors)
+    if differing:
+        raise CheckpointError(
+            f"{path}: its DeConf head does not fit +deconf-{form}: {'; '.join(differing[:3])}"
+        )
+    _fill(retrained, tensors)
+    found.module.set_submodule(heads.last_linear(found.module, found.arch), retrained)
+    note = (
+        f"a DeConf head with a bias: +deconf-{form}"
+        if form == "inner"
+        else f"a DeConf head without a bias was taken for +deconf-{form} (override: "
+        f"--arch {found.arch}+deconf-euclid)"
+    )
+    return _with_head(found, retrained, "" if head else note)
+
+
+def _mos(state: dict[str, Tensor], slices: Any, head: str, given: Overrides, path: Path) -> Network:
+    """The network whose last layer has one output more for each of MOS's groups. slices: where the
+    groups begin and end; head: as the user wrote it, or empty."""
+    sizes = heads.sizes_of(head) if head else heads.sizes_from(slices)
+    require_classes(given.num_classes, sum(sizes), path)
+    found = _plain(state, replace(given, num_classes=None), path)
+    name = heads.last_linear(found.module, found.arch)
+    linear = found.module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    if linear.out_features != sum(sizes) + len(sizes):
+        raise CheckpointError(
+            f"{path}: its last layer has {linear.out_features} outputs, but {len(sizes)} groups of "
+            f"{', '.join(map(str, sizes))} classes, each with one for others, have "
+            f"{sum(sizes) + len(sizes)}: correct the groups with --arch {found.arch}+mos:SIZES"
+        )
+    retrained = heads.GroupHead(linear, sizes)
+    found.module.set_submodule(name, retrained)
+    note = (
+        f"a MOS head +{retrained.suffix}, as {SLICES} says, so classes are numbered group by group "
+        f"(override: --arch {found.arch}+mos:SIZES)"
+    )
+    return _with_head(found, retrained, "" if head else note)
+
+
+def _with_head(found: Network, head: heads.RetrainedHead, note: str) -> Network:
+    notes = (*found.assumptions, note) if note else found.assumptions
+    return replace(found, arch=f"{found.arch}+{head.suffix}", assumptions=notes)
+
+
+def _standing_in(layouts: Layouts, name: str, weight: Tensor) -> Layouts:
+    """Layouts with a plain linear layer where a retrained head was taken out."""
+    linear = {f"{name}.weight": weight, f"{name}.bias": weight.new_zeros(len(weight))}
+    return [(state | linear, dropped) for state, dropped in layouts]
+
+
+def _recognised(layouts: Layouts, given: Overrides, path: Path) -> Network | None:
+    for layout, dropped in reversed(layouts):
+        known = architectures.recognise(layout)
+        if known is None:
+            continue
+        require_classes(given.num_classes, known.num_classes, path)
+        network = architectures.skeleton(known.name, known.num_classes)
+        _fill(network, known.state_dict)
+        notes = [
+            f"architecture {known.name} recognised from {len(layout)} tensors (override: --arch)",
+            *_stem_notes(known.name, known.num_classes),
+        ]
+        if dropped:
+            notes.append(f"{some_of(dropped)} not part of it and left out")
+        return Network(network, known.name, architectures.inputs(known.name, network), tuple(notes))
+    return None
+
+
+def _unrecognised(layouts: Layouts, path: Path) -> CheckpointError:
+    first, layout = layouts[0][0], layouts[-1][0]
+    name, differing = architectures.nearest(layout)
+    if not name:
+        like = f"no known architecture resembles it (its first keys: {', '.join([*first][:3])})"
+    else:
+        like = f"the nearest known one is {name}, but {'; '.join(differing[:3])}" + (
+            f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        )
+    return CheckpointError(
+        f"{path}: the architecture is not recognised: {like}; name it with --arch, or give the "
+        "code that builds it with --arch FILE.py:FACTORY"
+    )
+
+
+def require_classes(given: int | None, found: int, path: Path) -> None:
+    if given is not None and given != found:
+        raise CheckpointError(
+            f"{path} has {found} classes, but {given} were given: correct --num-classes or "
+            "num_classes in the model card"
+        )
+
+
+def _stem_notes(name: str, num_classes: int) -> list[str]:
+    """What the keys and shapes of a recognised network cannot tell."""
+    notes = []
+    if "+cifar-stem" in name:
+        notes.append(
+            "a 3x3 first convolution was taken to mean stride 1 and no max-pool (override: --arch)"
+        )
+    if "-cifar" in name and "-cifar-b" not in name and not name.startswith("torchvision:"):
+        notes.append(
+            "shortcuts without weights were taken for option A, zeros on both sides "
+            "(override: --arch)"
+        )
+    return notes + _transform_notes(name, num_classes)
+
+
+def _transform_notes(name: str, num_classes: int) -> list[str]:
+    base = name.removeprefix("torchvision:").split("+")[0]
+    if base not in ("googlenet", "inception_v3") or "transform-input" in name or "+grey" in name:
+        return []
+    on = num_classes == 1000
+    return [
+        f"transform_input is {'on, as for' if on else 'off, unlike for'} torchvision's own weights "
+        f"(override: --arch {name}+{'no-' * on}transform-input)"
+    ]
+
+
+def _named(
+    arch: str,
+    layouts: Layouts,
+    given: Overrides,
+    path: Path,
+    *,
+    stand_in: Tensor | None = None,
+) -> Network:
+    """The network that ``--arch`` names, with the weights of the layout that fits it best.
+    stand_in: weight of a linear layer in a retrained head's place."""
+    maker = maker_of(arch)
+    probe = maker.skeleton(1000 if given.num_classes is None else given.num_classes)
+    if stand_in is not None:
+        layouts = _standing_in(layouts, heads.last_linear(probe, arch), stand_in)
+    options = [(architectures.rename(arch, state), dropped) for state, dropped in layouts]
+    state, dropped = min(
+        options, key=lambda option: len(architectures.compare(probe.state_dict(), option[0]))
+    )
+    classes = _head_classes(maker, probe, state) or given.num_classes
+    if classes is not None:
+        require_classes(given.num_classes, classes, path)
+    network = maker.build(classes)
+    differing = architectures.compare(network.state_dict(), state)
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"{path} does not fit {arch}: {'; '.join(differing[:3])}{more}; give another --arch, "
+            "or leave it out to have it recognised"
+        )
+    _fill(network, state)
+    notes = _transform_notes(arch, classes or 0)
+    if dropped:
+        notes.append(f"{some_of(dropped)} not part of {arch} and left out")
+    return Network(network, arch, maker.inputs(network), tuple(notes))
+
+
+def _fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load weights whose names and shapes have been compared. A network on the meta device takes
+    the tensors themselves. Raises CheckpointError when they are of a type it cannot hold."""
+    meta = any(tensor.is_meta for tensor in network.state_dict().values())
+    current = OrderedDict(state)
+    # The names and shapes are today's, so the layout is: MNASNet asks, and refuses if nobody says.
+    # A BatchNorm that is not told makes up its counter where an old checkpoint has none.
+    versions = {
+        name: {"version": module._version}
+        for name, module in network.named_modules()
+        if not isinstance(module, _BatchNorm)
+    }
+    current._metadata = versions  # type: ignore[attr-defined]
+    try:
+        network.load_state_dict(current, strict=False, assign=meta)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the weights cannot be loaded: {reason}") from error
+    network.float()
+
+
+def _head_classes(maker: Maker, probe: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """The number of classes in a state dict: the length of a tensor whose length follows the
+    number of classes that the network is made for. None where no tensor's does."""
+    before = probe.state_dict()
+    for key, tensor in maker.skeleton(997).state_dict().items():  # a number that nobody uses
+        known = before.get(key)
+        if known is not None and known.shape != tensor.shape and len(tensor) == 997:
+            return len(state[key]) if key in state and state[key].ndim else None
+    return None
