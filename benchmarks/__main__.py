@@ -102,7 +102,7 @@ def checkpoint_of(given: Path | None) -> Iterator[Path]:
         return
     import torch
 
-    from oodcli.demo import CARD, TRAINED_ON, digits, train
+    from oodcli.stages.demo import CARD, TRAINED_ON, digits, train
 
     images, labels = digits()
     with tempfile.TemporaryDirectory() as made:

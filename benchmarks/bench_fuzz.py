@@ -109,7 +109,7 @@ def write_samples(folder: Path) -> None:
     from oodcli.images import open_images
     from oodcli.networks.architectures import build
     from oodcli.networks.load import load_classifier
-    from oodcli.recording import Recorder, recordable
+    from oodcli.recording.recorder import Recorder, recordable
     from oodcli.stages.chosen import Chosen
     from oodcli.stages.record import provenance, record_images
     from oodcli.stages.score import score_to_file
@@ -202,7 +202,7 @@ def write_partial(classifier: Any, output: Path) -> None:
     """What an interrupted extraction leaves."""
     from oodcli.files.journal import journal
     from oodcli.images import open_images
-    from oodcli.recording import Recorder
+    from oodcli.recording.recorder import Recorder
     from oodcli.stages.extract import Restored, kept
     from oodcli.stages.record import Work, no_progress, record_images
 
@@ -327,7 +327,7 @@ class Parser:
 
         from oodcli.files.describe import describe_file
         from oodcli.files.journal import Journal, read_about
-        from oodcli.recording import Recorder
+        from oodcli.recording.recorder import Recorder
         from oodcli.stages.extract import Restored
 
         describe_file(path, "partial")

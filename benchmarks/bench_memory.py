@@ -22,7 +22,7 @@ import torch
 from benchmarks.measure import peak
 from oodcli import detectors
 from oodcli.networks.load import load_classifier
-from oodcli.recording import recordable
+from oodcli.recording.recorder import recordable
 
 
 def single_pass(checkpoint: Path) -> list[str]:

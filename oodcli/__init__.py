@@ -3,12 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from oodcli._version import __version__
 from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
     from oodcli.api import load_classifier, load_detector, record
-
-__version__ = "0.1.0"
 
 __all__ = ["OodcliError", "__version__", "load_classifier", "load_detector", "record"]
 

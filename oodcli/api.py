@@ -38,7 +38,7 @@ from oodcli.networks import load
 from oodcli.networks.card import Overrides
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
-from oodcli.recording import CHEAP, Recorder, recordable
+from oodcli.recording.recorder import CHEAP, Recorder, recordable
 from oodcli.stages.chosen import choose_detectors, fit_on_noise, odin_step, require_same_network
 from oodcli.stages.labels import settle_labels
 from oodcli.stages.record import record_images

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import oodcli
 
-from oodcli.demo import CARD, TRAINED_ON, digits, train
+from oodcli.stages.demo import CARD, TRAINED_ON, digits, train
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import torch
 import benchmarks.__main__ as command
 from benchmarks.bench_growth import Line
 from benchmarks.measure import in_turns, peak, pinned, ratio
-from oodcli.demo import CARD
+from oodcli.stages.demo import CARD
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -155,7 +155,7 @@ def test_what_prints_no_object_has_failed(monkeypatch, tmp_path):
 
 
 def test_without_a_checkpoint_the_demo_s_is_trained(monkeypatch):
-    monkeypatch.setattr("oodcli.demo.train", lambda *_: {"weight": torch.ones(2)})
+    monkeypatch.setattr("oodcli.stages.demo.train", lambda *_: {"weight": torch.ones(2)})
     with command.checkpoint_of(None) as path:
         assert torch.load(path)["weight"].sum() == 2
         assert path.with_suffix(".toml").read_text() == CARD

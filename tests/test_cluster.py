@@ -366,7 +366,7 @@ def test_a_host_is_lost_in_the_middle(fitted, images, tmp_path):
     assert result.status == 3, result.err
     script = f"""
         from oodcli.files.journal import Journal
-        from oodcli.stages import cluster as ours
+        from oodcli.stages import ray as ours
         ours.BATCHES = 2
         other = cluster.add_node(**node())
         append = Journal.append

@@ -28,7 +28,7 @@ from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, Layer
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
 from oodcli.files.cache import open_cache
-from oodcli.recording import Recorder, peaks, recordable
+from oodcli.recording.recorder import Recorder, peaks, recordable
 
 # ---------------------------------------------------------------------------- the formula
 

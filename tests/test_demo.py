@@ -40,8 +40,8 @@ def test_quiet_is_handed_on(tmp_path, monkeypatch):
 
 
 def test_its_checkpoint_is_the_same_every_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("oodcli.demo.train", lambda *_: {"weight": torch.ones(2)})
-    monkeypatch.setattr("oodcli.demo.photograph_crops", lambda folder: 0)
+    monkeypatch.setattr("oodcli.stages.demo.train", lambda *_: {"weight": torch.ones(2)})
+    monkeypatch.setattr("oodcli.stages.demo.photograph_crops", lambda folder: 0)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     demo._prepare(tmp_path / "a")

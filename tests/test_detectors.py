@@ -19,7 +19,7 @@ from oodcli.detectors.energy import energy
 from oodcli.detectors.msp import max_softmax
 from oodcli.errors import DetectorError
 from oodcli.features import KNOWN_RECORDS, Features, Layer, OdinStep, concatenate
-from oodcli.recording import Recorder, recordable
+from oodcli.recording.recorder import Recorder, recordable
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["K=2", "K=3"])

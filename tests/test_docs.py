@@ -35,9 +35,9 @@ from torch import nn
 
 from oodcli import detectors
 from oodcli.cli import app
-from oodcli.demo import photograph_crops
 from oodcli.files.scores import DERIVED
 from oodcli.metrics import CONVENTIONS
+from oodcli.stages.demo import photograph_crops
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

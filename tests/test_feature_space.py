@@ -21,7 +21,7 @@ from oodcli.detectors import bank, gram, knn, mds, one_dimensional, vim
 from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, Layer, LinearHead
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
-from oodcli.recording import Recorder
+from oodcli.recording.recorder import Recorder
 from oodcli.stages.chosen import Chosen, placed
 
 LABELS = torch.arange(60) % 3

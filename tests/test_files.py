@@ -23,7 +23,7 @@ from oodcli.files.atomic import atomic, make_folder, refuse_existing
 from oodcli.files.cache import CHUNK_BYTES, CacheWriter, open_cache
 from oodcli.files.hdf5 import Provenance, format_of, writing
 from oodcli.files.virtual import VirtualWriter, read_provenance, read_sensitivity
-from oodcli.recording import Recorder, recordable
+from oodcli.recording.recorder import Recorder, recordable
 from oodcli.stages.record import provenance
 
 LABELS = torch.tensor([0, 1, -1, 2, 0])

@@ -23,7 +23,7 @@ from oodcli.detectors.output_space import entropy
 from oodcli.detectors.supervised import INDICATORS
 from oodcli.errors import DetectorError
 from oodcli.features import INPUT, BatchNorm, Features, LinearHead
-from oodcli.recording import Recorder
+from oodcli.recording.recorder import Recorder
 
 CHEAP = frozenset({"logits", "embedding", "batchnorm.mean", "batchnorm.var"})
 

@@ -30,7 +30,7 @@ from oodcli.inversion.step import Step, batch_moments
 from oodcli.networks.assemble import assemble
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
-from oodcli.recording import Recorder
+from oodcli.recording.recorder import Recorder
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from oodcli.errors import CheckpointError, DetectorError
 from oodcli.features import Features
 from oodcli.inversion.objective import OBJECTIVES
 from oodcli.inversion.step import Step
-from oodcli.recording import CHEAP, Recorder, recordable
+from oodcli.recording.recorder import CHEAP, Recorder, recordable
 
 CLASSES = 3
 

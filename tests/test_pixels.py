@@ -28,7 +28,7 @@ from oodcli.images.pixels import fit
 from oodcli.images.reading import note_dim
 from oodcli.networks.card import Overrides
 from oodcli.networks.preprocessing import Preprocessing
-from oodcli.stages import cluster
+from oodcli.stages import ray as cluster
 from oodcli.stages.record import no_progress
 
 PLAIN = Preprocessing((8, 8), (0.0,) * 3, (1.0,) * 3)

@@ -14,7 +14,7 @@ from oodcli.files.artefact import read_artefact
 from oodcli.images import open_images
 from oodcli.metrics import auroc, tnr95
 from oodcli.networks.load import load_classifier
-from oodcli.recording import Recorder
+from oodcli.recording.recorder import Recorder
 from oodcli.stages.record import record_images
 
 SETS = ("textures", "scenes", "notmnist", "fashion-mnist", "imagenet-samples")

@@ -26,7 +26,7 @@ from oodcli.networks.architectures import build
 from oodcli.networks.assemble import assemble
 from oodcli.networks.card import Overrides, write_card
 from oodcli.networks.load import load_classifier
-from oodcli.recording import Recorder, recordable
+from oodcli.recording.recorder import Recorder, recordable
 from oodcli.stages.record import provenance
 
 NAME = "resnet20-cifar"

@@ -20,8 +20,8 @@ from PIL import Image
 from oodcli.errors import OodcliError
 from oodcli.files import journal
 from oodcli.inversion.quality import report
-from oodcli.shards import Shard, Share
-from oodcli.team import Team
+from oodcli.jobs.shards import Shard, Share
+from oodcli.jobs.torchrun import Team
 
 # ------------------------------------------------------------------------------------ arithmetic
 
@@ -551,7 +551,7 @@ def test_processes_that_do_not_come(fitted, monkeypatch):
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("oodcli.team.PATIENCE", 0.2)
+    monkeypatch.setattr("oodcli.jobs.torchrun.PATIENCE", 0.2)
     monkeypatch.setattr(module, "rendezvous", lambda url: iter([(Empty(), 0, 2)]))
     result = oodcli("score", fitted / "digits.pt", "noise:uniform?n=5", "-d", "msp", "-o", "x.csv")
     assert result.status == 1

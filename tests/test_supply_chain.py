@@ -75,8 +75,8 @@ sys.addaudithook(watch)
 pickle.dump, pickle.dumps, pickle.Pickler = watched(pickle.dump), watched(pickle.dumps), Pickler
 
 from commands import oodcli
-import oodcli.cli.demo, oodcli.demo
-oodcli.demo.EPOCHS, oodcli.demo.photograph_crops = 1, lambda folder: 0
+import oodcli.cli.demo, oodcli.stages.demo
+oodcli.stages.demo.EPOCHS, oodcli.stages.demo.photograph_crops = 1, lambda folder: 0
 oodcli.cli.demo._run = lambda *_: None
 
 def run(status, words):

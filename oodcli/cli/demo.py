@@ -119,8 +119,8 @@ def _prepare(output: Path) -> None:
     import numpy as np
     from safetensors.torch import save_file
 
-    from oodcli.demo import CARD, EPOCHS, TRAINED_ON, digits, photograph_crops, train
     from oodcli.files.atomic import atomic
+    from oodcli.stages.demo import CARD, EPOCHS, TRAINED_ON, digits, photograph_crops, train
 
     images, labels = digits()
     console.say(f"Training a small network on {TRAINED_ON} of scikit-learn's digits.")

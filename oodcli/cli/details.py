@@ -27,7 +27,7 @@ def say_versions() -> None:
     """What runs, and where."""
     import platform
 
-    from oodcli import __version__
+    from oodcli._version import __version__
     from oodcli.cli.versions import installed
 
     console.detail(

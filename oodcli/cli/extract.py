@@ -85,7 +85,7 @@ def command(
 ) -> None:
     """Run the network over images once and cache what detectors need."""
     from oodcli import detectors
-    from oodcli.cli import teams
+    from oodcli.cli import torchrun
     from oodcli.errors import OodcliError
     from oodcli.features import KNOWN_RECORDS
     from oodcli.files.atomic import refuse_suffix
@@ -95,8 +95,8 @@ def command(
     from oodcli.images import open_images
     from oodcli.images.arrays import VirtualImages
     from oodcli.inversion.degrade import Patched
-    from oodcli.recording import CHEAP, Recorder, recordable
-    from oodcli.shards import WHOLE
+    from oodcli.jobs.shards import WHOLE
+    from oodcli.recording.recorder import CHEAP, Recorder, recordable
     from oodcli.stages.chosen import odin_step
     from oodcli.stages.extract import degrading, extract_to_file
     from oodcli.stages.labels import settle_labels
@@ -109,7 +109,7 @@ def command(
         shard_of,
     )
 
-    share, team = teams.part(shard, images)
+    share, team = torchrun.part(shard, images)
     path = output or Path(_stem(images) + ".features.h5")
     refuse_suffix(path, ".h5", ".hdf5")
     refuse_output(path, force=force)

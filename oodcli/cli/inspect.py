@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def describe(classifier: Classifier, path: Path) -> dict[str, Any]:
     """Everything that is shown, as JSON can hold it."""
     from oodcli import detectors
-    from oodcli.recording import recordable
+    from oodcli.recording.recorder import recordable
 
     available = recordable(classifier) | {"label"}
     verdicts = []

@@ -77,7 +77,7 @@ def command(
     model: ModelOptions,
 ) -> None:
     """Recall virtual images from the statistics of BatchNorm layers."""
-    from oodcli.cli import teams
+    from oodcli.cli import torchrun
     from oodcli.errors import OodcliError
     from oodcli.files.atomic import refuse_existing, refuse_suffix
     from oodcli.files.journal import is_complete, journal, refuse_output
@@ -89,11 +89,11 @@ def command(
         wanted_classes,
     )
     from oodcli.inversion.objective import OBJECTIVES
-    from oodcli.shards import WHOLE
+    from oodcli.jobs.shards import WHOLE
     from oodcli.stages.invert import invert_to_file, shard_of_plan
     from oodcli.stages.record import Work, job_of, provenance
 
-    share, team = teams.part(shard)
+    share, team = torchrun.part(shard)
     path = output or beside(checkpoint, ".virtual.h5")
     refuse_suffix(path, ".h5", ".hdf5")
     refuse_output(path, force=force)

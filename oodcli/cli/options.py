@@ -264,7 +264,7 @@ class ModelOptions:
         OodcliError for an unusable one."""
         import torch
 
-        from oodcli.team import launched, local_rank
+        from oodcli.jobs.torchrun import launched, local_rank
 
         if self.device == "auto":
             if not torch.cuda.is_available():

@@ -150,18 +150,18 @@ def command(
     model: ModelOptions,
 ) -> None:
     """Score images: higher = more out of distribution."""
-    from oodcli.cli import teams
+    from oodcli.cli import torchrun
     from oodcli.errors import OodcliError
     from oodcli.files.journal import journal, refuse_output
     from oodcli.files.made import read_made
     from oodcli.files.scores import format_of
-    from oodcli.shards import WHOLE
+    from oodcli.jobs.shards import WHOLE
     from oodcli.stages.chosen import choose_detectors, fingerprint, placed
     from oodcli.stages.record import Work, file_state, job_of, shard_of
     from oodcli.stages.score import Scoring, doubts, score_to_file
     from oodcli.stages.verdict import rule_of
 
-    share, team = teams.part(shard, images)
+    share, team = torchrun.part(shard, images)
     if output is not None:
         refuse_output(output, force=force)
         format_of(output)
@@ -364,7 +364,7 @@ class Opened:
 def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
     import torch
 
-    from oodcli import __version__
+    from oodcli._version import __version__
     from oodcli.errors import OodcliError
     from oodcli.files.cache import FORMAT, open_cache
     from oodcli.files.hashes import file_sha256
@@ -420,10 +420,10 @@ def _from_images(
     from oodcli.files.virtual import FORMAT
     from oodcli.images import open_images
     from oodcli.images.pieces import is_remote
-    from oodcli.recording import Recorder, recordable
+    from oodcli.recording.recorder import Recorder, recordable
     from oodcli.stages.chosen import needs, odin_step
-    from oodcli.stages.cluster import pieces_of
     from oodcli.stages.labels import settle_labels
+    from oodcli.stages.ray import pieces_of
     from oodcli.stages.record import listing, paths_sha256, provenance, record_images
 
     classifier = model.load(path)
@@ -502,7 +502,7 @@ def _from_anywhere(
 ) -> Opened:
     """Images that only a cluster reads: how many there are is not known before."""
     from oodcli.images.pieces import left_out, pieces, sizes
-    from oodcli.recording import recordable
+    from oodcli.recording.recorder import recordable
     from oodcli.stages.record import provenance
 
     batch_size = model.resolved_batch_size(classifier)
@@ -538,7 +538,7 @@ def _from_anywhere(
 
 
 def _fit_reference(classifier: Classifier, batch_size: int) -> FitReference:
-    from oodcli.recording import Recorder
+    from oodcli.recording.recorder import Recorder
     from oodcli.stages.chosen import fit_on_noise
 
     def fit_reference(kind: type[Detector], given: Mapping[str, Any]) -> Detector:
@@ -558,8 +558,8 @@ def _cluster(
     pieces: Callable[[], Sequence[Piece]],
     reading: int | None = 0,
 ) -> Callable[[Journal | None, Sequence[Chosen], Scoring, str | None], Work]:
-    from oodcli.stages.cluster import ClusterWork, Job, Network, Reading
     from oodcli.stages.labels import table_of
+    from oodcli.stages.ray import ClusterWork, Job, Network, Reading
 
     def work(
         kept: Journal | None, chosen: Sequence[Chosen], scoring: Scoring, address: str | None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from oodcli import __version__
+from oodcli._version import __version__
 
 
 def lines() -> Iterator[str]:

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from oodcli import __version__, detectors
+from oodcli import detectors
+from oodcli._version import __version__
 from oodcli.calibration import Calibration
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector

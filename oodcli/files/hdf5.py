@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import h5py
 
 from oodcli.errors import FileError, OodcliError, first_line
+from oodcli.jobs.shards import Shard
 from oodcli.networks.preprocessing import Preprocessing
-from oodcli.shards import Shard
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from oodcli.errors import FileError
 from oodcli.files.atomic import claimed, refuse_existing
 from oodcli.files.describe import PARTIAL
-from oodcli.shards import WHOLE, Share
+from oodcli.jobs.shards import WHOLE, Share
 
 log = logging.getLogger(__name__)
 

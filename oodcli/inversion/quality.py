@@ -14,7 +14,7 @@ from torch import Tensor
 from oodcli.features import INPUT, recorded
 from oodcli.inversion.objective import gaussian_kl
 from oodcli.networks.classifier import Classifier
-from oodcli.recording import Recorder
+from oodcli.recording.recorder import Recorder
 
 Sums = Mapping[str, NDArray[np.float64]]
 """What a report is made of, and files that are parts of one keep: ``counts`` (3,), which are the

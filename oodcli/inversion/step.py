@@ -18,7 +18,7 @@ from oodcli.features import Features, Layer
 from oodcli.inversion.objective import Moments, Objective, batchnorm_distance, image_loss
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.outputs import as_logits
-from oodcli.recording import batchnorm_constants, only_normalises
+from oodcli.recording.recorder import batchnorm_constants, only_normalises
 
 SAME = 1e-3
 """How far logits of the copy may be from the network's, in units of the largest."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oodcli import __version__
+from oodcli._version import __version__
 from oodcli.files.scores import Scores
 from oodcli.metrics import CONVENTIONS, MEAN, Estimate
 from oodcli.report import figures

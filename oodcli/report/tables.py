@@ -12,7 +12,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from oodcli import __version__
+from oodcli._version import __version__
 from oodcli.metrics import CONVENTIONS, LOWER_IS_BETTER, Estimate
 from oodcli.report.evaluation import Evaluation
 

@@ -23,7 +23,7 @@ from oodcli.files.made import weights_of
 from oodcli.images import open_images
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
-from oodcli.recording import Recorder
+from oodcli.recording.recorder import Recorder
 from oodcli.stages.record import record_images
 
 

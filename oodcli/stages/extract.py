@@ -21,7 +21,7 @@ from oodcli.images import ImageSource
 from oodcli.images.arrays import VirtualImages
 from oodcli.inversion.degrade import Patched, match_accuracy
 from oodcli.networks.classifier import Classifier
-from oodcli.recording import Recorder
+from oodcli.recording.recorder import Recorder
 from oodcli.stages.record import ALONE, Progress, Work, no_progress, record_images
 
 

@@ -19,9 +19,9 @@ from oodcli.files.virtual import VirtualWriter
 from oodcli.inversion.invert import Plan, VirtualBatch, invert
 from oodcli.inversion.quality import Quality, report
 from oodcli.inversion.step import Step
+from oodcli.jobs.shards import Shard, Share
 from oodcli.networks.classifier import Classifier
 from oodcli.report.contact_sheet import contact_sheet
-from oodcli.shards import Shard, Share
 from oodcli.stages.record import ALONE, Progress, Work, no_progress
 
 SHOWN = 1000

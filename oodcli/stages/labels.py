@@ -14,7 +14,7 @@ from oodcli.images.pieces import Piece, folder_names
 from oodcli.images.source import Decode, Fetch
 from oodcli.networks import heads
 from oodcli.networks.classifier import Classifier
-from oodcli.recording import Recorder
+from oodcli.recording.recorder import Recorder
 from oodcli.stages.record import record_images
 
 SAMPLE = 256

@@ -22,8 +22,8 @@ from oodcli.files.scores import Format, format_of, join_scores
 from oodcli.files.verify import verify
 from oodcli.files.virtual import VirtualWriter, open_virtual
 from oodcli.inversion.quality import report
+from oodcli.jobs.shards import Shard
 from oodcli.report.contact_sheet import contact_sheet
-from oodcli.shards import Shard
 from oodcli.stages.invert import SHOWN
 from oodcli.stages.record import Progress, job_of, no_progress
 

@@ -11,16 +11,16 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from oodcli import __version__
+from oodcli._version import __version__
 from oodcli.errors import ImagesError
 from oodcli.features import Rows
 from oodcli.files.hdf5 import Provenance
 from oodcli.files.journal import Block, Journal, Record
 from oodcli.images import Batch, ImageSource, batches
+from oodcli.jobs.shards import WHOLE, Shard, Share
+from oodcli.jobs.torchrun import Team
 from oodcli.networks.classifier import Classifier
-from oodcli.recording import Recorder
-from oodcli.shards import WHOLE, Shard, Share
-from oodcli.team import Team
+from oodcli.recording.recorder import Recorder
 
 Progress = Callable[[int], None]
 

@@ -8,8 +8,8 @@ import torch
 from networks import classifier, images
 from torch import Tensor, nn
 
-from oodcli.layout import laid_out
-from oodcli.recording import Recorder, recordable, spatial_moments
+from oodcli.recording.channels_last import in_channels_last
+from oodcli.recording.recorder import Recorder, recordable, spatial_moments
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -55,7 +55,7 @@ def test_the_original_stays_as_it_was(residual):
     before = {
         name: (each.dtype, each.stride()) for name, each in residual.network.named_parameters()
     }
-    laid_out(residual, "bfloat16")
+    in_channels_last(residual, "bfloat16")
     after = {
         name: (each.dtype, each.stride()) for name, each in residual.network.named_parameters()
     }
@@ -64,7 +64,7 @@ def test_the_original_stays_as_it_was(residual):
 
 def test_only_the_weights_of_convolutions_are_copied(residual):
     plain = dict(residual.network.named_parameters())
-    faster = dict(laid_out(residual, "bfloat16").network.named_parameters())
+    faster = dict(in_channels_last(residual, "bfloat16").network.named_parameters())
     assert faster.keys() == plain.keys()
     for name, weight in faster.items():
         module = residual.network.get_submodule(name.rpartition(".")[0])
@@ -92,7 +92,7 @@ def test_logits_keep_more_digits_than_bfloat16(residual):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_network_that_does_not_take_it_is_left_alone(precision):
     viewed = classifier(Viewed())
-    assert laid_out(viewed, precision) is viewed
+    assert in_channels_last(viewed, precision) is viewed
     given = images(4)
     last = given.contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="view size"):
@@ -106,7 +106,9 @@ def test_everything_is_recorded_as_before(residual, precision, monkeypatch):
     what = recordable(residual) - {"layers.sensitivity"}
     given = images(6)
     faster = Recorder(residual, what, precision=precision)(given)
-    monkeypatch.setattr("oodcli.recording.laid_out", lambda classifier, precision: classifier)
+    monkeypatch.setattr(
+        "oodcli.recording.recorder.in_channels_last", lambda classifier, precision: classifier
+    )
     plain = Recorder(residual, what, precision=precision)(given)
     assert faster.rows().keys() == plain.rows().keys()
     for name, rows in plain.rows().items():

@@ -25,10 +25,10 @@ from oodcli.features import (
     OdinStep,
     concatenate,
 )
-from oodcli.layout import laid_out
 from oodcli.memory import let_go, ran_out, too_short
 from oodcli.networks.classifier import Classifier, Tap
 from oodcli.networks.outputs import as_logits, copy_input
+from oodcli.recording.channels_last import in_channels_last
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Recorder:
         precision: str = "float32",
         kinds: frozenset[str] = KINDS,
     ) -> None:
-        self.classifier = laid_out(classifier, precision)
+        self.classifier = in_channels_last(classifier, precision)
         last = self.classifier is not classifier
         self._layout = torch.channels_last if last else torch.contiguous_format
         self.asked = what

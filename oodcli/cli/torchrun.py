@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from oodcli.cli import console
 from oodcli.errors import OodcliError
-from oodcli.shards import Share
-from oodcli.team import Team
+from oodcli.jobs.shards import Share
+from oodcli.jobs.torchrun import Team
 
 
 def part(shard: str | None, images: str | None = None) -> tuple[Share, Team | None]:

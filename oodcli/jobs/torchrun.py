@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from oodcli.errors import OodcliError, first_line
-from oodcli.shards import Share
+from oodcli.jobs.shards import Share
 
 if TYPE_CHECKING:
     from oodcli.files.journal import Block, Journal, Record

@@ -37,7 +37,7 @@ from oodcli.networks.card import Overrides
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.load import load_classifier
 from oodcli.networks.preprocessing import Preprocessing
-from oodcli.recording import Recorder
+from oodcli.recording.recorder import Recorder
 from oodcli.stages.chosen import Chosen, needs, odin_step, placed
 from oodcli.stages.record import Progress, Work, recorded_batch
 from oodcli.stages.score import Scoring, kept_scores

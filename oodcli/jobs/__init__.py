@@ -1,0 +1,1 @@
+"""How work is split between processes and hosts."""
