@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import subprocess
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from oodcli.errors import CheckpointError
 from oodcli.networks import architectures
 from oodcli.networks.architectures import build, names, recognise, skeleton
+from oodcli.networks.architectures.weightless import Weightless
 
 BUILT_IN = [name for name in names() if not name.startswith("torchvision:")]
 TORCHVISION = [name for name in names() if name.startswith("torchvision:")]
@@ -114,6 +116,31 @@ def test_every_built_in_network_is_recognised_in_its_published_layout(name: str)
     assert found is not None
     assert (found.name, found.num_classes) == (name, 10)
     assert not architectures.differences(name, 10, found.state_dict)
+
+
+@pytest.mark.parametrize("family", architectures.FAMILIES)
+def test_every_family_keeps_to_the_contract(family: str) -> None:
+    """What ``family.Family`` promises, for each of its usual names."""
+    module = importlib.import_module(f"oodcli.networks.architectures.{family}")
+    assert module.build("nothing-of-the-kind", 3) is None
+    assert module.guess({}) is None
+    assert module.guess({"conv1.weight": torch.zeros(1), "linear.weight": torch.zeros(1)}) is None
+    others = [
+        importlib.import_module(f"oodcli.networks.architectures.{each}")
+        for each in architectures.FAMILIES
+        if each != family
+    ]
+    for name in architectures.FAMILIES[family]:
+        with Weightless():
+            assert module.build(name, 3) is not None
+            assert not any(other.build(name, 3) for other in others)
+        for grey in ("", "+grey"):
+            state = skeleton(name + grey, 3).state_dict()
+            published = layout(name + grey, 3)
+            assert module.guess(published) == (name + grey, 3)
+            renamed = module.rename(published)
+            assert not architectures.compare(state, renamed)
+            assert module.rename(renamed).keys() == renamed.keys()
 
 
 @pytest.mark.parametrize("name", ["resnet20-cifar", "wrn-16-4", "densenet121-kuangliu"])

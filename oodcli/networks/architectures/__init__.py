@@ -25,19 +25,24 @@ from oodcli.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FAMILIES = ("cifar_resnet", "wide_resnet", "densenet")
-USUAL = (
-    *(f"resnet{n}-cifar{option}" for option in ("", "-b") for n in (20, 32, 44, 56, 110)),
-    *(f"resnet{n}-kuangliu" for n in (18, 34, 50, 101, 152)),
-    *(f"wrn-{size}" for size in ("16-4", "16-8", "28-2", "28-10", "34-10", "40-2", "40-4")),
-    *(f"wrn-{size}-meliketoy" for size in ("28-10", "40-4")),
-    *(f"densenet-bc-{size}" for size in ("100-12", "190-40", "250-24")),
-    *(f"densenet{n}-kuangliu" for n in (121, 161, 169, 201)),
-)
-"""Built-in names worth completing; other depths and widths are spelt the same way."""
+    from oodcli.networks.architectures.family import Family
 
-KUANGLIU = r"resnet(18|34|50|101|152)-kuangliu"
-"""torchvision's ResNets behind a CIFAR stem, in the CIFAR key layout."""
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "cifar_resnet": tuple(
+        f"resnet{n}-cifar{option}" for option in ("", "-b") for n in (20, 32, 44, 56, 110)
+    ),
+    "wide_resnet": (
+        *(f"wrn-{size}" for size in ("16-4", "16-8", "28-2", "28-10", "34-10", "40-2", "40-4")),
+        *(f"wrn-{size}-meliketoy" for size in ("28-10", "40-4")),
+    ),
+    "densenet": (
+        *(f"densenet-bc-{size}" for size in ("100-12", "190-40", "250-24")),
+        *(f"densenet{n}-kuangliu" for n in (121, 161, 169, 201)),
+    ),
+    "imagenet": tuple(f"resnet{n}-kuangliu" for n in (18, 34, 50, 101, 152)),
+}
+"""Modules that are a ``family.Family``, in the order in which they are asked, and names worth
+completing; other depths and widths are spelt the same way. torchvision's own names are added."""
 
 CIFAR10 = "CIFAR-10's"
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -76,6 +81,11 @@ class Recognition:
     state_dict: dict[str, Tensor]
 
 
+def usual() -> list[str]:
+    """Names of built-in networks that are worth completing."""
+    return [name for names in FAMILIES.values() for name in names]
+
+
 def names() -> list[str]:
     """Names for completion: the usual built-in ones and torchvision's, without importing it."""
     spec = importlib.util.find_spec("torchvision")
@@ -85,7 +95,7 @@ def names() -> list[str]:
             match = re.search(r"^__all__ = (\[.*?\])", file.read_text("utf-8"), re.M | re.S)
             if match and not file.stem.startswith("_") and "@register_model" in match.string:
                 found += [name for name in ast.literal_eval(match[1]) if name.islower()]
-    return [*USUAL, *(f"torchvision:{name}" for name in sorted(found))]
+    return [*usual(), *(f"torchvision:{name}" for name in sorted(found))]
 
 
 def known(name: str) -> bool:
@@ -99,18 +109,12 @@ def known(name: str) -> bool:
 
 def build(name: str, num_classes: int) -> nn.Module:
     """The network with random weights. Raises CheckpointError when the name is not known."""
-    base, *options = name.split("+")
-    channels = 1 if "grey" in options else 3
-    options = [option for option in options if option != "grey"]
+    parts = name.split("+")
+    channels = 1 if "grey" in parts else 3
+    plain = "+".join(part for part in parts if part != "grey")
     network: nn.Module | None = None
-    if base.startswith("torchvision:"):
-        network = _imagenet().build(base.partition(":")[2], num_classes, channels, options)
-    elif re.fullmatch(KUANGLIU, base) and not options:
-        plain = base.removesuffix("-kuangliu")
-        network = _imagenet().build(plain, num_classes, channels, ["cifar-stem"])
-    elif not options:
-        for family in FAMILIES:
-            network = network or _family(family).build(base, num_classes, channels)
+    for family in FAMILIES:
+        network = network or _family(family).build(plain, num_classes, channels)
     if network is None:
         near = difflib.get_close_matches(name, names(), 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "for example resnet20-cifar"
@@ -131,40 +135,26 @@ def skeleton(name: str, num_classes: int) -> nn.Module:
 
 def rename(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with the keys of the named network, from any of its widespread layouts."""
-    base = name.split("+")[0]
-    if base.startswith("torchvision:"):
-        return dict(_imagenet().rename(state))
-    if re.fullmatch(KUANGLIU, base):
-        return dict(_imagenet().from_kuangliu(state))
+    from oodcli.networks.architectures.weightless import Weightless
+
+    plain = "+".join(part for part in name.split("+") if part != "grey")
     for family in FAMILIES:
-        if _family(family).build(base, 2) is not None:
-            return dict(_family(family).rename(state))
+        with Weightless():
+            ours = _family(family).build(plain, 2) is not None
+        if ours:
+            return _family(family).rename(state)
     return dict(state)
 
 
 def recognise(state: Mapping[str, Tensor]) -> Recognition | None:
     """Which network the tensors belong to, by their names and shapes; None when it is unknown."""
     for family in FAMILIES:
-        name = _family(family).guess(state)
-        if name is None:
+        guessed = _family(family).guess(state)
+        if guessed is None or not known(guessed[0]):
             continue
-        renamed = rename(name, state)
-        dimensions = [
-            renamed[key].ndim for key in ("conv1.weight", "linear.weight") if key in renamed
-        ]
-        if dimensions != [4, 2]:
-            continue
-        if renamed["conv1.weight"].shape[1] == 1:
-            name += "+grey"
-        classes = renamed["linear.weight"].shape[0]
-        if known(name) and not differences(name, classes, renamed):
-            return Recognition(name, classes, renamed)
-    guessed = _imagenet().guess(state)
-    if guessed is not None:
-        name, classes = guessed
-        renamed = rename(name, state)
-        if not differences(name, classes, renamed):
-            return Recognition(name, classes, renamed)
+        renamed = _family(family).rename(state)
+        if not differences(*guessed, renamed):
+            return Recognition(*guessed, renamed)
     return None
 
 
@@ -199,7 +189,7 @@ def nearest(state: Mapping[str, Tensor]) -> tuple[str, list[str]]:
     number of classes does not count. Builds many skeletons: a second or more, so for error
     messages only."""
     best = ("", ["nothing in common"], 0.0)
-    candidates = [*USUAL, *(f"torchvision:{name}" for name in _imagenet().likely(state))]
+    candidates = [*usual(), *(f"torchvision:{name}" for name in _imagenet().likely(state))]
     for name in candidates:
         renamed = rename(name, state)
         expected = {
@@ -282,8 +272,11 @@ def categories(name: str, num_classes: int) -> tuple[str, ...] | None:
 
 
 def _imagenet() -> Any:
-    return _family("imagenet")  # which imports torchvision: a second
+    # Which imports torchvision: a second.
+    return import_module("oodcli.networks.architectures.imagenet")
 
 
-def _family(name: str) -> Any:
-    return import_module(f"oodcli.networks.architectures.{name}")
+def _family(name: str) -> Family:
+    module: Any = import_module(f"oodcli.networks.architectures.{name}")
+    found: Family = module
+    return found

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oodcli.networks.architectures.family import named
+
 _NAME = re.compile(r"resnet(\d+)-cifar(-b)?(?:-w(\d+))?")
 
 
@@ -91,8 +93,8 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def guess(state: Mapping[str, Tensor]) -> str | None:
-    """The name that a state dict suggests, in any of the layouts; the caller compares shapes."""
+def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """As of a Family."""
     state = rename(state)
     if "conv1.weight" not in state or "layer3.0.conv2.weight" not in state:
         return None
@@ -102,4 +104,4 @@ def guess(state: Mapping[str, Tensor]) -> str | None:
     width = state["conv1.weight"].shape[0]
     option_b = any(key.startswith("layer2.0.shortcut.") for key in state)
     name = f"resnet{6 * blocks + 2}-cifar" + "-b" * option_b
-    return name if width == 16 else f"{name}-w{width}"
+    return named(name if width == 16 else f"{name}-w{width}", state)

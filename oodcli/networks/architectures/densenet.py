@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oodcli.networks.architectures.family import named
+
 _FOUR_BLOCKS = {
     121: (32, (6, 12, 24, 16)),
     161: (48, (6, 12, 36, 24)),
@@ -123,8 +125,8 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def guess(state: Mapping[str, Tensor]) -> str | None:
-    """The name that a state dict suggests, in any of the layouts; the caller compares shapes."""
+def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """As of a Family."""
     new_first = "dense1.0.conv1.weight" in state and "trans1.conv.weight" in state
     state = rename(state)
     if "trans1.conv.weight" not in state or "block1.0.conv2.weight" not in state:
@@ -138,8 +140,9 @@ def guess(state: Mapping[str, Tensor]) -> str | None:
             counts[match[1]] = counts.get(match[1], 0) + 1
     blocks = tuple(counts.values())
     if len(blocks) == 3:
-        return f"densenet-bc-{6 * blocks[0] + 4}-{growth}"
+        return named(f"densenet-bc-{6 * blocks[0] + 4}-{growth}", state)
     for depth, (usual, layout) in _FOUR_BLOCKS.items():
         if new_first and blocks == layout:
-            return f"densenet{depth}-kuangliu" + (f"-k{growth}" if growth != usual else "")
+            other = f"-k{growth}" if growth != usual else ""
+            return named(f"densenet{depth}-kuangliu{other}", state)
     return None

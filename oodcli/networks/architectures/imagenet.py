@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision import models
 
-from oodcli.networks.architectures import KUANGLIU
 from oodcli.networks.architectures.weightless import Weightless
+
+KUANGLIU = r"resnet(18|34|50|101|152)-kuangliu"
+"""torchvision's ResNets behind a CIFAR stem, in the CIFAR key layout."""
 
 STEMS = ("conv1", "features.conv0")
 """First convolutions that a CIFAR stem replaces: ResNet's and DenseNet's."""
@@ -31,10 +33,21 @@ def names() -> list[str]:
     return [str(name) for name in models.list_models(module=models)]
 
 
-def build(
+def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
+    """As of a Family; None also where an option does not apply to the model."""
+    base, *options = name.split("+")
+    if re.fullmatch(KUANGLIU, base) and not options:
+        return model(base.removesuffix("-kuangliu"), num_classes, channels, ["cifar-stem"])
+    library, colon, plain = base.partition(":")
+    if library != "torchvision" or not colon:
+        return None
+    return model(plain, num_classes, channels, options)
+
+
+def model(
     name: str, num_classes: int, channels: int = 3, options: Sequence[str] = ()
 ) -> nn.Module | None:
-    """The model with random weights; None where torchvision has none of that name, or an option
+    """torchvision's model with random weights; None where it has none of that name, or an option
     does not apply to it."""
     if name not in names():
         return None
@@ -89,7 +102,10 @@ def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's present keys, from those of its older files, and without auxiliary heads."""
+    """torchvision's present keys, from those of its older files or of the CIFAR layout, and without
+    auxiliary heads."""
+    if _is_kuangliu(state):
+        state = _from_kuangliu(state)
     rules = (
         (r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),
         (r"^(encoder\.layers\..*\.mlp)\.linear_1\.", r"\1.0."),
@@ -105,7 +121,11 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def from_kuangliu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _is_kuangliu(state: Mapping[str, Any]) -> bool:
+    return "linear.weight" in state or any(".shortcut." in key for key in state)
+
+
+def _from_kuangliu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's keys of a ResNet, from those of the CIFAR layout."""
     return {
         re.sub(r"^(linear|classifier)\.", "fc.", key).replace(".shortcut.", ".downsample."): value
@@ -117,7 +137,7 @@ def from_kuangliu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def shapes(name: str) -> Shapes:
     """Keys and shapes of the model with 1000 classes, in a few milliseconds and no memory."""
     with Weightless():
-        network = build(name, 1000)
+        network = model(name, 1000)
     assert network is not None
     return {
         key: tuple(tensor.shape)
@@ -150,10 +170,9 @@ def likely(state: Mapping[str, Any]) -> list[str]:
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """The name with its options, and the number of classes; None where no model has these keys
-    with these shapes."""
-    kuangliu = "linear.weight" in state or any(".shortcut." in key for key in state)
-    renamed = rename(from_kuangliu(state) if kuangliu else state)
+    """As of a Family; here every key and shape has been compared."""
+    kuangliu = _is_kuangliu(state)
+    renamed = rename(state)
     given = {
         key: tuple(value.shape)
         for key, value in renamed.items()

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oodcli.networks.architectures.family import named
+
 _NAME = re.compile(r"wrn-(\d+)-(\d+)(-meliketoy)?")
 
 
@@ -91,8 +93,8 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def guess(state: Mapping[str, Tensor]) -> str | None:
-    """The name that a state dict suggests, in any of the layouts; the caller compares shapes."""
+def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """As of a Family."""
     state = rename(state)
     if "block3.0.conv2.weight" not in state or "trans1.conv1.weight" in state:
         return None
@@ -100,4 +102,5 @@ def guess(state: Mapping[str, Tensor]) -> str | None:
     if state["block3.0.conv2.weight"].ndim != 4:
         return None
     widen = state["block3.0.conv2.weight"].shape[0] // 64
-    return f"wrn-{6 * blocks + 4}-{widen}" + "-meliketoy" * ("conv1.bias" in state)
+    name = f"wrn-{6 * blocks + 4}-{widen}" + "-meliketoy" * ("conv1.bias" in state)
+    return named(name, state)
