@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
 import tarfile
 import zipfile
 from pathlib import Path
@@ -26,6 +27,7 @@ from oodcli.networks import architectures
 from oodcli.networks.assemble import assemble
 from oodcli.networks.preprocessing import Preprocessing
 from oodcli.stages.labels import SAMPLE, settle_labels, table_of
+from oodcli.stages.ray import Decoder, Reading, pieces_of
 
 K = 12
 PLAIN = tuple(map(str, range(K)))
@@ -407,6 +409,19 @@ def test_labels_that_only_a_cluster_reads():
     assert labels_of(["n01443537", "5"], IMAGENET, wnids()).tolist() == [1, 5]
     named_so = network(list(PLAIN), class_names=PLAIN)
     assert table_of([Piece(0, "files", "/data/x", names=names)], named_so) == (table, None)
+
+
+@pytest.mark.parametrize("reading", [0, 1, None])
+def test_hosts_read_labels_as_the_users_process_has_settled(tmp_path, reading):
+    root = folders(tmp_path / "x", list(PLAIN))
+    source = open_images(str(root), PIXELS, PLAIN)
+    (piece,) = pieces_of(source, 64)
+    job = Reading(str(root), str(tmp_path), PIXELS, PLAIN, 64, reading)
+    (payload,) = Decoder(job)({"piece": [pickle.dumps(piece)]})
+    _, _, labels, _, _ = pickle.loads(payload["data"][0])
+    names = [path.split("/")[-2] for path in source.paths(0, len(source))]
+    order = {0: list(PLAIN), 1: AS_TEXT}.get(reading)
+    assert labels.tolist() == [-1 if order is None else order.index(name) for name in names]
 
 
 # the command line
