@@ -418,7 +418,7 @@ def test_hosts_read_labels_as_the_users_process_has_settled(tmp_path, reading):
     (piece,) = pieces_of(source, 64)
     job = Reading(str(root), str(tmp_path), PIXELS, PLAIN, 64, reading)
     (payload,) = Decoder(job)({"piece": [pickle.dumps(piece)]})
-    _, _, labels, _, _ = pickle.loads(payload["data"][0])
+    _, _, labels, *_ = pickle.loads(payload["data"][0])
     names = [path.split("/")[-2] for path in source.paths(0, len(source))]
     order = {0: list(PLAIN), 1: AS_TEXT}.get(reading)
     assert labels.tolist() == [-1 if order is None else order.index(name) for name in names]

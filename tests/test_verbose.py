@@ -138,7 +138,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
         told.err,
         r"score: .*v\.features\.h5, 20 virtual images of .*v\.h5, with ",
         r"knn: .*knn\.safetensors, fitted on virtual rows; k=3; needs embedding; no verdicts$",
-        r"energy: needs no fitting; T=1\.0; needs logits, logits\.level; verdicts by score above 0$",
+        r"energy: needs no fitting; T=1\.0; needs logits, logits\.level; verdicts by score above 0",
         r"took .*: detectors .* s, scoring .* s, the rest",
     )
     images = ("score", checkpoint, "noise:blob?n=5", "-d", "odin", "--threshold", "split")
