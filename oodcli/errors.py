@@ -23,3 +23,8 @@ class FileError(OodcliError):
 
 class DetectorError(OodcliError):
     """A detector is unknown, or lacks something that it needs."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
