@@ -19,11 +19,15 @@ from safetensors.torch import load_file, save_file
 from test_cli import fails
 
 from oodcli import detectors
+from oodcli.detectors import serial
 from oodcli.detectors.c2ir_peak import FLOOR, C2IRPeak, LogDeviation, LogEnergy
 from oodcli.detectors.c2ir_z import C2IRZ
-from oodcli.detectors.common_scale import Duo, Trio, median_and_spread, on_common_scale
+from oodcli.detectors.common_scale import median_and_spread, on_common_scale
+from oodcli.detectors.duo import Duo
 from oodcli.detectors.one_class_sum import OneClassSum
-from oodcli.detectors.peak import Peak, PeakEnergy
+from oodcli.detectors.peak import Peak
+from oodcli.detectors.peak_energy import PeakEnergy
+from oodcli.detectors.trio import Trio
 from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, Layer
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
@@ -330,14 +334,14 @@ def test_a_damaged_part_is_named(three, tmp_path, tensor, settings, reason):
 
 def test_a_part_has_nothing_superfluous(three):
     duo = Duo.fit(**three)
-    more = {**duo.state(), "indicators/more": torch.zeros(1)}
+    more = {**serial.state(duo), "indicators/more": torch.zeros(1)}
     with pytest.raises(DetectorError, match="1c-sum: the artefact has an unknown 'more'"):
-        Duo.restore(more, duo.settings())
+        serial.restore(Duo, more, serial.settings(duo))
 
 
 def test_both_parts_move(three):
     moved = Duo.fit(**three).to(torch.device("meta"))
-    assert all(tensor.is_meta for tensor in moved.state().values())
+    assert all(tensor.is_meta for tensor in serial.state(moved).values())
     assert isinstance(moved.deviation, C2IRZ)
 
 
@@ -407,9 +411,9 @@ def test_noise_beside_other_rows_is_noise_alone(place, tmp_path):
     other = read_artefact(place / "detectors" / "1c-sum.safetensors")
     assert one.fitted_on == other.fitted_on
     assert one.recorded == other.recorded
-    assert one.detector.state().keys() == other.detector.state().keys()
-    for name, tensor in one.detector.state().items():
-        assert torch.equal(tensor, other.detector.state()[name])
+    assert serial.state(one.detector).keys() == serial.state(other.detector).keys()
+    for name, tensor in serial.state(one.detector).items():
+        assert torch.equal(tensor, serial.state(other.detector)[name])
     # Without a cache of other rows, too; and virtual images where they are asked for.
     without = ("fit", "-d", "1c-sum", "--noise", place / "n.h5", "-o", tmp_path, "--force")
     assert oodcli(*without).status == 0

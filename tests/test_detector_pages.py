@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks import detector_pages
 from oodcli import detectors
 from oodcli.architectures import build
+from oodcli.detectors.hyperparameters import hyperparameters
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in detector_pages.PAGES.glob("*.md")}
 FIGURES = detector_pages.read_figures()
@@ -90,12 +91,12 @@ def test_hyperparameters_are_those_of_the_class(name):
     found = dict(re.findall(rf"^\| `{re.escape(name)}\.(\w+)` \| (\S+) \| \S", text, re.M))
     expected = {
         key: str(default).lower() if default is None or isinstance(default, bool) else str(default)
-        for key, (_, default) in detectors.get(name).hyperparameters().items()
+        for key, (_, default) in hyperparameters(detectors.get(name)).items()
     }
     assert found == expected
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     family = [other for other, page in WHERE.items() if page == WHERE[name]]
-    total = sum(len(detectors.get(other).hyperparameters()) for other in family)
+    total = sum(len(hyperparameters(detectors.get(other))) for other in family)
     assert len(rows) == total
     assert total or text.startswith("\nNone.")
 

@@ -13,13 +13,17 @@ from scipy import stats
 from torch import nn
 
 from oodcli import detectors
-from oodcli.detectors import batchnorm, react, rg, thinkback
-from oodcli.detectors import last_layer_gradient as gradient
+from oodcli.detectors import dss_ext, percentiles, rg, thinkback
 from oodcli.detectors.class_statistics import column_moments
+from oodcli.detectors.energy_norm import energy_norm
+from oodcli.detectors.entropy import entropy
+from oodcli.detectors.hyperparameters import hyperparameters, parse
+from oodcli.detectors.igoe import igoe
 from oodcli.detectors.klm import kl_matching
+from oodcli.detectors.last_layer_gradients import length
 from oodcli.detectors.msp import softmax
 from oodcli.detectors.one_class_sum import SUMMED
-from oodcli.detectors.output_space import entropy
+from oodcli.detectors.rg_add import rg_add
 from oodcli.detectors.supervised import INDICATORS
 from oodcli.errors import DetectorError
 from oodcli.features import INPUT, BatchNorm, Features, LinearHead
@@ -232,7 +236,7 @@ def test_batchnorm_by_hand():
 @pytest.mark.parametrize("positions", [2, 5, 64, 1024, 50176])
 def test_extreme_variances(positions):
     """p < 0.1 exactly where S² leaves the bounds."""
-    low, high = batchnorm.variance_bounds(positions)
+    low, high = dss_ext.variance_bounds(positions)
     freedom = positions - 1
     for bound, outside in ((low, 1 - 1e-6), (high, 1 + 1e-6)):
         for factor, extreme in ((outside, True), (2 - outside, False)):
@@ -240,7 +244,7 @@ def test_extreme_variances(positions):
             below = torch.special.gammainc(half, half * bound * factor).item()
             assert (2 * min(below, 1 - below) < 0.1) is extreme
             variance, bounds = double([[bound * factor]]), double([[low], [high]])
-            assert batchnorm.dss_ext(variance, bounds).item() == extreme
+            assert dss_ext.dss_ext(variance, bounds).item() == extreme
     expected = stats.chi2.ppf([0.05, 0.95], freedom) / freedom
     assert (low, high) == pytest.approx(expected.tolist(), rel=1e-9)
 
@@ -358,9 +362,7 @@ def test_small_differences_keep_their_digits():
     """In float64, too, 1 − p is exactly 0 at a gap of 40."""
     logits, embedding = torch.tensor([[40.0, 0.0, 0.0]]), torch.ones(1, 1)
     q = math.exp(-40)
-    assert gradient.igoe(softmax(logits), gradient.length(embedding)).item() == pytest.approx(
-        8 * q, rel=1e-9, abs=0
-    )
+    assert igoe(softmax(logits), length(embedding)).item() == pytest.approx(8 * q, rel=1e-9, abs=0)
     expected = (2 * q) ** 2 + 2 * q**2
     found = thinkback.thinkback(logits, embedding.square().sum(1)).item()
     assert found == pytest.approx(expected, rel=1e-9, abs=0)
@@ -388,11 +390,11 @@ def test_rg_against_loops():
         expected.append(-energy * clipped)
         added.append(-(math.log(sum(math.exp(x) for x in z)) + 0.7 * clipped))
     torch.testing.assert_close(score("rg", block, T=temperature, k=k), double(expected))
-    found = rg.rg_add(block.logits, block.embedding, 0.7, k)
+    found = rg_add(block.logits, block.embedding, 0.7, k)
     torch.testing.assert_close(found, double(added))
     torch.testing.assert_close(
         rg.rg(block.logits, block.embedding.abs(), k=1e9),
-        gradient.energy_norm(block.logits, gradient.length(block.embedding)),
+        energy_norm(block.logits, length(block.embedding)),
     )
 
 
@@ -436,14 +438,14 @@ def test_automatic_temperature_has_the_smallest_spread():
     confident = replace(block, logits=block.logits * 0 + torch.tensor([20.0, 0.0, 0.0, 0.0]))
     assert kind.fit(confident, T="auto").T == 1
     assert kind.fit([], T=3.0).T == 3
-    assert kind.parse({"T": "auto"}) == {"T": "auto"}
-    assert kind.parse({"T": "2"}) == {"T": 2.0}
+    assert parse(kind, {"T": "auto"}) == {"T": "auto"}
+    assert parse(kind, {"T": "2"}) == {"T": 2.0}
     assert kind.fit_needs(T="auto") == {"logits", "embedding", "head"}
     assert kind.fit_needs() == frozenset()
     with pytest.raises(DetectorError, match="T=auto must be fitted first"):
         kind(T="auto")
     with pytest.raises(DetectorError, match="T=warm: expected float or auto"):
-        kind.parse({"T": "warm"})
+        parse(kind, {"T": "warm"})
 
 
 def test_a_weight_that_no_row_moves():
@@ -466,7 +468,7 @@ def test_percentile_is_exact(percent, spread):
     entries[1, :3] = -0.0
     entries[2, :20] = entries[2, 20]
     expected = np.percentile(entries.double().numpy(), percent)
-    found = react.percentile_of(lambda: entries.split(2), percent)
+    found = percentiles.percentile_of(lambda: entries.split(2), percent)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -487,7 +489,7 @@ def test_react():
         expected.append(-math.log(sum(math.exp(x) for x in z)))
     torch.testing.assert_close(detector.score(block), double(expected))
     kind = detectors.get("react")
-    assert kind.fit(block, **kind.parse({"c": "1"})).c == 1
+    assert kind.fit(block, **parse(kind, {"c": "1"})).c == 1
     assert kind.fit(block, percentile=50.0).c < c
     # Nothing is clipped at the largest entry: plain energy.
     torch.testing.assert_close(
@@ -551,7 +553,7 @@ def test_one_class_sum(recorded):
     assert detector.reference == "uniform"
     assert detectors.get("1c-sum").reference_images == "noise:uniform?n=2000&seed=0"
     kind = detectors.get("1c-sum")
-    assert kind.fit(noise, **kind.parse({"reference": "virtual"})).reference == "virtual"
+    assert kind.fit(noise, **parse(kind, {"reference": "virtual"})).reference == "virtual"
 
 
 def test_a_constant_column_has_a_spread_of_one():
@@ -583,7 +585,7 @@ def test_supervised(recorded):
         expected = torch.from_numpy(naive.decision_function(rows_))
         torch.testing.assert_close(detector.score(block), expected, rtol=1e-6, atol=1e-6)
     assert detector.score(inside).mean() < 0 < detector.score(outside).mean()
-    assert "ood" not in kind.hyperparameters()
+    assert "ood" not in hyperparameters(kind)
     with pytest.raises(DetectorError, match=r"needs out-of-distribution rows.* --ood"):
         kind.fit(inside)
 
