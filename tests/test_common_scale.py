@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import oodcli
+from naive import NAIVE, Fit, standardised_deviations
 from safetensors.torch import load_file, save_file
 from test_cli import fails
 
@@ -67,50 +68,20 @@ def test(rows):
     return rows(9, 4)
 
 
-KINDS = {
-    C2IRPeak: ("log energy", "log deviation", "log peak"),
-    Duo: ("c2ir-z", "1c-sum"),
-    Trio: ("c2ir-z", "1c-sum", "peak"),
-}
-"""What each adds."""
+KINDS = (C2IRPeak, Duo, Trio)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_formula_against_a_naive_one(three, test, kind):
-    deviation = C2IRZ.fit(three["train"])
-    parts = {
-        "c2ir-z": deviation.score,
-        "1c-sum": OneClassSum.fit(three["noise"]).score,
-        "peak": Peak().score,
-        "log energy": lambda block: -(block.logits.double().exp().sum(1) + 1).log().log(),
-        "log deviation": lambda block: (
-            sum(
-                ((layer.mean - deviation.centre[name][block.logits.argmax(1)]).double() ** 2)
-                .div(deviation.variance[name])
-                .mean(1)
-                .log()
-                for name, layer in block.layers.items()
-                if layer.kind == "batchnorm"
-            )
-            / len(deviation.layers)
-        ),
-        "log peak": lambda block: -(-Peak().score(block)).log(),
-    }
+    expected = torch.from_numpy(NAIVE[kind.name](test, Fit(**three)))
+    torch.testing.assert_close(kind.fit(**three).score(test), expected, rtol=1e-8, atol=1e-8)
 
-    def on_scale(scores, pool):
-        low, median, high = np.percentile(pool, [25, 50, 75])
-        return (scores - median) / (high - low), (pool - median) / (high - low)
 
-    found = [on_scale(part(test).numpy(), part(three["pool"]).numpy()) for part in parts.values()]
-    named = dict(zip(parts, found, strict=True))
-    terms = [named[name] for name in KINDS[kind]]
-    if kind is C2IRPeak:
-        terms = [on_scale(*(a + b for a, b in zip(*terms[:2], strict=True))), terms[2]]
-        # A factor would cancel in the sum, but the floor is in the unit of the deviations.
-        alone = LogDeviation(deviation).score(test)
-        torch.testing.assert_close(alone, parts["log deviation"](test), rtol=1e-9, atol=1e-9)
-    expected = torch.from_numpy(sum(scores for scores, _ in terms))
-    torch.testing.assert_close(kind.fit(**three).score(test), expected, rtol=1e-9, atol=1e-9)
+def test_the_floor_is_in_the_unit_of_the_deviations(three, test):
+    """In the sum of c2ir-peak a factor would cancel."""
+    found = LogDeviation(C2IRZ.fit(three["train"])).score(test)
+    expected = np.log(standardised_deviations(test, three["train"])).mean(1)
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_a_dead_layer_changes_nothing(three, test):

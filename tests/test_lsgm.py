@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from naive import over_all_traces
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
@@ -196,15 +197,8 @@ def numpy_score(detector, rows):
             if i and serial.settings(detector)["prior"] == "every-layer":
                 columns[-1] = columns[-1] + np.log(state[f"weights/{name}"][k])
         densities.append(np.stack(columns, 1))
-    traces = []
-    with np.errstate(divide="ignore"):
-        for trace in itertools.product(*(range(d.shape[1]) for d in densities)):
-            value = np.log(state[f"weights/{names[0]}"][trace[0]]) + densities[0][:, trace[0]]
-            for i, (j, k) in enumerate(itertools.pairwise(trace), start=1):
-                value = value + densities[i][:, k]
-                value = value + np.log(state[f"transitions/{names[i]}"][j, k])
-            traces.append(value)
-    return torch.from_numpy(-logsumexp(np.stack(traces), 0))
+    transitions = [state[f"transitions/{name}"] for name in names[1:]]
+    return torch.from_numpy(-over_all_traces(densities, state[f"weights/{names[0]}"], transitions))
 
 
 @pytest.mark.parametrize("mixture", ["dp", "em"])
