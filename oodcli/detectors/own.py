@@ -185,7 +185,9 @@ def _explain_failures(kind: type[Detector], word: str, path: Path) -> None:
     def scores(found: Any, _: Detector, test: Features) -> str | None:
         if isinstance(found, Tensor) and found.shape == (len(test),):
             return None
-        what = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found)
+        what = (
+            f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        )
         return f"{what} for {len(test)} rows, expected a tensor ({len(test)},)"
 
     def fitted(found: Any, *_: Any) -> str | None:
