@@ -4,14 +4,16 @@
     python -m benchmarks.detector_pages write [--check]
 
 The first step runs oodcli on the networks and images of the folder DATA and writes
-docs/detectors/figures.json; a WORK folder that is kept is gone on with. The second step needs
+docs/detectors/figures.json; with a WORK folder that is kept, it resumes. The second step needs
 neither: it puts tables of that file, and of the detectors' own classes, between the marks on the
-pages, and with --check changes nothing, but fails where a page is not what it would write.
+pages, and makes a page for a detector that has none. With --check it changes nothing, but fails
+where a page is missing, or is not what it would write.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import shlex
@@ -28,6 +30,7 @@ from typing import Any
 from benchmarks.bench_startup import MAIN
 from oodcli import detectors
 from oodcli.cli.detectors import fitted_on
+from oodcli.detectors.hyperparameters import hyperparameters
 
 PAGES = Path(__file__).parents[1] / "docs" / "detectors"
 
@@ -42,23 +45,30 @@ NOISE = "noise"
 NOISE_IMAGES = "noise:uniform?n=1000&seed=1"
 """Another seed than that of 1c-sum's own noise."""
 
-VIRTUAL = ("c2ir",)
+KINDS = {name: detectors.get(name) for name in detectors.names()}
+
+VIRTUAL = [name for name, kind in KINDS.items() if "layers.sensitivity" in kind.fit_needs()]
 """Fitted on virtual images alone."""
 
-WITH_POOL = ("c2ir-peak", "duo", "trio")
+WITH_POOL = [name for name, kind in KINDS.items() if kind.needs_pool]
 """Fitted on virtual images, on noise, and on other virtual images, matched to the accuracy."""
 
-EITHER = (
-    *("thinkback-norm", "rg-add", "react", "klm", "mds", "mds-sum"),
-    *("knn", "vim", "gram", "1d", "lsgm", "c2ir-z"),
-)
-"""Fitted on virtual images, and on real ones."""
-
-WITH_OOD = ("supervised", "mds-sum")
+WITH_OOD = [name for name, kind in KINDS.items() if kind.uses_ood]
 """Fitted on OOD rows, too: of every set but the one that is scored."""
+
+EITHER = [
+    name
+    for name, kind in KINDS.items()
+    if kind.fitted
+    and not (kind.needs_ood or kind.reference_images)
+    and name not in (*VIRTUAL, *WITH_POOL)
+]
+"""Fitted on virtual images, and on real ones."""
 
 OWN_NETWORK = ("godin", "mos")
 """They need a network trained for them, which these are not."""
+
+NOT_MEASURED = "not measured"
 
 Row = Mapping[str, Sequence[float]]
 
@@ -310,6 +320,8 @@ def _table_of_figures(names: Sequence[str], figures: Mapping[str, Any]) -> list[
             pairs += [mean_of(row), row.get(NOISE)]
             label = f"`{name}`" + (f", {fitted}" if fitted else "")
             rows.append([label, network, *(_pair(pair) for pair in pairs)])
+        if not any(rows_of(name, figures)):
+            rows.append([f"`{name}`", NOT_MEASURED, *[""] * (len(SETS) + 2)])
     return _table(["AUROC / TNR95, %", "network", *SETS, "mean of five", "uniform noise"], rows)
 
 
@@ -322,14 +334,15 @@ def _index(names: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
     rows = []
     for name in detectors.names():
         kind = detectors.get(name)
+        page = where.get(name, PAGES / f"{name}.md")
         cells = dict.fromkeys(figures["networks"], "")
         for network, _, fitted, row in rows_of(name, figures):
             words = {"virtual images": "virtual ", "real images": "real ", "real and OOD": "OOD "}
             prefix = words.get(fitted, "") if name not in (*VIRTUAL, *WITH_POOL) else ""
             cells[network] += f"{'; ' * bool(cells[network])}{prefix}{_pair(mean_of(row))}"
         needs = " ".join(sorted(kind.needs | kind.fit_needs()))
-        link = f"[`{name}`]({where[name].name})"
-        measured = [cell or "not measured" for cell in cells.values()]
+        link = f"[`{name}`]({page.name})"
+        measured = [cell or NOT_MEASURED for cell in cells.values()]
         rows.append([link, needs, fitted_on(kind), kind.about, *measured])
     return _table(["name", "needs", "fitted on", "what it is", *figures["networks"]], rows)
 
@@ -397,9 +410,44 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
+def new_page(name: str) -> str:
+    """The page of a detector that has none, from its class, before ``written``."""
+    kind = detectors.get(name)
+    settings = []
+    for key, (_, default) in hyperparameters(kind).items():
+        plain = default is None or isinstance(default, bool)
+        settings.append(f"| `{name}.{key}` | {str(default).lower() if plain else default} | |")
+    table = ["| | default | meaning |", "| --- | --- | --- |", *settings] if settings else ["None."]
+    example = f"oodcli score ckpt.pt photos/ -d {name} -o photos.csv"
+    if kind.fitted:
+        example = (
+            f"oodcli fit v.features.h5 -d {name} -o detectors\n"
+            f"oodcli score ckpt.pt photos/ -d detectors/{name}.safetensors -o photos.csv"
+        )
+    parts = (
+        f"# {name}: {kind.about}",
+        inspect.getdoc(kind) or "",
+        f"<!-- facts {name} -->\n<!-- end -->",
+        "## Hyper-parameters",
+        "\n".join(table),
+        "## Measured",
+        f"<!-- figures {name} -->\n<!-- end -->",
+        "## Example",
+        f"```sh\n{example}\n```",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
 def _write(check: bool) -> int:
     figures = read_figures()
     stale = 0
+    for name in [each for each in detectors.names() if each not in pages()]:
+        page = PAGES / f"{name}.md"
+        if check:
+            stale += 1
+            print(f"{page.name}: is missing")
+        else:
+            page.write_text(new_page(name), encoding="utf-8")
     for page in sorted(PAGES.glob("*.md")):
         text = page.read_text(encoding="utf-8")
         anew = written(text, figures)

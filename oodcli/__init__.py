@@ -8,8 +8,21 @@ from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
     from oodcli.api import load_classifier, load_detector, record
+    from oodcli.detectors.base import Detector
+    from oodcli.features import Features
 
-__all__ = ["OodcliError", "__version__", "load_classifier", "load_detector", "record"]
+__all__ = [
+    "Detector",
+    "Features",
+    "OodcliError",
+    "__version__",
+    "load_classifier",
+    "load_detector",
+    "record",
+]
+
+_WHERE = {"Detector": "oodcli.detectors.base", "Features": "oodcli.features"}
+"""Modules of the names that are not in oodcli.api."""
 
 if not TYPE_CHECKING:  # or mypy would take any name for one of these
 
@@ -17,7 +30,7 @@ if not TYPE_CHECKING:  # or mypy would take any name for one of these
         """Imports what is asked for, when it is: torch takes a second, and ``--help`` none."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module("oodcli.api"), name)
+        return getattr(import_module(_WHERE.get(name, "oodcli.api")), name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

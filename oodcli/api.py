@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from oodcli import detectors
+from oodcli.detectors import own
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, ImagesError, OodcliError
 from oodcli.features import KNOWN_RECORDS, Features, Rows, concatenate
@@ -39,7 +40,13 @@ from oodcli.networks.card import Overrides
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording.recorder import CHEAP, Recorder, recordable
-from oodcli.stages.chosen import choose_detectors, fit_on_noise, odin_step, require_same_network
+from oodcli.stages.chosen import (
+    choose_detectors,
+    fit_on_noise,
+    is_artefact,
+    odin_step,
+    require_same_network,
+)
 from oodcli.stages.labels import settle_labels
 from oodcli.stages.record import record_images
 
@@ -93,11 +100,17 @@ def load_classifier(
 
 
 def load_detector(
-    name_or_path: str | Path, classifier: Classifier | None = None, **hyperparameters: Any
+    name_or_path: str | Path | type[Detector],
+    classifier: Classifier | None = None,
+    *,
+    code: str | type[Detector] | None = None,
+    **hyperparameters: Any,
 ) -> Detector:
     """A detector that needs no fitting, by its name, or a fitted one from a file made by ``oodcli
     fit``. Its ``score(features)`` gives (N,) float64, higher = more out of distribution.
 
+    A detector of your own is given as ``"FILE.py:CLASS"``, whose code is run, or as its class. Of
+    one that must be fitted, give the file made by ``oodcli fit``, and the class as ``code``.
     classifier: the file must have been fitted for it, on images prepared as it prepares them; and
     ``1c-sum`` is standardised on noise with it, which takes 2,000 forward passes. Without it,
     nothing is checked. hyperparameters: as ``-p NAME.KEY=VALUE``, of a name only.
@@ -105,8 +118,10 @@ def load_detector(
     Raises DetectorError for an unknown name or hyper-parameter, or one that must be fitted first;
     FileError for a file that is missing, damaged, or belongs to another network.
     """
-    word = str(name_or_path)
-    if word.endswith(".safetensors") or (word not in detectors.names() and Path(word).is_file()):
+    if code is not None:
+        _name_of(code)
+    word = _name_of(name_or_path) if isinstance(name_or_path, type) else str(name_or_path)
+    if is_artefact(word):
         artefact = read_artefact(Path(word))
         if hyperparameters:
             raise DetectorError(f"{word} is fitted already: give hyper-parameters to 'oodcli fit'")
@@ -115,11 +130,16 @@ def load_detector(
                 artefact, classifier.sha256, classifier.preprocessing, classifier.averaged
             )
         return artefact.detector
-    kind = detectors.get(word)
+    kind = detectors.find(word)
     given = {key: str(value) for key, value in hyperparameters.items()}
     fit_reference = None if classifier is None else partial(_on_noise, classifier)
-    [chosen] = choose_detectors([word], {word: given}, kind.needs, "", fit_reference)
+    [chosen] = choose_detectors([word], {kind.name: given}, kind.needs, "", fit_reference)
     return chosen.detector
+
+
+def _name_of(code: str | type[Detector]) -> str:
+    """The name by which a class is known from now on."""
+    return own.register(code).name if isinstance(code, type) else detectors.find(code).name
 
 
 def _on_noise(classifier: Classifier, kind: type[Detector], given: Mapping[str, Any]) -> Detector:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
 """In what torch says, in lower case; the last is said by CUDA's libraries."""
@@ -30,3 +38,29 @@ def too_short(device: torch.device, size: tuple[int, int]) -> str:
         f"the memory of {device} is too short for one image of {size[0]}×{size[1]}: try "
         f"{elsewhere}a smaller --input-size, or less at once"
     )
+
+
+def halving(
+    run: Callable[[int], Result],
+    size: int,
+    device: torch.device,
+    hopeless: Callable[[BaseException], Exception],
+    *,
+    level: int = logging.INFO,
+) -> tuple[Result, int]:
+    """``run(size)`` and the size, which is halved for as long as memory runs out. device: whose
+    memory that is. hopeless: what to raise where a size of 1 is too large. level: at which each
+    halving is logged."""
+    while True:
+        try:
+            return run(size), size
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            if size <= 1:
+                raise hopeless(error) from error
+        # Outside of the handler, whose error holds on to what was allocated.
+        let_go(device)
+        words = "out of memory at batch size %d; retrying with %d"
+        log.log(level, words, size, size // 2)
+        size //= 2

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oodcli.features import Features, LinearHead
 from oodcli.networks.assemble import assemble
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
+from oodcli.recording.recorder import Recorder, recordable
 
 PREPROCESSING = Preprocessing((8, 8), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 
@@ -138,3 +142,26 @@ def classifier(network: nn.Module, **settings: object) -> Classifier:
 def images(count: int, seed: int = 1) -> Tensor:
     """(N, 3, 8, 8), normalised."""
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def recorded(count: int, seed: int = 1, *, classes: int = 3, labelled: bool = True) -> Features:
+    """Rows of Residual with everything that can be recorded, and what takes an inversion or a
+    network trained for it made up. Logits are about 0 on average, so that each class is
+    predicted."""
+    network = classifier(Residual(classes=classes))
+    labels = torch.arange(count) % classes if labelled else None
+    seen = Recorder(network, recordable(network))(images(count, seed), labels)
+    usual = Recorder(network, frozenset({"logits"}))(images(24, 1)).logits.mean(0)
+    generator = torch.Generator().manual_seed(seed)
+    return replace(
+        seen,
+        logits=seen.logits - usual,
+        odin_logits=seen.odin_logits - usual,
+        head=LinearHead(seen.head.weight, seen.head.bias - usual),
+        deconf_h=(seen.logits - usual) / 2,
+        mos_others=torch.randn(count, 2, generator=generator).sigmoid().log(),
+        layers={
+            name: replace(layer, sensitivity=torch.randn(layer.mean.shape, generator=generator))
+            for name, layer in seen.layers.items()
+        },
+    )

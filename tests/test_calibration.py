@@ -15,7 +15,7 @@ from oodcli.calibration import (
     labelled_threshold,
     split_threshold,
 )
-from oodcli.detectors.output_space import MLS
+from oodcli.detectors.mls import MLS
 from oodcli.errors import DetectorError, FileError, OodcliError
 from oodcli.features import Features
 from oodcli.files.marks import read_marks

@@ -22,7 +22,8 @@ from commands import oodcli
 from networks import Plain, settled
 from PIL import Image
 
-from oodcli import __version__, detectors
+from oodcli import detectors
+from oodcli._version import __version__
 from oodcli.cli import console, interrupts
 from oodcli.features import concatenate
 from oodcli.files.artefact import read_artefact

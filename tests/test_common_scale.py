@@ -15,15 +15,20 @@ import numpy as np
 import pytest
 import torch
 from commands import oodcli
+from naive import NAIVE, Fit, standardised_deviations
 from safetensors.torch import load_file, save_file
 from test_cli import fails
 
 from oodcli import detectors
+from oodcli.detectors import serial
 from oodcli.detectors.c2ir_peak import FLOOR, C2IRPeak, LogDeviation, LogEnergy
 from oodcli.detectors.c2ir_z import C2IRZ
-from oodcli.detectors.common_scale import Duo, Trio, median_and_spread, on_common_scale
+from oodcli.detectors.common_scale import median_and_spread, on_common_scale
+from oodcli.detectors.duo import Duo
 from oodcli.detectors.one_class_sum import OneClassSum
-from oodcli.detectors.peak import Peak, PeakEnergy
+from oodcli.detectors.peak import Peak
+from oodcli.detectors.peak_energy import PeakEnergy
+from oodcli.detectors.trio import Trio
 from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, Layer
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
@@ -63,50 +68,20 @@ def test(rows):
     return rows(9, 4)
 
 
-KINDS = {
-    C2IRPeak: ("log energy", "log deviation", "log peak"),
-    Duo: ("c2ir-z", "1c-sum"),
-    Trio: ("c2ir-z", "1c-sum", "peak"),
-}
-"""What each adds."""
+KINDS = (C2IRPeak, Duo, Trio)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_formula_against_a_naive_one(three, test, kind):
-    deviation = C2IRZ.fit(three["train"])
-    parts = {
-        "c2ir-z": deviation.score,
-        "1c-sum": OneClassSum.fit(three["noise"]).score,
-        "peak": Peak().score,
-        "log energy": lambda block: -(block.logits.double().exp().sum(1) + 1).log().log(),
-        "log deviation": lambda block: (
-            sum(
-                ((layer.mean - deviation.centre[name][block.logits.argmax(1)]).double() ** 2)
-                .div(deviation.variance[name])
-                .mean(1)
-                .log()
-                for name, layer in block.layers.items()
-                if layer.kind == "batchnorm"
-            )
-            / len(deviation.layers)
-        ),
-        "log peak": lambda block: -(-Peak().score(block)).log(),
-    }
+    expected = torch.from_numpy(NAIVE[kind.name](test, Fit(**three)))
+    torch.testing.assert_close(kind.fit(**three).score(test), expected, rtol=1e-8, atol=1e-8)
 
-    def on_scale(scores, pool):
-        low, median, high = np.percentile(pool, [25, 50, 75])
-        return (scores - median) / (high - low), (pool - median) / (high - low)
 
-    found = [on_scale(part(test).numpy(), part(three["pool"]).numpy()) for part in parts.values()]
-    named = dict(zip(parts, found, strict=True))
-    terms = [named[name] for name in KINDS[kind]]
-    if kind is C2IRPeak:
-        terms = [on_scale(*(a + b for a, b in zip(*terms[:2], strict=True))), terms[2]]
-        # A factor would cancel in the sum, but the floor is in the unit of the deviations.
-        alone = LogDeviation(deviation).score(test)
-        torch.testing.assert_close(alone, parts["log deviation"](test), rtol=1e-9, atol=1e-9)
-    expected = torch.from_numpy(sum(scores for scores, _ in terms))
-    torch.testing.assert_close(kind.fit(**three).score(test), expected, rtol=1e-9, atol=1e-9)
+def test_the_floor_is_in_the_unit_of_the_deviations(three, test):
+    """In the sum of c2ir-peak a factor would cancel."""
+    found = LogDeviation(C2IRZ.fit(three["train"])).score(test)
+    expected = np.log(standardised_deviations(test, three["train"])).mean(1)
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_a_dead_layer_changes_nothing(three, test):
@@ -330,14 +305,14 @@ def test_a_damaged_part_is_named(three, tmp_path, tensor, settings, reason):
 
 def test_a_part_has_nothing_superfluous(three):
     duo = Duo.fit(**three)
-    more = {**duo.state(), "indicators/more": torch.zeros(1)}
+    more = {**serial.state(duo), "indicators/more": torch.zeros(1)}
     with pytest.raises(DetectorError, match="1c-sum: the artefact has an unknown 'more'"):
-        Duo.restore(more, duo.settings())
+        serial.restore(Duo, more, serial.settings(duo))
 
 
 def test_both_parts_move(three):
     moved = Duo.fit(**three).to(torch.device("meta"))
-    assert all(tensor.is_meta for tensor in moved.state().values())
+    assert all(tensor.is_meta for tensor in serial.state(moved).values())
     assert isinstance(moved.deviation, C2IRZ)
 
 
@@ -407,9 +382,9 @@ def test_noise_beside_other_rows_is_noise_alone(place, tmp_path):
     other = read_artefact(place / "detectors" / "1c-sum.safetensors")
     assert one.fitted_on == other.fitted_on
     assert one.recorded == other.recorded
-    assert one.detector.state().keys() == other.detector.state().keys()
-    for name, tensor in one.detector.state().items():
-        assert torch.equal(tensor, other.detector.state()[name])
+    assert serial.state(one.detector).keys() == serial.state(other.detector).keys()
+    for name, tensor in serial.state(one.detector).items():
+        assert torch.equal(tensor, serial.state(other.detector)[name])
     # Without a cache of other rows, too; and virtual images where they are asked for.
     without = ("fit", "-d", "1c-sum", "--noise", place / "n.h5", "-o", tmp_path, "--force")
     assert oodcli(*without).status == 0

@@ -19,7 +19,8 @@ import torchvision
 import typer
 from commands import oodcli
 
-from oodcli import __version__, detectors
+from oodcli import detectors
+from oodcli._version import __version__
 from oodcli.cli import EXAMPLES, app, completions, shells
 from oodcli.features import ROW_RECORDS
 from oodcli.files import scores

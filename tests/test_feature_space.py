@@ -1,4 +1,4 @@
-"""The feature-space detectors against naive versions, scipy and scikit-learn."""
+"""The feature-space detectors: their settings against naive versions, and their edges."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import networks
 import numpy as np
 import pytest
 import torch
-from scipy.spatial.distance import mahalanobis
-from sklearn.covariance import EmpiricalCovariance
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import NearestNeighbors
+from naive import NAIVE, Fit, mds_sum, nearest_mahalanobis
 
 from oodcli import detectors
-from oodcli.detectors import bank, gram, knn, mds, one_dimensional, vim
+from oodcli.detectors import bank, gram, knn, one_dimensional, vim
+from oodcli.detectors.tied_gaussians import mahalanobis as squared_distance
 from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, Layer, LinearHead
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
@@ -67,14 +65,10 @@ def double(numbers):
 
 
 def naive_mds(train, labels, test):
-    train, test = train.double().numpy(), test.double().numpy()
-    means = [train[labels == c].mean(0) for c in (0, 1, 2)]
-    centred = np.concatenate([train[labels == c] - means[c] for c in (0, 1, 2)])
-    precision = EmpiricalCovariance(assume_centered=True).fit(centred).precision_
-    return double([min(mahalanobis(x, m, precision) ** 2 for m in means) for x in test])
+    return double(nearest_mahalanobis(train.double().numpy(), labels, test.double().numpy()))
 
 
-def test_mds_against_scipy():
+def test_mds_against_naive():
     found = fit("mds", BLOCKS).score(TEST)
     torch.testing.assert_close(found, naive_mds(TRAIN.embedding, LABELS.numpy(), TEST.embedding))
     at_two = fit("mds", layer="two")
@@ -174,22 +168,8 @@ def test_learnt_layer_weights(caplog):
     with caplog.at_level(logging.INFO, "oodcli"):
         detector = fit("mds-sum", BLOCKS, ood=[ood], C=2.0)
     assert "weights learnt from 40 OOD rows: one " in caplog.text
-    distances = [
-        torch.stack(
-            [
-                naive_mds(TRAIN.layers[name].mean, LABELS.numpy(), block.layers[name].mean)
-                for name in ("one", "two")
-            ],
-            1,
-        )
-        for block in (TRAIN, ood)
-    ]
-    both = torch.cat(distances)
-    scale = both.mean(0)
-    model = LogisticRegression(C=2.0, class_weight="balanced", max_iter=1000)
-    model.fit((both / scale).numpy(), [0] * 60 + [1] * 40)
-    expected = double(model.coef_[0]) / scale
-    torch.testing.assert_close(detector.weight, expected, rtol=1e-4, atol=0)
+    expected = mds_sum(TEST, Fit(TRAIN, ood=ood), strength=2.0)
+    torch.testing.assert_close(detector.score(TEST), double(expected), rtol=1e-4, atol=0)
     assert not torch.allclose(detector.weight, torch.ones(2).double())
     # Rows that are nearer to the classes than the rows fitted on teach nothing.
     means = TRAIN.map_rows(
@@ -206,13 +186,8 @@ def test_learnt_layer_weights(caplog):
 
 
 @pytest.mark.parametrize("k", [1, 5, 60])
-def test_knn_against_sklearn(k, monkeypatch):
-    unit = [
-        (b.embedding.double() / b.embedding.double().norm(dim=1, keepdim=True)).numpy()
-        for b in (TRAIN, TEST)
-    ]
-    neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(unit[0])
-    expected = double(neighbours.kneighbors(unit[1])[0][:, -1])
+def test_knn_against_naive(k, monkeypatch):
+    expected = double(NAIVE["knn"](TEST, Fit(TRAIN), k=k))
     detector = fit("knn", BLOCKS, k=k)
     torch.testing.assert_close(detector.score(TEST), expected, rtol=1e-5, atol=0)
     # Whatever the size of the blocks of the bank.
@@ -281,16 +256,8 @@ def test_heavy_detectors_go_to_the_gpu():
 
 
 @pytest.mark.parametrize("dim", [None, 1, 6])
-def test_vim_against_numpy(dim):
-    w, b = TRAIN.head.weight.double().numpy(), TRAIN.head.bias.double().numpy()
-    origin = -np.linalg.pinv(w) @ b
-    train, test = (f.embedding.double().numpy() - origin for f in (TRAIN, TEST))
-    # The right singular vectors of the rows are the eigenvectors of their second moments.
-    residual = np.linalg.svd(train)[2][3 if dim is None else dim :].T
-    z = [f.logits.double().numpy() for f in (TRAIN, TEST)]
-    alpha = z[0].max(1).mean() / np.linalg.norm(train @ residual, axis=1).mean()
-    virtual = alpha * np.linalg.norm(test @ residual, axis=1)
-    expected = virtual - np.log(np.exp(z[1]).sum(1))
+def test_vim_against_naive(dim):
+    expected = NAIVE["vim"](TEST, Fit(TRAIN), dim=dim)
     torch.testing.assert_close(fit("vim", BLOCKS, dim=dim).score(TEST), double(expected))
 
 
@@ -379,36 +346,9 @@ def gram_rows(count, seed):
     return replace(base, layers=layers)
 
 
-def outside(value, low, high):
-    if value < low:
-        return (low - value) / (abs(low) + 1e-6)
-    if value > high:
-        return (value - high) / (abs(high) + 1e-6)
-    return 0.0
-
-
-def naive_deviation(row, others):
-    return sum(
-        outside(row[f], min(o[f] for o in others), max(o[f] for o in others))
-        for f in range(len(row))
-    )
-
-
-def test_gram_against_loops():
+def test_gram_against_naive():
     train, test = gram_rows(40, 0), gram_rows(15, 4)
-    predicted = train.logits.argmax(1).tolist()
-    expected = torch.zeros(15, dtype=torch.float64)
-    for name in ("one", "two"):
-        table = train.layers[name].gram.double().tolist()
-        left_out = [
-            naive_deviation(table[i], [table[j] for j in range(40) if j != i and predicted[j] == c])
-            for i, c in enumerate(predicted)
-        ]
-        mean = sum(left_out) / len(left_out)
-        for i, row in enumerate(test.layers[name].gram.double().tolist()):
-            c = int(test.logits[i].argmax())
-            mine = [table[j] for j in range(40) if predicted[j] == c]
-            expected[i] += naive_deviation(row, mine) / mean
+    expected = double(NAIVE["gram"](test, Fit(train)))
     blocks = [train.select(slice(start, start + 9)) for start in range(0, 40, 9)]
     torch.testing.assert_close(fit("gram", blocks).score(test), expected, rtol=1e-5, atol=0)
     assert (expected > 0).any()
@@ -425,14 +365,9 @@ def test_gram_needs_two_rows_of_a_class():
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 1])
-def test_1d_against_the_singular_value_decomposition(budget, monkeypatch):
+def test_1d_against_naive(budget, monkeypatch):
     monkeypatch.setattr(one_dimensional, "BYTES", budget)  # one class a pass
-    u = TRAIN.embedding.double().numpy()
-    firsts = [np.linalg.svd(u[c == LABELS])[2][0] for c in (0, 1, 2)]
-    expected = [
-        min(math.acos(abs(x @ v) / np.linalg.norm(x)) for v in firsts)
-        for x in TEST.embedding.double().numpy()
-    ]
+    expected = NAIVE["1d"](TEST, Fit(TRAIN))
     torch.testing.assert_close(fit("1d", BLOCKS).score(TEST), double(expected))
 
 
@@ -448,4 +383,4 @@ def test_1d_by_hand():
 
 def test_mahalanobis_of_a_row_on_a_mean():
     mean = normal(3, 4).double() * 100
-    assert mds.mahalanobis(mean, mean, torch.eye(4).double()).abs().amax() < 1e-9
+    assert squared_distance(mean, mean, torch.eye(4).double()).abs().amax() < 1e-9

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from oodcli import detectors
+from oodcli.detectors import serial
 from oodcli.detectors.energy import Energy
 from oodcli.errors import DetectorError, FileError
 from oodcli.features import Rows, concatenate
@@ -266,7 +267,7 @@ def test_an_artefact_is_the_detector(tmp_path, features, name):
     assert again.checkpoint_sha256 == "abc"
     assert again.fitted_on == artefact.fitted_on
     assert torch.equal(again.detector.score(features), detector.score(features))
-    assert again.detector.settings() == detector.settings()
+    assert serial.settings(again.detector) == serial.settings(detector)
 
 
 def test_damaged_artefacts(tmp_path):
@@ -301,7 +302,9 @@ def test_damaged_artefacts(tmp_path):
         {"fitted_on": ""},
     ):
         save_file({}, path, {**good, **change})
-        with pytest.raises(FileError, match=r"energy\.safetensors (is damaged|has format version)"):
+        with pytest.raises(
+            FileError, match=r"energy\.safetensors (is damaged|has format version|is a 'magic')"
+        ):
             read_artefact(path)
 
 

@@ -9,20 +9,24 @@ import networks
 import numpy as np
 import pytest
 import torch
+from naive import NAIVE, Fit, dms_aos_of, dms_of, dss_ext_of, dss_of
 from scipy import stats
 from torch import nn
 
 from oodcli import detectors
-from oodcli.detectors import batchnorm, react, rg, thinkback
-from oodcli.detectors import last_layer_gradient as gradient
+from oodcli.detectors import dss_ext, percentiles, rg, thinkback
 from oodcli.detectors.class_statistics import column_moments
+from oodcli.detectors.energy import energy
+from oodcli.detectors.energy_norm import energy_norm
+from oodcli.detectors.entropy import entropy
+from oodcli.detectors.hyperparameters import hyperparameters, parse
+from oodcli.detectors.igoe import igoe
 from oodcli.detectors.klm import kl_matching
-from oodcli.detectors.msp import softmax
+from oodcli.detectors.last_layer_gradients import length
+from oodcli.detectors.msp import max_softmax, softmax
 from oodcli.detectors.one_class_sum import SUMMED
-from oodcli.detectors.output_space import entropy
-from oodcli.detectors.supervised import INDICATORS
 from oodcli.errors import DetectorError
-from oodcli.features import INPUT, BatchNorm, Features, LinearHead
+from oodcli.features import INPUT, BatchNorm, Features, LinearHead, OdinStep, concatenate
 from oodcli.recording.recorder import Recorder
 
 CHEAP = frozenset({"logits", "embedding", "batchnorm.mean", "batchnorm.var"})
@@ -49,7 +53,51 @@ def score(name, block, **hyperparameters):
     return detectors.get(name)(**hyperparameters).score(block)
 
 
+HEAD = frozenset({"logits", "logits.level", "embedding", "head"})
+OF_THE_HEAD = [name for name in detectors.names() if detectors.get(name).needs <= HEAD]
+
+
+@pytest.mark.parametrize("name", OF_THE_HEAD)
+def test_against_naive(name):
+    """On embeddings of both signs, which no ReLU has made, in blocks."""
+    train, test = rows(), rows(15, seed=5)
+    blocks = [train.select(slice(0, 13)), train.select(slice(13, 40))]
+    found = detectors.get(name).fit(blocks).score(test)
+    expected = torch.from_numpy(NAIVE[name](test, Fit(train)))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
 # ---------------------------------------------------------------------------- output space
+
+
+def test_max_softmax_by_hand():
+    # p = 1/(1+e), e/(1+e): the other probability is the smaller one.
+    assert max_softmax(torch.tensor([[0.0, 1.0]])).item() == pytest.approx(1 / (1 + math.e))
+    # 1 − p in float32 would be 0.
+    assert max_softmax(torch.tensor([[30.0, 0.0, 0.0]])).item() == pytest.approx(
+        2 * math.exp(-30), rel=1e-9
+    )
+    naive = 1 - torch.softmax(torch.tensor([[1.0, 2.0, 4.0]]).double() / 7, 1).max(1).values
+    torch.testing.assert_close(max_softmax(torch.tensor([[1.0, 2.0, 4.0]]), 7.0), naive)
+
+
+def test_energy_by_hand():
+    logits = torch.tensor([[0.0, math.log(3.0)], [1e4, -1e4]])
+    torch.testing.assert_close(
+        energy(logits), torch.tensor([-math.log(4.0), -1e4], dtype=torch.float64)
+    )
+    expected = -2 * math.log(1 + math.sqrt(3.0))
+    assert energy(logits, 2.0)[0].item() == pytest.approx(expected, rel=1e-7)
+
+
+def test_odin_refuses_logits_of_another_step():
+    test = networks.recorded(5)
+    with pytest.raises(DetectorError, match=r"wants epsilon=0\.1"):
+        detectors.get("odin")(epsilon=0.1).score(test)
+    other = replace(test, odin_step=OdinStep(0.1, 1000.0))
+    torch.testing.assert_close(
+        detectors.get("odin")(epsilon=0.1).score(other), max_softmax(test.odin_logits, 1000.0)
+    )
 
 
 def test_entropy():
@@ -99,27 +147,6 @@ def test_latent_space_by_hand():
     assert (found["ang"], found["proj"]) == ([1], [0])
 
 
-@pytest.mark.parametrize("positive", [False, True])
-def test_latent_space_against_loops(positive):
-    block = rows()
-    expected = {"norm": [], "ang": [], "proj": [], "act": []}
-    for u, z in zip(block.embedding.double(), block.logits, strict=True):
-        w = block.head.weight[int(z.argmax())].double()
-        kept = [i for i in range(len(w)) if w[i] > 0 or not positive]
-        dot = sum(float(u[i]) * float(w[i]) for i in kept)
-        length_u = math.sqrt(sum(float(u[i]) ** 2 for i in kept))
-        length_w = math.sqrt(sum(float(w[i]) ** 2 for i in kept))
-        expected["norm"].append(-length_u)
-        expected["ang"].append(1 - dot / (length_u * length_w))
-        expected["proj"].append(-dot / length_w)
-        expected["act"].append(-dot)
-    names = (
-        {"norm": "norm+", "ang": "ang++", "act": "act+"} if positive else dict.fromkeys(expected)
-    )
-    for plain, name in names.items():
-        torch.testing.assert_close(score(name or plain, block), double(expected[plain]))
-
-
 def test_the_predicted_class_is_that_of_the_logits():
     # The bias makes it the second class, whose weights are (0, 1).
     head = LinearHead(torch.eye(2), torch.tensor([0.0, 9.0]))
@@ -142,31 +169,20 @@ def test_angles_do_not_depend_on_scale():
 
 # ---------------------------------------------------------------------------- BatchNorm
 
-BATCHNORM = ("dms", "dms-aos", "dss", "dss-ext")
+NAIVE_BATCHNORM = {"dms": dms_of, "dms-aos": dms_aos_of, "dss": dss_of, "dss-ext": dss_ext_of}
+BATCHNORM = tuple(NAIVE_BATCHNORM)
 
 
-def naive_batchnorm(layers):
-    """layers: of each, y (N, C, HW) float64. The four indicators by loops, N values each."""
-    count = sum(y.shape[1] for y in layers)
-    found = {name: [] for name in BATCHNORM}
+def of_maps(layers):
+    """layers: of each, y (N, C, HW) float64. The naive indicators of the maps themselves."""
+    rows = []
     for row in range(len(layers[0])):
-        sums = dict.fromkeys(BATCHNORM, 0.0)
-        for y in layers:
-            for channel in y[row]:
-                values = channel.tolist()
-                mean = sum(values) / len(values)
-                sums["dms"] += mean**2
-                sums["dms-aos"] += sum(v**2 for v in values) / len(values)
-                if len(values) == 1:
-                    continue
-                freedom = len(values) - 1
-                variance = sum((v - mean) ** 2 for v in values) / freedom
-                sums["dss"] += (math.sqrt(variance) - 1) ** 2
-                below = stats.chi2.cdf(freedom * variance, freedom)
-                sums["dss-ext"] += 2 * min(below, 1 - below) < 0.1
-        for name in BATCHNORM:
-            found[name].append(sums[name] / count)
-    return {name: double(values) for name, values in found.items()}
+        channels = [channel.tolist() for y in layers for channel in y[row]]
+        rows.append([(np.mean(y), np.var(y, ddof=len(y) > 1), len(y)) for y in channels])
+    return {
+        name: double([sum(NAIVE_BATCHNORM[name](*c) for c in row) / len(row) for row in rows])
+        for name in BATCHNORM
+    }
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -194,7 +210,7 @@ def test_batchnorm_against_activation_maps(network, inplace):
         handle.remove()
     assert len(maps) == len(found.batchnorm) == (10 if network is networks.Residual else 4)
     for prefix, layers in (("", maps), ("in-", maps[:1])):
-        for name, expected in naive_batchnorm(layers).items():
+        for name, expected in of_maps(layers).items():
             torch.testing.assert_close(
                 score(prefix + name, found), expected, rtol=1e-4, atol=1e-6, msg=prefix + name
             )
@@ -232,7 +248,7 @@ def test_batchnorm_by_hand():
 @pytest.mark.parametrize("positions", [2, 5, 64, 1024, 50176])
 def test_extreme_variances(positions):
     """p < 0.1 exactly where S² leaves the bounds."""
-    low, high = batchnorm.variance_bounds(positions)
+    low, high = dss_ext.variance_bounds(positions)
     freedom = positions - 1
     for bound, outside in ((low, 1 - 1e-6), (high, 1 + 1e-6)):
         for factor, extreme in ((outside, True), (2 - outside, False)):
@@ -240,7 +256,7 @@ def test_extreme_variances(positions):
             below = torch.special.gammainc(half, half * bound * factor).item()
             assert (2 * min(below, 1 - below) < 0.1) is extreme
             variance, bounds = double([[bound * factor]]), double([[low], [high]])
-            assert batchnorm.dss_ext(variance, bounds).item() == extreme
+            assert dss_ext.dss_ext(variance, bounds).item() == extreme
     expected = stats.chi2.ppf([0.05, 0.95], freedom) / freedom
     assert (low, high) == pytest.approx(expected.tolist(), rel=1e-9)
 
@@ -358,9 +374,7 @@ def test_small_differences_keep_their_digits():
     """In float64, too, 1 − p is exactly 0 at a gap of 40."""
     logits, embedding = torch.tensor([[40.0, 0.0, 0.0]]), torch.ones(1, 1)
     q = math.exp(-40)
-    assert gradient.igoe(softmax(logits), gradient.length(embedding)).item() == pytest.approx(
-        8 * q, rel=1e-9, abs=0
-    )
+    assert igoe(softmax(logits), length(embedding)).item() == pytest.approx(8 * q, rel=1e-9, abs=0)
     expected = (2 * q) ** 2 + 2 * q**2
     found = thinkback.thinkback(logits, embedding.square().sum(1)).item()
     assert found == pytest.approx(expected, rel=1e-9, abs=0)
@@ -378,21 +392,25 @@ def test_expgrad_neither_overflows_nor_diverges():
 # ---------------------------------------------------------------------------- rg, rg-add
 
 
-def test_rg_against_loops():
+@pytest.mark.parametrize("name", ["rg", "rg-add", "react"])
+def test_settings_against_naive(name):
     block = rows()
-    temperature, k = 2.0, 0.5
-    expected, added = [], []
-    for u, z in zip(block.embedding.tolist(), block.logits.tolist(), strict=True):
-        energy = temperature * math.log(sum(math.exp(x / temperature) for x in z))
-        clipped = sum(min(x, k) for x in u)
-        expected.append(-energy * clipped)
-        added.append(-(math.log(sum(math.exp(x) for x in z)) + 0.7 * clipped))
-    torch.testing.assert_close(score("rg", block, T=temperature, k=k), double(expected))
-    found = rg.rg_add(block.logits, block.embedding, 0.7, k)
-    torch.testing.assert_close(found, double(added))
+    settings = {
+        "rg": {"T": 2.0, "k": 0.5},
+        "rg-add": {"ratio": 0.3, "k": 0.5, "rows": 7},
+        "react": {"percentile": 50.0},
+    }[name]
+    found = detectors.get(name).fit(block, **settings).score(block)
+    named = {"temperature" if key == "T" else key: value for key, value in settings.items()}
+    expected = NAIVE[name](block, Fit(block), **named)
+    torch.testing.assert_close(found, torch.from_numpy(expected))
+
+
+def test_rg_of_an_embedding_that_is_not_clipped():
+    block = rows()
     torch.testing.assert_close(
         rg.rg(block.logits, block.embedding.abs(), k=1e9),
-        gradient.energy_norm(block.logits, gradient.length(block.embedding)),
+        energy_norm(block.logits, length(block.embedding)),
     )
 
 
@@ -436,14 +454,14 @@ def test_automatic_temperature_has_the_smallest_spread():
     confident = replace(block, logits=block.logits * 0 + torch.tensor([20.0, 0.0, 0.0, 0.0]))
     assert kind.fit(confident, T="auto").T == 1
     assert kind.fit([], T=3.0).T == 3
-    assert kind.parse({"T": "auto"}) == {"T": "auto"}
-    assert kind.parse({"T": "2"}) == {"T": 2.0}
+    assert parse(kind, {"T": "auto"}) == {"T": "auto"}
+    assert parse(kind, {"T": "2"}) == {"T": 2.0}
     assert kind.fit_needs(T="auto") == {"logits", "embedding", "head"}
     assert kind.fit_needs() == frozenset()
     with pytest.raises(DetectorError, match="T=auto must be fitted first"):
         kind(T="auto")
     with pytest.raises(DetectorError, match="T=warm: expected float or auto"):
-        kind.parse({"T": "warm"})
+        parse(kind, {"T": "warm"})
 
 
 def test_a_weight_that_no_row_moves():
@@ -466,44 +484,21 @@ def test_percentile_is_exact(percent, spread):
     entries[1, :3] = -0.0
     entries[2, :20] = entries[2, 20]
     expected = np.percentile(entries.double().numpy(), percent)
-    found = react.percentile_of(lambda: entries.split(2), percent)
+    found = percentiles.percentile_of(lambda: entries.split(2), percent)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_react():
     block = rows()
-    c = float(np.percentile(block.embedding.double().numpy(), 90))
-    blocks = [block.select(slice(0, 13)), block.select(slice(13, 40))]
-    detector = detectors.get("react").fit(blocks)
-    assert detector.c == pytest.approx(c)
-    expected = []
-    for u in block.embedding.tolist():
-        z = [
-            sum(w * min(x, c) for w, x in zip(weights, u, strict=True)) + bias
-            for weights, bias in zip(
-                block.head.weight.tolist(), block.head.bias.tolist(), strict=True
-            )
-        ]
-        expected.append(-math.log(sum(math.exp(x) for x in z)))
-    torch.testing.assert_close(detector.score(block), double(expected))
     kind = detectors.get("react")
-    assert kind.fit(block, **kind.parse({"c": "1"})).c == 1
+    c = kind.fit([block.select(slice(0, 13)), block.select(slice(13, 40))]).c
+    assert c == pytest.approx(np.percentile(block.embedding.double().numpy(), 90))
+    assert kind.fit(block, **parse(kind, {"c": "1"})).c == 1
     assert kind.fit(block, percentile=50.0).c < c
     # Nothing is clipped at the largest entry: plain energy.
     torch.testing.assert_close(
         kind.fit(block, percentile=100.0).score(block), score("energy", block), rtol=1e-5, atol=1e-5
     )
-
-
-def test_klm():
-    block = rows()
-    detector = detectors.get("klm").fit([block.select(slice(0, 13)), block.select(slice(13, 40))])
-    p = torch.softmax(block.logits.double(), 1)
-    predicted = block.logits.argmax(1)
-    templates = [p[predicted == c].mean(0) for c in range(4) if (predicted == c).any()]
-    torch.testing.assert_close(detector.templates, torch.stack(templates))
-    expected = [min(float((row * (row / d).log()).sum()) for d in templates) for row in p]
-    torch.testing.assert_close(detector.score(block), double(expected))
 
 
 def test_klm_by_hand():
@@ -535,14 +530,11 @@ def recorded():
 def test_one_class_sum(recorded):
     noise, test = recorded
     detector = detectors.get("1c-sum").fit([noise.select(slice(0, 9)), noise.select(slice(9, 30))])
-    expected = torch.zeros(20, dtype=torch.float64)
     names = [
         *("t1000", "msp", "entropy", "norm", "norm+", "act", "act+", "proj", "ang", "ang++"),
         *("dms", "dms-aos", "dss", "dss-ext"),
     ]
-    for name in names:
-        on_noise, on_test = score(name, noise).numpy(), score(name, test).numpy()
-        expected += torch.from_numpy((on_test - np.mean(on_noise)) / (np.std(on_noise) or 1))
+    expected = torch.from_numpy(NAIVE["1c-sum"](test, Fit(noise)))
     torch.testing.assert_close(detector.score(test), expected, rtol=1e-9, atol=1e-9)
     terms = detector.contributions(test)
     torch.testing.assert_close(terms[1].sum(1), detector.score(test))
@@ -551,7 +543,7 @@ def test_one_class_sum(recorded):
     assert detector.reference == "uniform"
     assert detectors.get("1c-sum").reference_images == "noise:uniform?n=2000&seed=0"
     kind = detectors.get("1c-sum")
-    assert kind.fit(noise, **kind.parse({"reference": "virtual"})).reference == "virtual"
+    assert kind.fit(noise, **parse(kind, {"reference": "virtual"})).reference == "virtual"
 
 
 def test_a_constant_column_has_a_spread_of_one():
@@ -565,25 +557,15 @@ def test_a_constant_column_has_a_spread_of_one():
 
 
 def test_supervised(recorded):
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import LinearSVC
-
     inside, outside = recorded
     kind = detectors.get("supervised")
     assert kind.uses_ood
     detector = kind.fit(inside, ood=[outside.select(slice(0, 7)), outside.select(slice(7, 20))])
-    columns = [
-        torch.stack([score(name, block) for name in INDICATORS], 1).numpy() for block in recorded
-    ]
-    svm = LinearSVC(dual=False, class_weight="balanced", tol=1e-8)
-    naive = make_pipeline(StandardScaler(), svm)
-    naive.fit(np.concatenate(columns), np.repeat([0, 1], [30, 20]))
-    for block, rows_ in zip(recorded, columns, strict=True):
-        expected = torch.from_numpy(naive.decision_function(rows_))
+    for block in recorded:
+        expected = torch.from_numpy(NAIVE["supervised"](block, Fit(inside, ood=outside)))
         torch.testing.assert_close(detector.score(block), expected, rtol=1e-6, atol=1e-6)
     assert detector.score(inside).mean() < 0 < detector.score(outside).mean()
-    assert "ood" not in kind.hyperparameters()
+    assert "ood" not in hyperparameters(kind)
     with pytest.raises(DetectorError, match=r"needs out-of-distribution rows.* --ood"):
         kind.fit(inside)
 
@@ -625,3 +607,14 @@ def test_what_detectors_share_is_computed_once(recorded):
     block.shared(mean, False)
     replace(block).shared(mean, True)
     assert calls == [True, False, True]
+
+
+def test_blocks_can_be_joined():
+    train = networks.recorded(24)
+    halves = [train.select(slice(0, 10)), train.select(slice(10, 24))]
+    joined = concatenate(halves).rows()
+    assert all(torch.equal(rows, joined[name]) for name, rows in train.rows().items())
+    with pytest.raises(ValueError, match="differ in what was recorded"):
+        concatenate([halves[0], Features(count=1, logits=torch.zeros(1, 2))])
+    with pytest.raises(ValueError, match="/logits has 2 rows, expected 3"):
+        Features(count=3, logits=torch.zeros(2, 2))

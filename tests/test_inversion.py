@@ -203,7 +203,7 @@ def test_batches_are_halved_until_they_fit(network, monkeypatch, caplog):
     with caplog.at_level("INFO", "oodcli"):
         plan, _, _ = prepare(network, PLAN)
     assert [len(labels) for labels in plan.batches()] == [3] * 4
-    assert "short of batches of 6: taking 3" in caplog.text
+    assert "out of memory at batch size 6; retrying with 3" in caplog.text
     largest = 0
     with pytest.raises(OodcliError, match="too short for one image"):
         prepare(network, PLAN)

@@ -11,12 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from naive import over_all_traces
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
 
-from oodcli.detectors import lsgm
+from oodcli.detectors import lsgm, serial
 from oodcli.detectors.lsgm import (
     LSGM,
     Projection,
@@ -176,9 +177,9 @@ def test_projection_against_scikit_learn():
 
 def numpy_score(detector, rows):
     """The score from the artefact's parameters, one row and one trace at a time."""
-    state = {key: tensor.numpy() for key, tensor in detector.state().items()}
-    names = detector.settings()["layer_names"]
-    kind = detector.settings()["covariance_kind"]
+    state = {key: tensor.numpy() for key, tensor in serial.state(detector).items()}
+    names = serial.settings(detector)["layer_names"]
+    kind = serial.settings(detector)["covariance_kind"]
     densities = []
     for i, name in enumerate(names):
         x = rows.layers[name].mean.double().numpy()
@@ -193,18 +194,11 @@ def numpy_score(detector, rows):
                 "diag": lambda c, k: np.diag(c[k]),
             }[kind](covariance, k)
             columns.append(multivariate_normal.logpdf(x, mean, sigma, allow_singular=True))
-            if i and detector.settings()["prior"] == "every-layer":
+            if i and serial.settings(detector)["prior"] == "every-layer":
                 columns[-1] = columns[-1] + np.log(state[f"weights/{name}"][k])
         densities.append(np.stack(columns, 1))
-    traces = []
-    with np.errstate(divide="ignore"):
-        for trace in itertools.product(*(range(d.shape[1]) for d in densities)):
-            value = np.log(state[f"weights/{names[0]}"][trace[0]]) + densities[0][:, trace[0]]
-            for i, (j, k) in enumerate(itertools.pairwise(trace), start=1):
-                value = value + densities[i][:, k]
-                value = value + np.log(state[f"transitions/{names[i]}"][j, k])
-            traces.append(value)
-    return torch.from_numpy(-logsumexp(np.stack(traces), 0))
+    transitions = [state[f"transitions/{name}"] for name in names[1:]]
+    return torch.from_numpy(-over_all_traces(densities, state[f"weights/{names[0]}"], transitions))
 
 
 @pytest.mark.parametrize("mixture", ["dp", "em"])
@@ -282,8 +276,8 @@ def test_the_order_of_rows_does_not_matter():
     rows = block(count=300, groups=7)
     shuffled = rows.select(torch.randperm(300, generator=torch.Generator().manual_seed(3)))
     one, other = (LSGM.fit(each, components=12) for each in (rows, shuffled))
-    for key, tensor in one.state().items():
-        assert torch.equal(tensor, other.state()[key])
+    for key, tensor in serial.state(one).items():
+        assert torch.equal(tensor, serial.state(other)[key])
 
 
 def test_scores_are_computed_where_the_detector_is():
@@ -408,7 +402,7 @@ def test_layers_are_chosen():
     assert LSGM.fit(rows, components=2, layers="stage[13]").layer_names == ("stage1", "stage3")
     alone = LSGM.fit(rows, components=2, layers="stage2")
     assert not alone.transitions
-    again = LSGM.restore(alone.state(), alone.settings())
+    again = serial.restore(LSGM, serial.state(alone), serial.settings(alone))
     assert torch.equal(again.score(rows), alone.score(rows))
 
 

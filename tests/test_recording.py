@@ -373,8 +373,8 @@ def test_batches_are_halved_until_they_fit(residual, short, caplog):
     with caplog.at_level("INFO", "oodcli"):
         first = recorder(images[:16], labels[:16])
     assert caplog.messages == [
-        "the memory is short of batches of 16: taking 8",
-        "the memory is short of batches of 8: taking 4",
+        "out of memory at batch size 16; retrying with 8",
+        "out of memory at batch size 8; retrying with 4",
     ]
     assert max(sizes[2:]) == 4
     # The next batch is not tried whole again.
@@ -484,11 +484,11 @@ def test_the_command_line_goes_on_with_smaller_batches(trained, short, tmp_path)
     short(cifar_resnet.CifarResNet, 4)
     result = oodcli(*score, "--mirror", "--batch-size", 16)
     assert (result.status, result.out) == (0, expected.out), result.err
-    assert "note: the memory is short of batches of 8: taking 4" in result.err.splitlines()
-    assert result.err.count("the memory is short") == 2
+    assert "note: out of memory at batch size 8; retrying with 4" in result.err.splitlines()
+    assert result.err.count("out of memory at batch size") == 2
     result = oodcli(*extract, tmp_path / "x.h5")
     assert result.status == 0, result.err
-    assert "note: the memory is short of batches of 5: taking 2" in result.err
+    assert "note: out of memory at batch size 5; retrying with 2" in result.err
     result = oodcli("score", tmp_path / "x.h5", "-d", "msp")
     assert result.status == 0, result.err
 

@@ -151,6 +151,8 @@ def say_chosen(
     chosen: Sequence[Chosen], rules: Mapping[str, Rule], stream_rule: object | None
 ) -> None:
     """What detectors score with, where they come from, and what their verdicts rest on."""
+    from oodcli.detectors.serial import settings
+
     for each in chosen:
         origin = f"fitted on {each.trained_on} rows" if each.trained_on else "needs no fitting"
         if each.artefact:
@@ -158,7 +160,7 @@ def say_chosen(
         rule = rules.get(each.name)
         verdict = f"verdicts by {rule.basis}" if rule else "verdicts by the stream"
         console.detail(
-            f"{each.name}: {origin}; {_pairs(each.detector.settings())}; needs "
+            f"{each.name}: {origin}; {_pairs(settings(each.detector))}; needs "
             f"{', '.join(sorted(each.detector.score_needs)) or 'nothing'}"
             + (f"; {verdict}" if rule or stream_rule else "; no verdicts")
         )

@@ -54,7 +54,7 @@ def command(
         typer.Option(
             "--for",
             metavar="NAME,NAME",
-            help="Record what these detectors need.",
+            help="Record what these detectors need; FILE.py:CLASS is one of your own.",
             autocompletion=complete_detectors,
             show_default=False,
         ),
@@ -86,6 +86,7 @@ def command(
     """Run the network over images once and cache what detectors need."""
     from oodcli import detectors
     from oodcli.cli import torchrun
+    from oodcli.detectors.hyperparameters import parse
     from oodcli.errors import OodcliError
     from oodcli.features import KNOWN_RECORDS
     from oodcli.files.atomic import refuse_suffix
@@ -124,11 +125,11 @@ def command(
     if virtual:
         _require_same_network(classifier, checkpoint, images)
     given = parameters(param)
-    chosen = [detectors.get(name) for name in _words(for_detectors)]
+    chosen = [detectors.find(name) for name in _words(for_detectors)]
     unused = sorted(given.keys() - {kind.name for kind in chosen} - {"odin"})
     if unused:
         raise OodcliError(f"-p {unused[0]}.…: {unused[0]} is not among --for")
-    step = odin_step([detectors.get("odin")(**detectors.get("odin").parse(given.get("odin", {})))])
+    step = odin_step([detectors.get("odin")(**parse(detectors.get("odin"), given.get("odin", {})))])
     possible = recordable(classifier)
     what: frozenset[str]
     if record is None and not chosen:
@@ -147,7 +148,7 @@ def command(
             known = ", ".join(sorted(KNOWN_RECORDS))
             raise OodcliError(f"--record {unknown[0]}: expected some of {known}, or all")
     for kind in chosen:
-        fit_needs = kind.fit_needs(**kind.parse(given.get(kind.name, {})))
+        fit_needs = kind.fit_needs(**parse(kind, given.get(kind.name, {})))
         what |= kind.needs
         if virtual or "layers.sensitivity" not in fit_needs:  # else these are images to score
             what |= fit_needs

@@ -21,6 +21,7 @@ from oodcli.cli.options import (
 
 if TYPE_CHECKING:
     from oodcli.detectors.base import Detector
+    from oodcli.files.artefact import Artefact
     from oodcli.stages.fit import FitInputs
 
 
@@ -39,8 +40,8 @@ def command(
             "--detector",
             "-d",
             metavar="NAME|FILE",
-            help="A detector's name or an artefact's path; 'all' for every one that can be fitted "
-            "on CACHE.h5. Repeatable.",
+            help="A detector's name, an artefact's path, or FILE.py:CLASS, one of your own; 'all' "
+            "for every one that can be fitted on CACHE.h5. Repeatable.",
             autocompletion=complete_detectors,
             show_default=False,
         ),
@@ -88,11 +89,13 @@ def command(
 ) -> None:
     """Fit and calibrate detectors on virtual or real images."""
     from oodcli import detectors
+    from oodcli.detectors.hyperparameters import parse
     from oodcli.errors import DetectorError
     from oodcli.files.artefact import read_artefact
     from oodcli.files.atomic import make_folder
     from oodcli.files.cache import open_cache
     from oodcli.files.marks import read_marks
+    from oodcli.stages.chosen import is_artefact
     from oodcli.stages.fit import FitInputs, fit_to_folder
 
     given = parameters(param)
@@ -112,14 +115,23 @@ def command(
             raise DetectorError(
                 "nothing to fit: name detectors with -d ('oodcli detectors' lists them)"
             )
-        kinds = {name: detectors.get(name) for name in names if not _is_artefact(name)}
-        chosen = [kinds[name] if name in kinds else read_artefact(Path(name)) for name in names]
+        found = {word: detectors.find(word) for word in names if not is_artefact(word)}
+        artefacts = {word: read_artefact(Path(word)) for word in names if word not in found}
+        given_fitted = {each.detector.name for each in artefacts.values()}
+        found = {  # beside an artefact of it, FILE.py:CLASS is only the artefact's code
+            word: kind
+            for word, kind in found.items()
+            if not (detectors.is_code(word) and kind.name in given_fitted)
+        }
+        either: dict[str, type[Detector] | Artefact] = {**found, **artefacts}
+        chosen = [either[word] for word in names if word in either]
+        kinds = {kind.name: kind for kind in found.values()}
         unused = sorted(given.keys() - kinds.keys())
         if unused:
             raise DetectorError(f"-p {unused[0]}.…: {unused[0]} is not among -d")
         if noise is not None and not any(map(_takes_noise, kinds.values())):
             raise DetectorError(f"--noise {noise}: none of {', '.join(names)} is fitted on noise")
-        hyperparameters = {name: kind.parse(given.get(name, {})) for name, kind in kinds.items()}
+        hyperparameters = {name: parse(kind, given.get(name, {})) for name, kind in kinds.items()}
         details.say_fit(inputs, chosen, hyperparameters)
         console.lap("caches")
         with make_folder(output), console.steps(len(chosen), "fit", "detectors") as advance:
@@ -147,10 +159,6 @@ def command(
         raise typer.Exit(3)
 
 
-def _is_artefact(word: str) -> bool:
-    return word.endswith(".safetensors")
-
-
 def _takes_noise(kind: type[Detector]) -> bool:
     return kind.reference_images is not None or kind.noise_images is not None
 
@@ -159,6 +167,7 @@ def _possible(inputs: FitInputs, given: dict[str, dict[str, str]]) -> list[str]:
     """Detectors that can be fitted on the cache as it is, without more files; what the others lack
     is said."""
     from oodcli import detectors
+    from oodcli.detectors.hyperparameters import parse
 
     if inputs.train is None:
         return []
@@ -167,7 +176,7 @@ def _possible(inputs: FitInputs, given: dict[str, dict[str, str]]) -> list[str]:
     for kind in map(detectors.get, detectors.names()):
         if not kind.fitted:
             continue
-        needs = kind.fit_needs(**kind.parse(given.get(kind.name, {})))
+        needs = kind.fit_needs(**parse(kind, given.get(kind.name, {})))
         if kind.reference_images is not None and inputs.noise is None:
             lacking.append(f"{kind.name} (--noise; score fits it on the spot)")
         elif kind.noise_images is not None and inputs.noise is None:

@@ -89,8 +89,8 @@ Detectors = Annotated[
         "--detector",
         "-d",
         metavar="NAME|FILE",
-        help="A detector's name or an artefact's path; 'all' for every one that needs no fitting. "
-        "Repeatable.",
+        help="A detector's name, an artefact's path, or FILE.py:CLASS, one of your own; 'all' for "
+        "every one that needs no fitting. Repeatable.",
         autocompletion=complete_detectors,
         show_default=False,
     ),

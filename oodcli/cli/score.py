@@ -156,7 +156,7 @@ def command(
     from oodcli.files.made import read_made
     from oodcli.files.scores import format_of
     from oodcli.jobs.shards import WHOLE
-    from oodcli.stages.chosen import choose_detectors, fingerprint, placed
+    from oodcli.stages.chosen import choose_detectors, fingerprint, placed, require_built_in
     from oodcli.stages.record import Work, file_state, job_of, shard_of
     from oodcli.stages.score import Scoring, doubts, score_to_file
     from oodcli.stages.verdict import rule_of
@@ -210,6 +210,8 @@ def command(
         )
         if not chosen:
             raise OodcliError("no detector is possible with what was recorded")
+        if engine is not None:
+            require_built_in(chosen, engine)
         rules = _rules(
             chosen,
             fpr,
@@ -364,6 +366,7 @@ class Opened:
 def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
     import torch
 
+    from oodcli import detectors
     from oodcli._version import __version__
     from oodcli.errors import OodcliError
     from oodcli.files.cache import FORMAT, open_cache
@@ -380,7 +383,7 @@ def _from_cache(path: Path, mirror: bool, stack: ExitStack) -> Opened:
     def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
         views = {"mirror"} if mirror else set()
         for each in chosen:
-            cache.require(each.detector.score_needs | views, each.detector.name)
+            cache.require(each.detector.score_needs | views, detectors.word_for(each.detector.name))
 
         def rows(start: int, stop: int) -> Iterator[Rows]:
             for block in cache.blocks(needs(chosen, mirror=mirror), start=start, stop=stop):

@@ -1,4 +1,10 @@
-"""Every detector, by name; nothing is imported before it is asked for."""
+"""Every detector, by name; nothing is imported before it is asked for.
+
+A detector is in the file that bears its name, with ``_`` for ``-``: ``rg-add`` is in rg_add.py. A
+variant of a few lines is in the file of the detector that it varies (``norm+`` in norm.py,
+``in-dms`` in dms.py), and as no module begins with a digit, ``1d`` is in one_dimensional.py and
+``1c-sum`` in one_class_sum.py. What several share is in a file that is named for that.
+"""
 
 from __future__ import annotations
 
@@ -10,73 +16,123 @@ from oodcli.errors import DetectorError
 if TYPE_CHECKING:
     from oodcli.detectors.base import Detector
 
-_WHERE = {
-    "msp": "msp:MSP",
-    "entropy": "output_space:Entropy",
-    "t1000": "output_space:T1000",
-    "mls": "output_space:MLS",
-    "energy": "energy:Energy",
-    "odin": "odin:ODIN",
-    "godin": "retrained:GeneralizedODIN",
-    "mos": "retrained:MOS",
-    "norm": "latent_space:Norm",
-    "norm+": "latent_space:NormPlus",
-    "ang": "latent_space:Ang",
-    "ang++": "latent_space:AngPlusPlus",
-    "proj": "latent_space:Proj",
-    "act": "latent_space:Act",
-    "act+": "latent_space:ActPlus",
-    "dms": "batchnorm:DMS",
-    "dms-aos": "batchnorm:DMSAOS",
-    "dss": "batchnorm:DSS",
-    "dss-ext": "batchnorm:DSSExt",
-    "in-dms": "batchnorm:InDMS",
-    "in-dms-aos": "batchnorm:InDMSAOS",
-    "in-dss": "batchnorm:InDSS",
-    "in-dss-ext": "batchnorm:InDSSExt",
+_CLASSES = {
+    "msp": "MSP",
+    "entropy": "Entropy",
+    "t1000": "T1000",
+    "mls": "MLS",
+    "energy": "Energy",
+    "odin": "ODIN",
+    "godin": "GeneralizedODIN",
+    "mos": "MOS",
+    "norm": "Norm",
+    "norm+": "norm:NormPlus",
+    "ang": "Ang",
+    "ang++": "ang:AngPlusPlus",
+    "proj": "Proj",
+    "act": "Act",
+    "act+": "act:ActPlus",
+    "dms": "DMS",
+    "dms-aos": "DMSAOS",
+    "dss": "DSS",
+    "dss-ext": "DSSExt",
+    "in-dms": "dms:InDMS",
+    "in-dms-aos": "dms_aos:InDMSAOS",
+    "in-dss": "dss:InDSS",
+    "in-dss-ext": "dss_ext:InDSSExt",
     "1c-sum": "one_class_sum:OneClassSum",
-    "supervised": "supervised:Supervised",
-    "thinkback": "thinkback:Thinkback",
-    "thinkback-norm": "thinkback:ThinkbackNorm",
-    "gradnorm": "last_layer_gradient:GradNorm",
-    "igoe": "last_layer_gradient:Igoe",
-    "expgrad": "last_layer_gradient:ExpGrad",
-    "rg": "rg:RG",
-    "rg-add": "rg:RGAdd",
-    "energy-norm": "last_layer_gradient:EnergyNorm",
-    "react": "react:ReAct",
-    "klm": "klm:KLMatching",
-    "mds": "mds:MDS",
-    "mds-sum": "mds:MDSSum",
-    "knn": "knn:KNN",
-    "vim": "vim:ViM",
-    "gram": "gram:Gram",
+    "supervised": "Supervised",
+    "thinkback": "Thinkback",
+    "thinkback-norm": "ThinkbackNorm",
+    "gradnorm": "GradNorm",
+    "igoe": "Igoe",
+    "expgrad": "ExpGrad",
+    "rg": "RG",
+    "rg-add": "RGAdd",
+    "energy-norm": "EnergyNorm",
+    "react": "ReAct",
+    "klm": "KLMatching",
+    "mds": "MDS",
+    "mds-sum": "MDSSum",
+    "knn": "KNN",
+    "vim": "ViM",
+    "gram": "Gram",
     "1d": "one_dimensional:OneDimensional",
-    "lsgm": "lsgm:LSGM",
-    "c2ir": "c2ir:C2IR",
-    "c2ir-z": "c2ir_z:C2IRZ",
-    "peak": "peak:Peak",
-    "peak-energy": "peak:PeakEnergy",
-    "c2ir-peak": "c2ir_peak:C2IRPeak",
-    "duo": "common_scale:Duo",
-    "trio": "common_scale:Trio",
+    "lsgm": "LSGM",
+    "c2ir": "C2IR",
+    "c2ir-z": "C2IRZ",
+    "peak": "Peak",
+    "peak-energy": "PeakEnergy",
+    "c2ir-peak": "C2IRPeak",
+    "duo": "Duo",
+    "trio": "Trio",
 }
-"""Name → module and class, in the order of the listings. A new detector is one line here and one
-class; small ones of the same paper share a file."""
+"""Name → class, in the order of the listings; ``module:class`` where the module has another name
+than the detector. A new detector is one line here and one file."""
 
 
 def names() -> tuple[str, ...]:
-    """Every detector's name, in the order of the listings. Imports nothing."""
-    return tuple(_WHERE)
+    """Every built-in detector's name, in the order of the listings. Imports nothing."""
+    return tuple(_CLASSES)
+
+
+def is_known(name: str) -> bool:
+    """Whether ``get`` has a class of this name."""
+    if name in _CLASSES:
+        return True
+    from oodcli.detectors import own
+
+    return name in own.known
 
 
 def get(name: str) -> type[Detector]:
-    """The class of a detector. Raises DetectorError for an unknown name."""
-    if name not in _WHERE:
-        raise DetectorError(
-            f"no detector is called '{name}': known are {', '.join(_WHERE)} "
-            "(a fitted one is given by the path of its .safetensors file)"
-        )
-    module, attribute = _WHERE[name].split(":")
-    found: type[Detector] = getattr(import_module(f"oodcli.detectors.{module}"), attribute)
-    return found
+    """The class of a detector: a built-in one, or one of the user's own that ``find`` or
+    ``own.register`` was given before. Raises DetectorError for an unknown name."""
+    if name in _CLASSES:
+        module, _, attribute = _CLASSES[name].rpartition(":")
+        place = import_module(f"oodcli.detectors.{module or name.replace('-', '_')}")
+        found: type[Detector] = getattr(place, attribute)
+        return found
+    from oodcli.detectors import own
+
+    if name in own.known:
+        return own.known[name].kind
+    raise DetectorError(
+        f"no detector is called '{name}': known are {', '.join(_CLASSES)} "
+        "(a fitted one is given by the path of its .safetensors file, one of your own by "
+        "FILE.py:CLASS)"
+    )
+
+
+def is_code(word: str) -> bool:
+    """Whether a word names code, as ``FILE.py:CLASS``."""
+    return word.endswith(".py") or ".py:" in word
+
+
+def find(word: str) -> type[Detector]:
+    """The class that the user names: a built-in detector by its name, one of their own by
+    ``FILE.py:CLASS``, whose code is run. Never to be given what a file says."""
+    if not is_code(word):
+        return get(word)
+    from oodcli.detectors import own
+
+    return own.load(word)
+
+
+def code_sha256(name: str) -> str:
+    """SHA-256 of the file that a detector of the user's own is in; empty for a built-in one."""
+    if name in _CLASSES:
+        return ""
+    from oodcli.detectors import own
+
+    return own.known[name].sha256 if name in own.known else ""
+
+
+def word_for(name: str) -> str:
+    """What to write where the command line takes a detector of this name: the name, or
+    ``FILE.py:CLASS`` for one of the user's own."""
+    if name in _CLASSES:
+        return name
+    from oodcli.detectors import own
+
+    return own.known[name].origin if name in own.known else name

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,3 +39,11 @@ class Bank:
     def to(self, device: torch.device) -> Bank:
         """The same rows on another device; a large bank is moved as it is read."""
         return Bank(self.shape, lambda: (b.to(device) for b in self.blocks())).settled(device)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """What a field of a detector holds, its tensors on another device: a tensor, a bank, another
+    detector or a mapping of tensors; anything else is a setting and stays as it is."""
+    if isinstance(value, Mapping):
+        return {key: tensor.to(device) for key, tensor in value.items()}
+    return value.to(device) if hasattr(value, "to") else value

@@ -11,11 +11,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Blocks, Detector, finite_rows
+from oodcli.detectors.base import Detector
+from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.c2ir_z import C2IRZ
 from oodcli.detectors.common_scale import Summed, median_and_spread, on_common_scale
 from oodcli.detectors.one_class_sum import OneClassSum
-from oodcli.detectors.peak import Peak, positive_energy
+from oodcli.detectors.peak import Peak
+from oodcli.detectors.peak_energy import positive_energy
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
 

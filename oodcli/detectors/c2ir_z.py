@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Blocks, Detector, in_blocks
+from oodcli.detectors.base import Detector
+from oodcli.detectors.blocks import Blocks, in_blocks
 from oodcli.detectors.c2ir import batchnorm_layers
 from oodcli.detectors.class_statistics import class_moments, class_of, predicted_among
 from oodcli.detectors.layer_choice import layer_mean

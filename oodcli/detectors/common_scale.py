@@ -1,19 +1,19 @@
-"""Detectors that need no data and err on different images, on a common scale and added."""
+"""What duo, trio and c2ir-peak share: detectors that err on different images, on a common scale and
+added."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Blocks, Detector, finite_rows
+from oodcli.detectors.base import Detector
+from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.c2ir_z import C2IRZ
-from oodcli.detectors.one_class_sum import OneClassSum
-from oodcli.detectors.peak import Peak
 from oodcli.errors import DetectorError
 from oodcli.features import Features
 
@@ -98,48 +98,6 @@ class Summed(Detector):
                 )
         usual = median_and_spread(terms)[0]
         return rows, {"median": median, "spread": spread, "usual": usual}
-
-
-@dataclass(frozen=True)
-class Duo(Summed):
-    """r(c2ir-z) + r(1c-sum).
-
-    indicators: the second part, fitted on noise.
-    """
-
-    name = "duo"
-    source = "this project, on C2IR and Begon & Geurts 2021"
-    about = "c2ir-z + 1c-sum, each by its median and quartiles on accuracy-matched virtual images"
-    needs = C2IRZ.needs | OneClassSum.needs
-    noise_images = OneClassSum.reference_images
-    further: ClassVar[tuple[Detector, ...]] = ()
-    """What is added besides, and needs no fitting."""
-
-    indicators: OneClassSum
-
-    @classmethod
-    def fit(cls, train: Blocks, *, noise: Blocks, pool: Blocks) -> Self:
-        """One pass over each: c2ir-z on train, 1c-sum on noise, and for each row of the pool the
-        terms of both are kept. Raises DetectorError when a record is missing or one of the three
-        has no row, and when a score does not vary over the pool."""
-        deviation, indicators = C2IRZ.fit(train), OneClassSum.fit(noise)
-        _, scale = cls._on_pool((deviation, indicators, *cls.further), pool)
-        return cls(deviation, indicators=indicators, **scale)
-
-    @property
-    def parts(self) -> tuple[Detector, ...]:
-        return self.deviation, self.indicators, *self.further
-
-
-@dataclass(frozen=True)
-class Trio(Duo):
-    """r(c2ir-z) + r(1c-sum) + r(peak): ``duo`` and ``peak``. ``c2ir-peak`` is better without the
-    second."""
-
-    name = "trio"
-    about = "c2ir-z + 1c-sum + peak, each by its median and quartiles on the accuracy-matched pool"
-    needs = Duo.needs | Peak.needs
-    further = (Peak(),)
 
 
 def _scores_of(parts: Sequence[Detector], block: Features) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Detector, require_positive
+from oodcli.detectors.base import Detector
+from oodcli.detectors.hyperparameters import require_positive
 from oodcli.features import Features, recorded
 
 

@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Blocks, Detector, finite_rows
+from oodcli.detectors.base import Detector
+from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.class_statistics import predicted_among
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from oodcli.detectors.bank import Bank
-from oodcli.detectors.base import Blocks, Detector, finite_rows, require_positive
+from oodcli.detectors.base import Detector
+from oodcli.detectors.blocks import Blocks, finite_rows
+from oodcli.detectors.hyperparameters import require_positive
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
 

@@ -1,15 +1,16 @@
-"""The embedding against the weights of the predicted class (Begon & Geurts 2021, §2.1)."""
+"""What norm, ang, proj, act and their positive variants share: products of the embedding and the
+weights of the predicted class (Begon & Geurts 2021, §2.1)."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Detector, by_rows
+from oodcli.detectors.base import Detector
+from oodcli.detectors.blocks import by_rows
 from oodcli.features import Features, recorded
 
 TINY = torch.finfo(torch.float64).tiny
@@ -41,27 +42,6 @@ def products(u: Tensor, k: Tensor, weight: Tensor, positive: bool) -> Products:
     return Products(uu, w.square().sum(1)[k], uw)
 
 
-def norm(of: Products) -> Tensor:
-    """−‖u‖ (eq. 14). Returns (N,), higher = more OOD."""
-    return -of.uu.sqrt()
-
-
-def angularity(of: Products) -> Tensor:
-    """1 − w_k·u/(‖w_k‖‖u‖), the cosine being 0 where a vector is 0 (eq. 15). Returns (N,),
-    higher = more OOD."""
-    return 1 - of.uw / (of.uu.sqrt() * of.ww.sqrt()).clamp_min(TINY)
-
-
-def projection(of: Products) -> Tensor:
-    """−w_k·u/‖w_k‖ (eq. 16). Returns (N,), higher = more OOD."""
-    return -of.uw / of.ww.sqrt().clamp_min(TINY)
-
-
-def activation(of: Products) -> Tensor:
-    """−w_k·u, without the bias (eq. 17). Returns (N,), higher = more OOD."""
-    return -of.uw
-
-
 def predicted_products(test: Features, positive: bool) -> Products:
     """Of the rows of a block, k the predicted class (by the logits, with bias)."""
     k = recorded(test.logits).argmax(1)
@@ -81,77 +61,3 @@ class LatentSpace(Detector):
 
     def _score(self, test: Features) -> Tensor:
         return self.indicator(test.shared(predicted_products, self.positive))
-
-
-@dataclass(frozen=True)
-class Norm(LatentSpace):
-    """−‖u‖."""
-
-    name = "norm"
-    source = "Begon & Geurts 2021, eq. 14"
-    about = "minus the length of the embedding"
-
-    indicator = staticmethod(norm)
-
-
-@dataclass(frozen=True)
-class NormPlus(Norm):
-    """−‖u⁺‖."""
-
-    name = "norm+"
-    source = "Begon & Geurts 2021, eq. 14"
-    about = "norm, over the components where the predicted class's weight is positive"
-    positive = True
-
-
-@dataclass(frozen=True)
-class Ang(LatentSpace):
-    """1 − cos(u, w_k)."""
-
-    name = "ang"
-    source = "Begon & Geurts 2021, eq. 15"
-    about = "cosine distance between the embedding and the predicted class's weights"
-
-    indicator = staticmethod(angularity)
-
-
-@dataclass(frozen=True)
-class AngPlusPlus(Ang):
-    """1 − cos(u⁺, w_k⁺)."""
-
-    name = "ang++"
-    source = "Begon & Geurts 2021, eq. 15"
-    about = "ang, over the components where the predicted class's weight is positive"
-    positive = True
-
-
-@dataclass(frozen=True)
-class Proj(LatentSpace):
-    """−w_k·u/‖w_k‖."""
-
-    name = "proj"
-    source = "Begon & Geurts 2021, eq. 16"
-    about = "minus the embedding's length along the predicted class's weights"
-
-    indicator = staticmethod(projection)
-
-
-@dataclass(frozen=True)
-class Act(LatentSpace):
-    """−w_k·u."""
-
-    name = "act"
-    source = "Begon & Geurts 2021, eq. 17"
-    about = "minus the predicted class's logit without its bias"
-
-    indicator = staticmethod(activation)
-
-
-@dataclass(frozen=True)
-class ActPlus(Act):
-    """−w_k⁺·u⁺."""
-
-    name = "act+"
-    source = "Begon & Geurts 2021, eq. 17"
-    about = "act, over the components where the predicted class's weight is positive"
-    positive = True

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Blocks, Detector, finite_rows, require_positive
+from oodcli.detectors.base import Detector
+from oodcli.detectors.blocks import Blocks, finite_rows
+from oodcli.detectors.hyperparameters import require_positive
 from oodcli.detectors.layer_choice import chosen_layers, layer_mean, layer_rows
 from oodcli.errors import DetectorError
 from oodcli.features import Features

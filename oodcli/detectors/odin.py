@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from oodcli.detectors.base import Detector, require_positive
+from oodcli.detectors.base import Detector
+from oodcli.detectors.hyperparameters import require_positive
 from oodcli.detectors.msp import max_softmax
 from oodcli.errors import DetectorError
 from oodcli.features import Features, OdinStep, recorded

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from oodcli import detectors
-from oodcli.detectors.base import Blocks, Detector, finite_rows
+from oodcli.detectors.base import Detector
+from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.class_statistics import column_moments
 from oodcli.features import Features
 

@@ -1,18 +1,15 @@
-"""The highest activations of the last map, alone and with the logits: an object is seen at few
-positions."""
+"""The highest activations of the last map: an object is seen at few positions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
-from oodcli.detectors.energy import energy
 from oodcli.errors import DetectorError
-from oodcli.features import Features, recorded
+from oodcli.features import Features
 
 
 @dataclass(frozen=True)
@@ -34,20 +31,6 @@ class Peak(Detector):
         return -squared_length(test, self.name).sqrt()
 
 
-@dataclass(frozen=True)
-class PeakEnergy(Detector):
-    """−‖p‖² · log(1 + Σ exp(z_k)): ``peak``, and the energy of the logits beside one that is 0,
-    so that it is never negative. A product, because it needs no scale for either."""
-
-    name = "peak-energy"
-    source = "this project, with Liu et al. 2020"
-    about = "minus the squared length of the last map's highest activations times the free energy"
-    needs = Peak.needs | {"logits", "logits.level"}
-
-    def _score(self, test: Features) -> Tensor:
-        return -squared_length(test, self.name) * positive_energy(recorded(test.logits))
-
-
 def squared_length(test: Features, who: str) -> Tensor:
     """‖p‖², (N,) float64. Raises DetectorError where not one layer alone has peaks."""
     found = [layer.peak for layer in test.layers.values() if layer.peak is not None]
@@ -56,10 +39,3 @@ def squared_length(test: Features, who: str) -> Tensor:
             f"{who}: {len(found)} layers have peaks, expected the last one alone: extract again"
         )
     return found[0].double().square().sum(1)
-
-
-def positive_energy(logits: Tensor) -> Tensor:
-    """log(1 + Σ exp(z_k)): minus the free energy (Liu et al. 2020, eq. 4), with a further logit
-    that is 0. logits: (N, K). Returns (N,) float64, never negative."""
-    without = -energy(logits)
-    return torch.logaddexp(without, torch.zeros_like(without))

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oodcli.detectors.base import Blocks, Detector, finite_rows, require_positive
+from oodcli.detectors.base import Detector
+from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.class_statistics import column_moments
+from oodcli.detectors.hyperparameters import require_positive
 from oodcli.detectors.one_class_sum import SUMMED, OneClassSum, indicators, standardised
 from oodcli.errors import DetectorError
 from oodcli.features import Features

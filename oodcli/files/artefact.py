@@ -17,6 +17,7 @@ from torch import Tensor
 from oodcli import detectors
 from oodcli._version import __version__
 from oodcli.calibration import Calibration
+from oodcli.detectors import serial
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
 from oodcli.errors import FileError, OodcliError, first_line
@@ -76,7 +77,7 @@ def write_artefact(artefact: Artefact, path: Path) -> None:
         "format": FORMAT,
         "version": str(VERSION),
         "detector": detector.name,
-        "hyperparameters": json.dumps(detector.settings()),
+        "hyperparameters": json.dumps(serial.settings(detector)),
         "checkpoint_sha256": artefact.checkpoint_sha256,
         "fitted_on": json.dumps(artefact.fitted_on),
         "recorded": json.dumps(artefact.recorded),
@@ -84,7 +85,7 @@ def write_artefact(artefact: Artefact, path: Path) -> None:
         "oodcli_version": __version__,
         "torch_version": str(torch.__version__),
     }
-    tensors = dict(detector.state())
+    tensors = dict(serial.state(detector))
     about: dict[str, dict[str, Any]] = {}
     for view, calibration in artefact.calibrations.items():
         tensors |= {
@@ -135,11 +136,17 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 def read_artefact(path: Path) -> Artefact:
     """Raises FileError as read_header does, and when what the file says makes no detector."""
     metadata, shapes = read_header(path)
+    name = metadata.get("detector", "")
+    if name and not detectors.is_known(name):
+        raise FileError(
+            f"{path} is a '{name}', which is no detector of this oodcli: where it is one of your "
+            "own, give its code as well, with -d FILE.py:CLASS"
+        )
     try:
         kind = detectors.get(metadata["detector"])
         banks = {
             name: Bank((shapes[name][0], shapes[name][1]), partial(_blocks, path, name)).settled()
-            for name in kind.banks() & shapes.keys()
+            for name in serial.banks(kind) & shapes.keys()
         }
         with safe_open(path, framework="pt") as file:
             # Copies, for the last digit of a sum can depend on how a tensor is aligned, and in the
@@ -160,7 +167,7 @@ def read_artefact(path: Path) -> Artefact:
         fitted_on = _object(metadata["fitted_on"])
         _numbers(fitted_on.get("classes_without_rows"))
         return Artefact(
-            kind.restore({**tensors, **banks}, _object(metadata["hyperparameters"])),
+            serial.restore(kind, {**tensors, **banks}, _object(metadata["hyperparameters"])),
             metadata["checkpoint_sha256"],
             fitted_on,
             calibrations,

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from oodcli import detectors
 from oodcli.errors import FileError
 from oodcli.files import cache, virtual
 from oodcli.files.artefact import TENSORS_SHA256, read_artefact, read_header, tensors_sha256
@@ -200,6 +201,10 @@ def _detector(path: Path) -> Checks:
                 f"{found[:12]}…: the file is damaged, fit it again"
             )
         yield "tensors", f"{TENSORS_SHA256} {found[:12]}… is that of its {len(shapes)} tensors"
+    name = metadata.get("detector", "")
+    if name and not detectors.is_known(name):
+        yield "detector", f"not checked: the code of '{name}' is not part of oodcli"
+        return
     artefact = read_artefact(path)
     yield "detector", f"{artefact.detector.name} is made of them"
 

@@ -19,7 +19,7 @@ from oodcli.errors import CheckpointError, OodcliError, first_line
 from oodcli.inversion.mgi import Sensitivity
 from oodcli.inversion.objective import OBJECTIVES, Objective, multiscale_start
 from oodcli.inversion.step import Step
-from oodcli.memory import let_go, ran_out, too_short
+from oodcli.memory import halving, too_short
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.outputs import as_logits
 
@@ -205,20 +205,14 @@ def _enlarged(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _that_fits(step: Step, plan: Plan) -> tuple[Plan, float]:
-    while True:
-        try:
-            return plan, _seconds(step, plan)
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            size = len(plan.batches()[0])
-            if size == 1:
-                here = step.classifier
-                words = too_short(here.device, here.preprocessing.input_size)
-                raise OodcliError(words) from error
-        let_go(step.classifier.device)
-        plan = replace(plan, batch_size=size // 2)
-        log.info("the memory is short of batches of %d: taking %d", size, plan.batch_size)
+    whole = len(plan.batches()[0])
+    device, image = step.classifier.device, step.classifier.preprocessing.input_size
+
+    def trial(size: int) -> tuple[Plan, float]:
+        smaller = plan if size == whole else replace(plan, batch_size=size)
+        return smaller, _seconds(step, smaller)
+
+    return halving(trial, whole, device, lambda _: OodcliError(too_short(device, image)))[0]
 
 
 def _seconds(step: Step, plan: Plan) -> float:

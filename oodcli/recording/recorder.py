@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from oodcli.features import (
     OdinStep,
     concatenate,
 )
-from oodcli.memory import let_go, ran_out, too_short
+from oodcli.memory import halving, too_short
 from oodcli.networks.classifier import Classifier, Tap
 from oodcli.networks.outputs import as_logits, copy_input
 from oodcli.recording.channels_last import in_channels_last
@@ -163,36 +163,26 @@ class Recorder:
         of the label's logit, of the predicted class's where the label is unknown. Raises
         OodcliError when the memory is too short for a single image."""
         labels = torch.full((len(images),), -1) if labels is None else labels
+        device, size = self.classifier.device, self.classifier.preprocessing.input_size
         parts: list[Features] = []
         first = 0
         while first < len(images) or not parts:
-            rows = slice(first, first + (self._most or len(images)))
-            part = self._if_it_fits(images[rows], labels[rows])
-            if part is not None:
-                parts.append(part)
-                first += len(part)
-                continue
-            let_go(self.classifier.device)
-            size = len(images[rows])
-            self._most = size // 2
-            log.info("the memory is short of batches of %d: taking %d", size, self._most)
+            most = min(self._most or len(images), len(images) - first)
+            some = partial(self._some, images[first:], labels[first:])
+            part, fits = halving(some, most, device, lambda _: OodcliError(too_short(device, size)))
+            if fits < most:
+                self._most = fits
+            parts.append(part)
+            first += fits
         return parts[0] if len(parts) == 1 else concatenate(parts)
 
-    def _if_it_fits(self, images: Tensor, labels: Tensor) -> Features | None:
-        """None where the memory is too short."""
-        try:
-            seen = self._view(images, labels)
-            if "mirror" not in self.asked:
-                return seen
-            return replace(seen, mirror=self._view(images.flip(3), labels))
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            if len(images) <= 1:
-                size = self.classifier.preprocessing.input_size
-                raise OodcliError(too_short(self.classifier.device, size)) from error
-        # Outside of the handler, whose error holds on to what was allocated.
-        return None
+    def _some(self, images: Tensor, labels: Tensor, count: int) -> Features:
+        """Of the first ``count`` images."""
+        images, labels = images[:count], labels[:count]
+        seen = self._view(images, labels)
+        if "mirror" not in self.asked:
+            return seen
+        return replace(seen, mirror=self._view(images.flip(3), labels))
 
     def _view(self, images: Tensor, labels: Tensor) -> Features:
         device = self.classifier.device

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodcli.detectors.base import finite_rows
+from oodcli.detectors.blocks import finite_rows
 from oodcli.detectors.lsgm import LSGM, Projection, count_steps
 from oodcli.errors import FileError, OodcliError
 from oodcli.features import INPUT, BatchNorm, Features, lacking, recorded

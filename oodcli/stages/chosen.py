@@ -14,8 +14,10 @@ from torch import Tensor
 
 from oodcli import detectors
 from oodcli.calibration import Calibration
+from oodcli.detectors import serial
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
+from oodcli.detectors.hyperparameters import parse
 from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, OdinStep
 from oodcli.files.artefact import Artefact, read_artefact
@@ -55,11 +57,16 @@ def fingerprint(chosen: Chosen) -> str:
     """Settings of a detector and, where it comes from an artefact, SHA-256 of what was fitted: the
     same for the same scores, before ``placed``. What is fitted here differs in last digits with the
     batch size."""
-    settings = ", ".join(f"{key}={value}" for key, value in chosen.detector.settings().items())
+    settings = ", ".join(
+        f"{key}={value}" for key, value in serial.settings(chosen.detector).items()
+    )
+    code = detectors.code_sha256(chosen.detector.name)
+    if code:
+        settings = ", ".join(filter(None, (settings, f"code {code[:16]}")))
     if not chosen.artefact:
         return settings or "as it is"
     found = hashlib.sha256()
-    for name, value in sorted(chosen.detector.state().items()):
+    for name, value in sorted(serial.state(chosen.detector).items()):
         found.update(name.encode())
         for block in value.blocks() if isinstance(value, Bank) else [value]:
             found.update(block.contiguous().numpy().tobytes())
@@ -80,16 +87,17 @@ def choose_detectors(
     preprocessing: Preprocessing | None = None,
     averaged: bool | None = None,
 ) -> list[Chosen]:
-    """Detectors from names and artefacts' paths; ``all`` is every one that needs no images of its
-    own and that ``available`` allows. One that is given twice, fitted on virtual and on real
-    images, has the columns ``knn[virtual]`` and ``knn[real]``. Raises DetectorError or FileError
-    for one that is unknown, needs fitting, belongs to another checkpoint, other weights or
-    preprocessing or is there twice otherwise."""
+    """Detectors from names, from ``FILE.py:CLASS`` and from artefacts' paths; ``all`` is every
+    built-in one that needs no images of its own and that ``available`` allows. Beside an artefact
+    of it, ``FILE.py:CLASS`` is only the artefact's code. One that is given twice, fitted on virtual
+    and on real images, has the columns ``knn[virtual]`` and ``knn[real]``. Raises DetectorError or
+    FileError for one that is unknown, needs fitting, belongs to another checkpoint, other weights
+    or preprocessing, or is there twice otherwise."""
     chosen: list[Chosen] = []
     made: set[str] = set()
 
     def make(kind: type[Detector]) -> None:
-        given = kind.parse(hyperparameters.get(kind.name, {}))
+        given = parse(kind, hyperparameters.get(kind.name, {}))
         made.add(kind.name)
         if not kind.fitted:
             chosen.append(Chosen(kind(**given)))
@@ -97,16 +105,23 @@ def choose_detectors(
             chosen.append(Chosen(fit_reference(kind, given), trained_on="noise"))
 
     listed = [word for word in wanted if word != "all"]
+    kinds = {word: detectors.find(word) for word in listed if not is_artefact(word)}
+    fitted = {
+        word: _belonging(Path(word), sha256, preprocessing, averaged)
+        for word in listed
+        if word not in kinds
+    }
+    given_fitted = {each.detector.name for each in fitted.values()}
     for word in listed:
-        if word in detectors.names():
-            kind = detectors.get(word)
-            if kind.fitted and (kind.reference_images is None or fit_reference is None):
-                raise DetectorError(_must_be_fitted(kind))
-            make(kind)
-        elif word.endswith(".safetensors") or Path(word).is_file():
-            chosen.append(_belonging(Path(word), sha256, preprocessing, averaged))
-        else:
-            detectors.get(word)  # raises the sentence that lists the names
+        if word in fitted:
+            chosen.append(fitted[word])
+            continue
+        kind = kinds[word]
+        if detectors.is_code(word) and kind.name in given_fitted:
+            continue
+        if kind.fitted and (kind.reference_images is None or fit_reference is None):
+            raise DetectorError(_must_be_fitted(kind))
+        make(kind)
     chosen = _told_apart(chosen)
     if "all" in wanted:
         names = {each.detector.name for each in chosen}
@@ -115,13 +130,36 @@ def choose_detectors(
             fits = not kind.fitted or (kind.reference_images is not None and fit_reference)
             if name not in names and fits and kind.needs <= available:
                 make(kind)
-        chosen.sort(key=lambda each: detectors.names().index(each.detector.name))
+        chosen.sort(key=lambda each: _place(each.detector.name))
     unused = sorted(hyperparameters.keys() - made)
     if unused:
         raise DetectorError(
             f"-p {unused[0]}.…: {unused[0]} is not among the detectors that are made here"
         )
     return chosen
+
+
+def is_artefact(word: str) -> bool:
+    """Whether ``-d`` names a file made by ``fit``."""
+    if word in detectors.names() or detectors.is_code(word):
+        return False
+    return word.endswith(".safetensors") or Path(word).is_file()
+
+
+def _place(name: str) -> int:
+    """Of a detector in the listing; those of the user's own come last."""
+    return [*detectors.names(), name].index(name)
+
+
+def require_built_in(chosen: Iterable[Chosen], engine: str) -> None:
+    """Raises DetectorError for a detector whose code the hosts of a cluster do not have."""
+    for each in chosen:
+        if each.detector.name not in detectors.names():
+            word = detectors.word_for(each.detector.name)
+            raise DetectorError(
+                f"--engine {engine}: the cluster's hosts do not have the code of {word}: leave "
+                "--engine or this detector out"
+            )
 
 
 def _told_apart(chosen: Sequence[Chosen]) -> list[Chosen]:
@@ -150,8 +188,11 @@ def _must_be_fitted(kind: type[Detector]) -> str:
     made = {option.split()[1]: words for option, words in further.items()}
     if kind.reference_images is not None:
         made["CACHE.h5"] = f"extract {kind.reference_images}"
-    command = " ".join(["oodcli fit CACHE.h5 -d", kind.name, *further])
+    word = detectors.word_for(kind.name)
+    command = " ".join(["oodcli fit CACHE.h5 -d", word, *further])
     how = f"'{command}' makes {kind.name}.safetensors, whose path -d takes"
+    if word != kind.name:
+        how += f" beside -d {word}"
     if made:
         how += f" ({'; '.join(f'{file}: {words}' for file, words in made.items())})"
     return f"{kind.name} must be fitted first: {how}"

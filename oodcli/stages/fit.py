@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oodcli import detectors
 from oodcli.calibration import Calibration, calibrate, labelled_threshold
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, FileError, OodcliError
@@ -221,11 +222,11 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     if not needs:
         detector = kind(**given)
         if cache is not None:
-            cache.require(detector.score_needs, kind.name)
+            cache.require(detector.score_needs, detectors.word_for(kind.name))
     elif cache is None:
         raise DetectorError(f"{kind.name} must be fitted: give a cache made by 'oodcli extract'")
     else:
-        cache.require(needs, kind.name)
+        cache.require(needs, detectors.word_for(kind.name))
         _check_reference(kind, given, cache)
         if kind.needs_ood or (kind.uses_ood and inputs.ood is not None):
             given["ood"] = _ood_rows(kind, inputs, needs)
@@ -266,7 +267,7 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     if cache is None or cache.provenance.virtual or kind.reference_images is not None:
         return artefact
     everything, held_out = needs | detector.score_needs | {"logits"}, None
-    cache.require(everything, kind.name)
+    cache.require(everything, detectors.word_for(kind.name))
     if not needs:
         rows: Iterable[Features] = cache.rows(everything)
         held_out = [detector.score(block) for block in rows]
@@ -323,13 +324,13 @@ def _kind_of(rows: Provenance) -> str:
 @contextmanager
 def _said_once() -> Iterator[None]:
     """What a detector says while it is fitted was said the first time."""
-    detectors = logging.getLogger("oodcli.detectors")
-    level = detectors.level
-    detectors.setLevel(logging.WARNING)
+    theirs = logging.getLogger("oodcli.detectors")
+    level = theirs.level
+    theirs.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        detectors.setLevel(level)
+        theirs.setLevel(level)
 
 
 def _calibrate_one(artefact: Artefact, inputs: FitInputs) -> Artefact:
@@ -408,14 +409,14 @@ def _noise_and_pool(kind: type[Detector], inputs: FitInputs) -> dict[str, Any]:
             f"({how})"
         )
     for cache in (each for caches in found.values() for each in caches):
-        cache.require(kind.needs, kind.name)
+        cache.require(kind.needs, detectors.word_for(kind.name))
     return {name: _Joined(caches, kind.needs) for name, caches in found.items()}
 
 
 def _ood_rows(kind: type[Detector], inputs: FitInputs, needs: frozenset[str]) -> Any:
     if inputs.ood is None:
         raise DetectorError(f"{kind.name} learns from OOD images, too: give a cache with --ood")
-    inputs.ood.require(needs, kind.name)
+    inputs.ood.require(needs, detectors.word_for(kind.name))
     return inputs.ood.rows(needs)
 
 
@@ -426,7 +427,7 @@ def _calibrated(detector: Detector, caches: Sequence[FeatureCache], *, mirror: b
     counts = torch.zeros(_classes(caches[0]), dtype=torch.int64)
     needs = detector.score_needs | {"logits"} | ({"mirror"} if mirror else set())
     for cache in caches:
-        cache.require(needs, detector.name)
+        cache.require(needs, detectors.word_for(detector.name))
         scores = [score_views(detector, block, mirror=mirror) for block in cache.rows(needs)]
         counts += class_counts(cache.rows({"logits"}), len(counts))
         if cache.provenance.matched_accuracy is None:

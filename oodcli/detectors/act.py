@@ -1,0 +1,35 @@
+"""Logit of the predicted class without its bias (Begon & Geurts 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from oodcli.detectors.latent_space import LatentSpace, Products
+
+
+def activation(of: Products) -> Tensor:
+    """−w_k·u, without the bias (eq. 17). Returns (N,), higher = more OOD."""
+    return -of.uw
+
+
+@dataclass(frozen=True)
+class Act(LatentSpace):
+    """−w_k·u."""
+
+    name = "act"
+    source = "Begon & Geurts 2021, eq. 17"
+    about = "minus the predicted class's logit without its bias"
+
+    indicator = staticmethod(activation)
+
+
+@dataclass(frozen=True)
+class ActPlus(Act):
+    """−w_k⁺·u⁺."""
+
+    name = "act+"
+    source = "Begon & Geurts 2021, eq. 17"
+    about = "act, over the components where the predicted class's weight is positive"
+    positive = True

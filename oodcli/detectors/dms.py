@@ -1,0 +1,38 @@
+"""Departure of BatchNorm's channel means (Begon & Geurts 2021), of all layers or the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from oodcli.detectors.batchnorm_indicators import BatchNormIndicator
+from oodcli.features import Features
+
+
+def dms(mean: Tensor) -> Tensor:
+    """Departure from the mean, (1/C_S) Σ M² (eq. 27). mean: (N, C_S). Returns (N,)."""
+    return mean.square().mean(1)
+
+
+@dataclass(frozen=True)
+class DMS(BatchNormIndicator):
+    """(1/C_S) Σ M²."""
+
+    name = "dms"
+    source = "Begon & Geurts 2021, eq. 27"
+    about = "squared departure of the channel means from BatchNorm's"
+    needs = frozenset({"batchnorm.mean", "batchnorm.running"})
+
+    def _of(self, test: Features, channels: slice) -> Tensor:
+        return dms(self._mean(test)[:, channels])
+
+
+@dataclass(frozen=True)
+class InDMS(DMS):
+    """``dms`` of the input pseudo-layer alone."""
+
+    name = "in-dms"
+    about = "dms of the normalised image alone"
+    needs = DMS.needs - {"batchnorm.running"}
+    only_input = True

@@ -1,0 +1,60 @@
+"""Hyper-parameters of a detector: those of ``fit``, or of a detector that needs no fitting."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from oodcli.errors import DetectorError
+
+if TYPE_CHECKING:
+    from oodcli.detectors.base import Detector
+
+
+def hyperparameters(kind: type[Detector]) -> dict[str, tuple[Any, Any]]:
+    """Name → (type, default) of everything that ``-p NAME.KEY=VALUE`` may set."""
+    maker = kind.fit if kind.fitted else kind.__init__
+    hints = get_type_hints(maker)
+    return {
+        name: (hints[name], parameter.default)
+        for name, parameter in inspect.signature(maker).parameters.items()
+        if name not in ("self", "train", "ood") and parameter.default is not inspect.Parameter.empty
+    }
+
+
+def parse(kind: type[Detector], given: Mapping[str, str]) -> dict[str, Any]:
+    """Hyper-parameters from the command line's strings. Raises DetectorError for an unknown key or
+    a value of the wrong type."""
+    known = hyperparameters(kind)
+    unknown = sorted(given.keys() - known.keys())
+    if unknown:
+        raise DetectorError(
+            f"{kind.name} has no hyper-parameter '{unknown[0]}': known are "
+            f"{', '.join(known) or 'none'}"
+        )
+    return {key: _convert(kind.name, key, value, known[key][0]) for key, value in given.items()}
+
+
+def _convert(detector: str, key: str, value: str, kind: Any) -> Any:
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    words = [word for each in options if get_origin(each) is Literal for word in get_args(each)]
+    if value in words or str in options:
+        return value
+    number = next((each for each in options if each in (bool, int, float)), None)
+    if number is None:
+        raise DetectorError(f"{detector}.{key}={value}: expected one of {', '.join(words)}")
+    truth = {"true": True, "false": False}
+    try:
+        return truth[value.lower()] if number is bool else number(value)
+    except (KeyError, ValueError) as error:
+        expected = " or ".join([number.__name__, *words])
+        raise DetectorError(f"{detector}.{key}={value}: expected {expected}") from error
+
+
+def require_positive(detector: str, **values: float) -> None:
+    """Raises DetectorError for a hyper-parameter that is not a positive number."""
+    for key, value in values.items():
+        if not value > 0:
+            raise DetectorError(f"{detector}.{key}={value:g} must be positive")

@@ -1,0 +1,86 @@
+"""What mds and mds-sum share: a Gaussian a class, all of one covariance (Lee et al. 2018)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from oodcli.detectors.blocks import Blocks, finite_rows
+from oodcli.detectors.class_statistics import class_of
+from oodcli.detectors.layer_choice import layer_rows
+from oodcli.features import recorded
+
+log = logging.getLogger(__name__)
+
+SINGULAR = 1e-9
+"""A covariance whose smallest eigenvalue is less than this share of the largest gets a ridge."""
+
+RIDGE = 1e-6
+"""The ridge, as a share of the mean eigenvalue."""
+
+
+def mahalanobis(rows: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
+    """min over classes of (x − μ_c)ᵀ Σ⁻¹ (x − μ_c) (Lee et al. 2018, eq. 2; LSGM eq. 6, without
+    its sign). rows: (N, D) float64; mean: (C, D); whitening: (D, D), A with A Aᵀ = Σ⁻¹. Returns
+    (N,)."""
+    centre = mean.mean(0)
+    white = (rows - centre) @ whitening  # (N, D)
+    means = (mean - centre) @ whitening  # (C, D)
+    squares = torch.addmm(means.square().sum(1), white, means.T, alpha=-2)  # (N, C)
+    nearest: Tensor = squares.amin(1) + white.square().sum(1)
+    return nearest.clamp_min(0)
+
+
+def whitened(covariance: Tensor, where: str) -> Tensor:
+    """A with A Aᵀ = Σ⁻¹, by eigenvalues; a singular Σ gets a ridge, which is said, so that a
+    channel that was dead in distribution counts when it wakes up. covariance: (D, D). Returns
+    (D, D)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    largest = float(values[-1])
+    if float(values[0]) <= SINGULAR * largest:
+        ridge = RIDGE * float(values.mean()) or 1.0
+        dead = int((values <= SINGULAR * largest).sum())
+        condition = largest / float(values[0]) if float(values[0]) > 0 else torch.inf
+        log.info(
+            f"{where}: the covariance is singular ({dead} of {len(values)} directions, condition "
+            f"{condition:.2g}), so {ridge:.2g} is added to its diagonal"
+        )
+        values = values.clamp_min(0) + ridge
+    whitening: Tensor = (vectors / values.sqrt()).contiguous()
+    return whitening
+
+
+def tied_gaussians(
+    train: Blocks, needs: frozenset[str], layers: Sequence[str], who: str
+) -> Moments:
+    """One pass over rows to fit on. Raises DetectorError without a row."""
+    count = torch.zeros(0, dtype=torch.float64)
+    total: dict[str, Tensor] = {}
+    square: dict[str, Tensor] = {}
+    for block in finite_rows(train, needs, who):
+        label = class_of(block)
+        if not len(count):
+            count = torch.zeros(recorded(block.logits).shape[1], dtype=torch.float64)
+        count += torch.bincount(label, minlength=len(count))
+        for name in layers:
+            rows = layer_rows(block, name)
+            if name not in total:
+                total[name] = rows.new_zeros(len(count), rows.shape[1])
+                square[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            total[name].index_add_(0, label, rows)
+            square[name].addmm_(rows.T, rows)
+    present = count > 0
+    mean = {name: total[name][present] / count[present, None] for name in layers}
+    whitening = {}
+    for name in layers:
+        between = mean[name].T @ (mean[name] * count[present, None])
+        whitening[name] = whitened((square[name] - between) / count.sum(), f"{who} at {name}")
+    return mean, whitening
+
+
+Moments = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""By layer: means (C, D) of the classes that have rows, and whitening (D, D) of the covariance that
+they share, with divisor N."""

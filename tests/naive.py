@@ -1,0 +1,641 @@
+"""A naive formula for every detector, from its paper: loops and NumPy in float64, slow and plain.
+
+Each takes the rows to score and, where the detector is fitted, the rows to fit on, and returns (N,)
+scores. ``NAIVE`` has one for each name; tests/contract/test_detectors.py compares all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from scipy.special import logsumexp
+from sklearn.linear_model import LogisticRegression
+from sklearn.mixture import BayesianGaussianMixture
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from oodcli.features import INPUT, Features
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a detector is fitted on, under the names that its ``fit`` has for them."""
+
+    train: Features
+    ood: Features | None = None
+    noise: Features | None = None
+    pool: Features | None = None
+
+
+def array(rows: torch.Tensor) -> Array:
+    return rows.double().numpy()
+
+
+def each(rows: Features):
+    """Logits z and embedding u of one row after the other."""
+    return zip(array(rows.logits), array(rows.embedding), strict=True)
+
+
+def softmax(z: Array) -> Array:
+    """Of one row."""
+    e = np.exp(z - z.max())
+    return e / e.sum()
+
+
+def free_energy(z: Array, temperature: float = 1.0) -> float:
+    return -temperature * float(logsumexp(z / temperature))
+
+
+# ---------------------------------------------------------------------------- logits
+
+
+def msp(test, fit=None, temperature=1.0):
+    return np.array([1 - softmax(z / temperature).max() for z in array(test.logits)])
+
+
+def entropy(test, fit=None):
+    found = []
+    for z in array(test.logits):
+        p = softmax(z)
+        found.append(-sum(x * math.log(x) for x in p if x > 0))
+    return np.array(found)
+
+
+def t1000(test, fit=None):
+    return msp(test, temperature=1000.0)
+
+
+def mls(test, fit=None):
+    return np.array([-max(z) for z in array(test.logits)])
+
+
+def energy(test, fit=None):
+    return np.array([free_energy(z) for z in array(test.logits)])
+
+
+def odin(test, fit=None):
+    return np.array([1 - softmax(z / 1000).max() for z in array(test.odin_logits)])
+
+
+def godin(test, fit=None):
+    return np.array([-max(h) for h in array(test.deconf_h)])
+
+
+def mos(test, fit=None):
+    return np.array([math.exp(min(row)) for row in array(test.mos_others)])
+
+
+def klm(test, fit):
+    by_class = {}
+    for z in array(fit.train.logits):
+        by_class.setdefault(int(z.argmax()), []).append(softmax(z))
+    templates = [np.mean(group, axis=0) for group in by_class.values()]
+
+    def divergence(p, q):
+        return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+
+    return np.array([min(divergence(softmax(z), q) for q in templates) for z in array(test.logits)])
+
+
+# ---------------------------------------------------------------------------- embedding and head
+
+
+def latent(test, indicator, positive=False):
+    """indicator: of u and w, the weights of the predicted class; positive: where those are."""
+    weight = array(test.head.weight)
+    found = []
+    for z, u in each(test):
+        w = weight[z.argmax()]
+        kept = [i for i in range(len(w)) if w[i] > 0 or not positive]
+        found.append(indicator([u[i] for i in kept], [w[i] for i in kept]))
+    return np.array(found)
+
+
+def dot(u, w):
+    return sum(a * b for a, b in zip(u, w, strict=True))
+
+
+def length(u):
+    return math.sqrt(dot(u, u))
+
+
+def norm(test, fit=None, positive=False):
+    return latent(test, lambda u, w: -length(u), positive)
+
+
+def ang(test, fit=None, positive=False):
+    return latent(test, lambda u, w: 1 - dot(u, w) / (length(u) * length(w)), positive)
+
+
+def proj(test, fit=None):
+    return latent(test, lambda u, w: -dot(u, w) / length(w))
+
+
+def act(test, fit=None, positive=False):
+    return latent(test, lambda u, w: -dot(u, w), positive)
+
+
+def head_gradients(test, by_logits):
+    """∂L/∂W (K, D) of each row, by_logits: z → ∂L/∂z."""
+    return [np.outer(by_logits(z), u) for z, u in each(test)]
+
+
+def of_predicted(temperature):
+    """∂CE(z/T, argmax z)/∂z."""
+
+    def by_logits(z):
+        e = softmax(z / temperature)
+        e[z.argmax()] -= 1
+        return e / temperature
+
+    return by_logits
+
+
+def thinkback(test, fit=None, temperature=1.0):
+    return np.array([(g**2).sum() for g in head_gradients(test, of_predicted(temperature))])
+
+
+def thinkback_norm(test, fit, temperature=1.0):
+    expected = np.mean([g**2 for g in head_gradients(fit.train, of_predicted(temperature))], axis=0)
+    gradients = head_gradients(test, of_predicted(temperature))
+    return np.array([(g**2 / (1e-16 + expected)).sum() for g in gradients])
+
+
+def gradnorm(test, fit=None):
+    gradients = head_gradients(test, lambda z: softmax(z) - 1 / len(z))
+    return np.array([-np.abs(g).sum() for g in gradients])
+
+
+def igoe(test, fit=None):
+    found = []
+    for z, u in each(test):
+        p = softmax(z)
+        lengths = [np.abs(np.outer(np.eye(len(z))[y] - p, u)).sum() for y in range(len(z))]
+        found.append(dot(p, lengths))
+    return np.array(found)
+
+
+def expgrad(test, fit=None):
+    return np.array([-math.log(np.abs(g).sum()) for g in head_gradients(test, np.exp)])
+
+
+def energy_norm(test, fit=None):
+    return np.array([free_energy(z) * sum(abs(u)) for z, u in each(test)])
+
+
+def rg(test, fit=None, temperature=1.0, k=1.0):
+    return np.array([free_energy(z, temperature) * sum(np.minimum(u, k)) for z, u in each(test)])
+
+
+def rg_add(test, fit, ratio=0.6, k=1.0, rows=1000):
+    terms = [(-free_energy(z), sum(np.minimum(u, k))) for z, u in each(fit.train)][:rows]
+    first, second = np.std(terms, axis=0)
+    alpha = ratio * (first or 1) / (second or 1)  # one that is the same for all rows has none
+    return np.array([free_energy(z) - alpha * sum(np.minimum(u, k)) for z, u in each(test)])
+
+
+def react(test, fit, percentile=90.0):
+    c = np.percentile(array(fit.train.embedding), percentile)
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    return np.array([free_energy(weight @ np.minimum(u, c) + bias) for _, u in each(test)])
+
+
+def vim(test, fit, dim=None):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    origin = -np.linalg.pinv(weight) @ bias
+    train, rows = (array(f.embedding) - origin for f in (fit.train, test))
+    dim = min(train.shape[1] // 2, 1000) if dim is None else dim
+    # The right singular vectors of the rows are the eigenvectors of their second moments.
+    residual = np.linalg.svd(train)[2][dim:].T
+    largest = array(fit.train.logits).max(1).mean()
+    alpha = largest / np.linalg.norm(train @ residual, axis=1).mean()
+    virtual = alpha * np.linalg.norm(rows @ residual, axis=1)
+    return virtual + energy(test)
+
+
+# ---------------------------------------------------------------------------- BatchNorm
+
+
+def channels(test, only_input=False):
+    """For each row the (M, S², HW) of every channel of every layer, the image's first."""
+    names = [INPUT] if only_input else list(test.batchnorm)
+    rows = [[] for _ in range(len(test))]
+    for norm in (test.batchnorm[name] for name in names):
+        centre, spread = array(norm.running_mean), array(norm.running_var) + norm.eps
+        for row, mean, var in zip(rows, array(norm.mean), array(norm.var), strict=True):
+            m, s2 = (mean - centre) / np.sqrt(spread), var / spread
+            row += [(a, b, norm.spatial_size) for a, b in zip(m, s2, strict=True)]
+    return rows
+
+
+def dms_of(m, s2, size):
+    return m**2
+
+
+def dms_aos_of(m, s2, size):
+    return m**2 + s2 * (size - 1) / size
+
+
+def dss_of(m, s2, size):
+    return (math.sqrt(s2) - 1) ** 2 if size > 1 else 0.0
+
+
+def dss_ext_of(m, s2, size):
+    if size == 1:
+        return 0.0
+    below = stats.chi2.cdf((size - 1) * s2, size - 1)
+    return float(2 * min(below, 1 - below) < 0.1)
+
+
+def batchnorm(of, only_input=False):
+    """The mean over all channels."""
+
+    def score(test, fit=None):
+        rows = channels(test, only_input)
+        return np.array([sum(of(*channel) for channel in row) / len(row) for row in rows])
+
+    return score
+
+
+# ---------------------------------------------------------------------------- indicators together
+
+OUTPUT = ("t1000", "msp", "entropy")
+LATENT = ("norm", "norm+", "act", "act+", "proj", "ang", "ang++")
+SPREAD = ("dms", "dms-aos", "dss", "dss-ext")
+
+
+def indicators(rows, names=(*OUTPUT, *LATENT, *SPREAD)):
+    return np.stack([NAIVE[name](rows, None) for name in names], 1)
+
+
+def one_class_sum(test, fit):
+    on_noise = indicators(fit.train)
+    spread = np.std(on_noise, axis=0)
+    spread[spread <= 1e-12 * abs(on_noise.mean(0))] = 1
+    return ((indicators(test) - on_noise.mean(0)) / spread).sum(1)
+
+
+def supervised(test, fit):
+    names = (*OUTPUT, *LATENT, *SPREAD, *(f"in-{name}" for name in SPREAD))
+    inside, outside = indicators(fit.train, names), indicators(fit.ood, names)
+    scaler = StandardScaler().fit(np.concatenate([inside, outside]))
+    svm = LinearSVC(dual=False, class_weight="balanced", tol=1e-8, max_iter=10_000)
+    labels = np.repeat([0, 1], [len(inside), len(outside)])
+    svm.fit(scaler.transform(np.concatenate([inside, outside])), labels)
+    return svm.decision_function(scaler.transform(indicators(test, names)))
+
+
+# ---------------------------------------------------------------------------- distances
+
+
+def labels_of(rows: Features) -> Array:
+    """The labels; where they are unknown, the predicted classes."""
+    predicted = array(rows.logits).argmax(1)
+    if rows.label is None:
+        return predicted
+    return np.where(rows.label.numpy() >= 0, rows.label.numpy(), predicted)
+
+
+def predicted_of(rows: Features, present) -> list[int]:
+    """The class with the largest logit among some."""
+    present = sorted(present)
+    return [present[int(z[present].argmax())] for z in array(rows.logits)]
+
+
+def nearest_mahalanobis(train: Array, labels: Array, test: Array) -> Array:
+    """Squared distances to the nearest class mean; one covariance, divisor N."""
+    means = {c: train[labels == c].mean(0) for c in sorted(set(labels.tolist()))}
+    centred = np.array([x - means[c] for x, c in zip(train, labels.tolist(), strict=True)])
+    precision = np.linalg.inv(centred.T @ centred / len(train))
+    return np.array([min((x - m) @ precision @ (x - m) for m in means.values()) for x in test])
+
+
+def mds(test, fit):
+    labels = labels_of(fit.train)
+    return nearest_mahalanobis(array(fit.train.embedding), labels, array(test.embedding))
+
+
+def stages(rows: Features) -> list[str]:
+    return [name for name, layer in rows.layers.items() if layer.kind == "stage"]
+
+
+def mds_sum(test, fit, strength=1.0):
+    """With OOD rows, weighted by a logistic regression."""
+    labels = labels_of(fit.train)
+
+    def distances(rows):
+        return np.stack(
+            [
+                nearest_mahalanobis(
+                    array(fit.train.layers[name].mean), labels, array(rows.layers[name].mean)
+                )
+                for name in stages(fit.train)
+            ],
+            1,
+        )
+
+    if fit.ood is None:
+        return distances(test).sum(1)
+    inside, outside = distances(fit.train), distances(fit.ood)
+    both = np.concatenate([inside, outside])
+    scale = both.mean(0)
+    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
+    model.fit(both / scale, np.repeat([0, 1], [len(inside), len(outside)]))
+    return distances(test) @ (model.coef_[0] / scale)
+
+
+def knn(test, fit, k=None):
+    train = [u / length(u) for u in array(fit.train.embedding)]
+    k = k or min(50, max(1, len(train) // (2 * fit.train.logits.shape[1])))
+    return np.array(
+        [sorted(length(u / length(u) - v) for v in train)[k - 1] for u in array(test.embedding)]
+    )
+
+
+def one_dimensional(test, fit):
+    train, labels = array(fit.train.embedding), labels_of(fit.train)
+    firsts = [np.linalg.svd(train[labels == c])[2][0] for c in sorted(set(labels.tolist()))]
+    return np.array(
+        [min(math.acos(abs(u @ v) / length(u)) for v in firsts) for u in array(test.embedding)]
+    )
+
+
+def outside(value, low, high):
+    if value < low:
+        return (low - value) / (abs(low) + 1e-6)
+    if value > high:
+        return (value - high) / (abs(high) + 1e-6)
+    return 0.0
+
+
+def gram_deviation(row, others):
+    """How far a row leaves the range of others."""
+    lows, highs = np.min(others, axis=0), np.max(others, axis=0)
+    return sum(outside(*values) for values in zip(row, lows, highs, strict=True))
+
+
+def gram(test, fit):
+    """Each layer's deviation by what it is for rows fitted on, each left out in turn; those of a
+    class without a second row do not count."""
+    predicted = array(fit.train.logits).argmax(1).tolist()
+    present = {c for c in predicted if predicted.count(c) > 1}
+    total = np.zeros(len(test))
+    for name, layer in fit.train.layers.items():
+        if layer.gram is None:
+            continue
+        table = array(layer.gram)
+        members = {c: [i for i, other in enumerate(predicted) if other == c] for c in present}
+        left_out = [
+            gram_deviation(table[i], table[[j for j in members[c] if j != i]])
+            for i, c in enumerate(predicted)
+            if c in present
+        ]
+        mean = sum(left_out) / len(left_out)
+        for i, c in enumerate(predicted_of(test, present)):
+            total[i] += gram_deviation(array(test.layers[name].gram)[i], table[members[c]]) / mean
+    return total
+
+
+# ---------------------------------------------------------------------------- lsgm
+
+
+def over_all_traces(densities: Sequence[Array], prior: Array, transitions: Sequence[Array]):
+    """log P(x_1, …, x_m), one trace of components after the other. densities: (N, K_i) logarithms
+    for each layer; prior: (K_1,) and transitions: (K_{i−1}, K_i), probabilities."""
+    traces = []
+    with np.errstate(divide="ignore"):
+        for trace in itertools.product(*(range(d.shape[1]) for d in densities)):
+            value = np.log(prior[trace[0]]) + densities[0][:, trace[0]]
+            for density, step, (j, k) in zip(
+                densities[1:], transitions, itertools.pairwise(trace), strict=True
+            ):
+                value = value + density[:, k] + np.log(step[j, k])
+            traces.append(value)
+    return logsumexp(np.stack(traces), 0)
+
+
+def lsgm(test, fit, components=50):
+    """Mixtures by scikit-learn on each stage's sorted rows, in units of their mean variance."""
+    densities, assigned, weights = [], [], []
+    for name in stages(fit.train):
+        rows = array(fit.train.layers[name].mean)
+        rows = rows[np.lexsort(rows.T[::-1])]
+        centre = rows.mean(0)
+        scale = math.sqrt(np.square(rows - centre).mean())
+        data = (rows - centre) / scale
+        width = data.shape[1]
+        model = BayesianGaussianMixture(
+            n_components=min(components, len(data)),
+            weight_concentration_prior_type="dirichlet_process",
+            covariance_prior=width * (data.T @ data / len(data) + 1e-6 * np.eye(width)),
+            reg_covar=1e-6,
+            random_state=0,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.fit(data)
+
+        def density(block, name=name, model=model, centre=centre, scale=scale, width=width):
+            x = (array(block.layers[name].mean) - centre) / scale
+            pairs = zip(model.means_, model.covariances_, strict=True)
+            columns = [stats.multivariate_normal.logpdf(x, mean, cov) for mean, cov in pairs]
+            return np.stack(columns, 1) - width * math.log(scale)
+
+        densities.append(density(test))
+        weights.append(model.weights_)
+        assigned.append((np.log(model.weights_) + density(fit.train)).argmax(1))
+    transitions = []
+    for i in range(1, len(assigned)):
+        counts = np.zeros((len(weights[i - 1]), len(weights[i])))
+        for j, k in zip(assigned[i - 1], assigned[i], strict=True):
+            counts[j, k] += 1
+        even = np.full(counts.shape[1], 1 / counts.shape[1])
+        transitions.append(np.array([row / row.sum() if row.sum() else even for row in counts]))
+    return -over_all_traces(densities, weights[0], transitions)
+
+
+# ---------------------------------------------------------------------------- virtual images
+
+
+def batchnorm_outputs(rows: Features) -> list[str]:
+    return [name for name, layer in rows.layers.items() if layer.kind == "batchnorm"]
+
+
+def c2ir(test, fit):
+    """Equations 6 to 10 of the paper, one image, layer and class at a time."""
+    train, labels = fit.train, labels_of(fit.train)
+    names = batchnorm_outputs(train)
+    found = []
+    for row, c in enumerate(predicted_of(test, set(labels.tolist()))):
+        mine = labels == c
+        deltas, deviations = [], []
+        for name in names:
+            layer = train.layers[name]
+            beta = softmax(array(layer.gradient)[mine].mean(0))
+            deltas.append(np.mean([dot(beta, s) for s in array(layer.sensitivity)[mine]]))
+            average = np.mean([dot(beta, m) for m in array(layer.mean)[mine]])
+            deviations.append(abs(dot(beta, array(test.layers[name].mean)[row]) - average))
+        found.append(dot(softmax(np.array(deltas)), deviations))
+    return np.array(found)
+
+
+RIDGE = 1e-3
+
+
+def standardised_deviations(test, train):
+    """(N, L): mean over channels of the squared deviation from the class's mean, in variances
+    within classes, which get a ridge."""
+    labels = labels_of(train)
+    present = sorted(set(labels.tolist()))
+    columns = []
+    for name in batchnorm_outputs(train):
+        rows = array(train.layers[name].mean)
+        means = {c: rows[labels == c].mean(0) for c in present}
+        scatter = sum(np.square(rows[labels == c] - means[c]).sum(0) for c in present)
+        variance = scatter / (len(rows) - len(present))
+        variance = variance + RIDGE * variance.mean()
+        tested = array(test.layers[name].mean)
+        columns.append(
+            [
+                np.mean((x - means[c]) ** 2 / variance)
+                for x, c in zip(tested, predicted_of(test, present), strict=True)
+            ]
+        )
+    return np.array(columns).T
+
+
+def c2ir_z(test, fit):
+    train, labels = fit.train, labels_of(fit.train)
+    present = sorted(set(labels.tolist()))
+    weight = array(train.head.weight)
+    evidence = {c: -array(train.embedding)[labels == c] @ weight[c] for c in present}
+    scatter = sum(np.square(e - e.mean()).sum() for e in evidence.values())
+    spread = math.sqrt(scatter / (len(train) - len(present)) * (1 + RIDGE))
+    z = [
+        (-dot(u, weight[c]) - evidence[c].mean()) / spread
+        for u, c in zip(array(test.embedding), predicted_of(test, present), strict=True)
+    ]
+    return standardised_deviations(test, train).mean(1) + z
+
+
+def last_peaks(rows: Features) -> Array:
+    (found,) = [layer.peak for layer in rows.layers.values() if layer.peak is not None]
+    return array(found)
+
+
+def peak(test, fit=None):
+    return np.array([-length(p) for p in last_peaks(test)])
+
+
+def positive_energy(test):
+    return np.array([math.log(1 + np.exp(z).sum()) for z in array(test.logits)])
+
+
+def peak_energy(test, fit=None):
+    return -(peak(test) ** 2) * positive_energy(test)
+
+
+def on_scale(of_test, of_pool):
+    """Both by the median and the interquartile range of the second."""
+    low, median, high = np.percentile(of_pool, [25, 50, 75])
+    return (of_test - median) / (high - low), (of_pool - median) / (high - low)
+
+
+def summed(*parts):
+    """Scores of parts, each on the scale that it has on the pool."""
+
+    def score(test, fit):
+        noise = Fit(fit.noise)
+        total = 0.0
+        for name in parts:
+            its = noise if name == "1c-sum" else fit
+            total += on_scale(NAIVE[name](test, its), NAIVE[name](fit.pool, its))[0]
+        return total
+
+    return score
+
+
+def c2ir_peak(test, fit):
+    """Peak counts where noise has the lower ones."""
+
+    def log_energy(rows):
+        return -np.log(positive_energy(rows))
+
+    def log_deviation(rows):
+        deviations = standardised_deviations(rows, fit.train)
+        return np.log(np.maximum(deviations, 1e-3)).mean(1)
+
+    def log_peak(rows):
+        return -np.log(-peak(rows))
+
+    def scaled(part):
+        return on_scale(part(test), part(fit.pool))
+
+    first, second = scaled(log_energy), scaled(log_deviation)
+    total = on_scale(*(a + b for a, b in zip(first, second, strict=True)))[0]
+    if np.median(-peak(fit.noise)) < np.median(-peak(fit.pool)):
+        total = total + scaled(log_peak)[0]
+    return total
+
+
+NAIVE = {
+    "msp": msp,
+    "entropy": entropy,
+    "t1000": t1000,
+    "mls": mls,
+    "energy": energy,
+    "odin": odin,
+    "godin": godin,
+    "mos": mos,
+    "norm": norm,
+    "norm+": lambda test, fit: norm(test, positive=True),
+    "ang": ang,
+    "ang++": lambda test, fit: ang(test, positive=True),
+    "proj": proj,
+    "act": act,
+    "act+": lambda test, fit: act(test, positive=True),
+    "dms": batchnorm(dms_of),
+    "dms-aos": batchnorm(dms_aos_of),
+    "dss": batchnorm(dss_of),
+    "dss-ext": batchnorm(dss_ext_of),
+    "in-dms": batchnorm(dms_of, only_input=True),
+    "in-dms-aos": batchnorm(dms_aos_of, only_input=True),
+    "in-dss": batchnorm(dss_of, only_input=True),
+    "in-dss-ext": batchnorm(dss_ext_of, only_input=True),
+    "1c-sum": one_class_sum,
+    "supervised": supervised,
+    "thinkback": thinkback,
+    "thinkback-norm": thinkback_norm,
+    "gradnorm": gradnorm,
+    "igoe": igoe,
+    "expgrad": expgrad,
+    "rg": rg,
+    "rg-add": rg_add,
+    "energy-norm": energy_norm,
+    "react": react,
+    "klm": klm,
+    "mds": mds,
+    "mds-sum": mds_sum,
+    "knn": knn,
+    "vim": vim,
+    "gram": gram,
+    "1d": one_dimensional,
+    "lsgm": lsgm,
+    "c2ir": c2ir,
+    "c2ir-z": c2ir_z,
+    "peak": peak,
+    "peak-energy": peak_energy,
+    "c2ir-peak": c2ir_peak,
+    "duo": summed("c2ir-z", "1c-sum"),
+    "trio": summed("c2ir-z", "1c-sum", "peak"),
+}
+"""Detector → its naive score of (rows to score, what it is fitted on)."""
