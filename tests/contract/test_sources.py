@@ -197,7 +197,7 @@ def test_every_kind_is_tested(tmp_path):
         found.add(
             type(open_images(kind.make(tmp_path / name), PLAIN, CLASSES, stdin=io.StringIO("x\n")))
         )
-    ours = {each for each in kinds_of(ImageSource) if each.__module__.startswith("oodcli.")}
+    ours = {each for each in kinds_of(ImageSource) if each.__module__.startswith("oodcli.images.")}
     assert found == {each for each in ours if not inspect.isabstract(each)}
 
 
