@@ -22,11 +22,11 @@ from commands import oodcli
 from oodcli import detectors
 from oodcli._version import __version__
 from oodcli.cli import EXAMPLES, app, completions, shells
-from oodcli.features import ROW_RECORDS
 from oodcli.files import scores
 from oodcli.images import generated
 from oodcli.inversion.objective import OBJECTIVES
 from oodcli.networks import contents, inputs, preprocessing
+from oodcli.records import ROW_RECORDS
 
 SCRIPTS = Path(__file__).parents[1] / "completions"
 COMMANDS = typer.main.get_command(app).commands

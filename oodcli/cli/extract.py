@@ -88,7 +88,6 @@ def command(
     from oodcli.cli import torchrun
     from oodcli.detectors.hyperparameters import parse
     from oodcli.errors import OodcliError
-    from oodcli.features import KNOWN_RECORDS
     from oodcli.files.atomic import refuse_suffix
     from oodcli.files.hdf5 import format_of
     from oodcli.files.journal import journal, refuse_output
@@ -97,7 +96,8 @@ def command(
     from oodcli.images.arrays import VirtualImages
     from oodcli.inversion.degrade import Patched
     from oodcli.jobs.shards import WHOLE
-    from oodcli.recording.recorder import CHEAP, Recorder, recordable
+    from oodcli.recording.recorder import Recorder, recordable
+    from oodcli.records import CHEAP, KNOWN_RECORDS
     from oodcli.stages.chosen import odin_step
     from oodcli.stages.extract import degrading, extract_to_file
     from oodcli.stages.labels import settle_labels

@@ -20,8 +20,9 @@ from oodcli import detectors
 from oodcli.detectors import serial
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, OodcliError, first_line
-from oodcli.features import KNOWN_RECORDS, Features
+from oodcli.features import Features
 from oodcli.memory import ran_out
+from oodcli.records import KNOWN_RECORDS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
 """A detector's name is a column of scores, a file's name, and NAME in ``-p NAME.KEY=VALUE``."""
