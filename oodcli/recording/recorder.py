@@ -98,7 +98,7 @@ class Recorder:
     """Runs the network once per batch and keeps what was asked for; in smaller batches, from then
     on, where the memory is too short.
 
-    what: words of ``features.ROW_RECORDS`` (plus ``label`` and ``head``, always kept), and
+    what: words of ``records.ROW_RECORDS`` (plus ``label`` and ``head``, always kept), and
     ``mirror`` for a second pass over the mirror images.
     Gradients and ODIN add one backward pass each, ODIN one more forward pass.
     Raises DetectorError for a word that is unknown, or that this network cannot give.
