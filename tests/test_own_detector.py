@@ -353,6 +353,22 @@ def test_a_hyperparameter_has_the_type_of_its_default(folder):
     )
 
 
+def test_its_own_sentences_and_shortage_of_memory_pass(folder):
+    limited = "        if len(test) > 2:\n            raise FAULT\n        return"
+    code = "from oodcli import OodcliError\n" + CENTRE.removeprefix(
+        "from __future__ import annotations"
+    )
+    code = code.replace("        apart =", limited.replace("return", "apart ="))
+    fit = ("fit", "v.features.h5", "-d", "centre.py:Centre", "-o", "own", "--force")
+    score = ("score", "ckpt.pt", NOISE, "-d", "centre.py:Centre", "-d", "own/centre.safetensors")
+    assert oodcli(*fit).status == 0
+    expected = column(oodcli(*score), "centre")
+    (folder / "centre.py").write_text(code.replace("FAULT", "OodcliError('two rows at a time')"))
+    assert complaint(*score) == "oodcli: two rows at a time"
+    (folder / "centre.py").write_text(code.replace("FAULT", "RuntimeError('CUDA out of memory')"))
+    assert column(oodcli(*score), "centre") == pytest.approx(expected)
+
+
 def test_two_of_one_name_are_refused(folder):
     (folder / "other.py").write_text(MARGIN)
     said = complaint("score", "ckpt.pt", NOISE, "-d", "margin.py:Margin", "-d", "other.py:Margin")
