@@ -3,14 +3,26 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
+# Before torch is imported: one thread a worker of pytest-xdist, and none that spins while it waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
 import torch
 from commands import oodcli
 
+from oodcli.networks.architectures import build
 from oodcli.stages.demo import CARD, TRAINED_ON, digits, train
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever lies in tests/slow is slow."""
+    folder = Path(__file__).with_name("slow")
+    for item in items:
+        if folder in item.path.parents:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +64,19 @@ def fitted(trained) -> Path:
         result = oodcli(*words)
         assert result.status == 0, result.err
     return trained
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A folder with a tiny network net.pt, its card, a cache c.h5, and an old file old.csv."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    torch.save(build("resnet8-cifar-w4", 3).state_dict(), folder / "net.pt")
+    (folder / "net.toml").write_text(
+        'arch = "resnet8-cifar-w4"\nnum_classes = 3\ninput_size = [8, 8]\n'
+        "mean = [0.5, 0.4, 0.3]\nstd = [0.2, 0.2, 0.2]\n"
+    )
+    result = oodcli("extract", folder / "net.pt", "noise:uniform?n=9", "-o", folder / "c.h5")
+    assert result.status == 0, result.err
+    (folder / "old.csv").write_text("of before")
+    return folder

@@ -1,9 +1,9 @@
 """Commands whose n-th write to the disk fails, or is the last thing that the process does.
 
 ``python tests/faults.py`` reads jobs as lines of JSON and answers each with one: {"words": […],
-"folder": …, "mode": "fail" or "kill", "number": n} → {"status": …, "err": …, "reached": whether
-there were so many}. Each runs in a fork of this process; with the mode "warm" in this process
-itself, so that everything is imported when it is forked.
+"folder": …, "mode": "fail" or "kill", "number": n} → {"status": …, "err": …, "changes": how many
+there were, or n where the process was killed}. Each runs in a fork of this process; with the mode
+"warm" in this process itself, so that everything is imported when it is forked.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +113,7 @@ def run(job: dict[str, Any]) -> None:
         traceback.print_exc()
         status = 70
     # A fault in the very end may be passed over: then the status is 0, but it was reached.
-    os.write(1, f"\n{faults.count >= faults.number}".encode())
+    os.write(1, f"\n{faults.count}".encode())
     os._exit(status)
 
 
@@ -134,11 +137,87 @@ def main() -> None:
                 run({**job, "err": str(err)})
             _, status = os.waitpid(child, 0)
             code = os.waitstatus_to_exitcode(status)
-            text, _, reached = err.read_text().rpartition("\n")
+            text, _, changes = err.read_text().rpartition("\n")
             if code == -signal.SIGKILL:
-                text, reached = "", "True"
-            answer = {"status": code, "err": text, "reached": reached == "True"}
+                text, changes = "", job["number"]
+            answer = {"status": code, "err": text, "changes": int(changes)}
             print(json.dumps(answer), flush=True)
+
+
+class Process:
+    """A process that runs this file."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def __call__(self, words: list[str], folder: Path, mode: str, number: int = 0) -> Any:
+        job = {"words": words, "folder": str(folder), "mode": mode, "number": number}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self) -> None:
+        self.process.communicate(timeout=60)
+        assert self.process.returncode == 0
+
+
+NEVER = 10**6
+"""More changes of the disk than any job makes."""
+
+
+def first_middle_last(changes: int) -> Iterable[int]:
+    return sorted({1, (changes + 1) // 2, changes})
+
+
+def every(changes: int) -> Iterable[int]:
+    return range(1, changes + 1)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def check_resumes(
+    process: Process, command: str, start: Path, place: Path, where: Any = every
+) -> None:
+    """The disk refuses the n-th change (creation, write, flush, truncation, rename, removal), or
+    the process is killed there. What is there then is whole, and the same command succeeds with the
+    same bytes as without the fault.
+
+    start: the folder that the job begins with. place: where copies of it are made. where: how many
+    changes the job makes → the n to try.
+    """
+    words = command.split()
+    whole = shutil.copytree(start, place / "whole")
+    assert process(words, whole, "warm")["status"] == 0
+    before, expected = files(start), files(whole)
+    undisturbed = process(words, shutil.copytree(start, place / "undisturbed"), "fail", NEVER)
+    assert undisturbed["status"] == 0
+    assert undisturbed["changes"] > 5
+    for mode in ("fail", "kill"):
+        for number in where(undisturbed["changes"]):
+            folder = shutil.copytree(start, place / f"{mode}-{number}")
+            first = process(words, folder, mode, number)
+            case = f"{mode} {number}: {first}"
+            assert first["changes"] >= number, case
+            left = files(folder)
+            assert all(left[n] in (expected[n], before.get(n)) for n in expected.keys() & left)
+            if mode == "fail":
+                assert first["status"] in (0, 1), case
+                assert "Traceback" not in first["err"], case
+                assert "standard output" not in first["err"], case
+                assert first["status"] == 0 or not [name for name in left if ".new." in name]
+            if first["status"] != 0 or left.keys() != expected.keys():
+                again = process(words, folder, "warm")
+                assert again["status"] == 0, f"{case}\n{again}"
+            assert files(folder) == expected, case
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.features import Features, LinearHead
+from oodcli.networks.architectures import skeleton
 from oodcli.networks.assemble import assemble
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
@@ -165,3 +168,86 @@ def recorded(count: int, seed: int = 1, *, classes: int = 3, labelled: bool = Tr
             for name, layer in seen.layers.items()
         },
     )
+
+
+def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights and statistics that no two channels share."""
+    generator = torch.Generator().manual_seed(seed)
+    state = network.state_dict()
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            continue
+        noise = torch.randn(tensor.shape, generator=generator)
+        if key.endswith("running_var"):
+            noise = noise.abs() + 0.5
+        elif tensor.ndim > 1:
+            noise = noise / math.sqrt(tensor[0].numel())
+        tensor.copy_(noise)
+    return network.eval()
+
+
+def rekeyed(state: dict[str, Tensor], *rules: tuple[str, str]) -> dict[str, Tensor]:
+    """Keys rewritten by regular expressions, and no counters, as in old files."""
+    found = {}
+    for key, tensor in state.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        if not key.endswith("num_batches_tracked"):
+            found[key] = tensor
+    return found
+
+
+PREFIXES = ("underlying_model.", "backbone.", "module.underlying_model.")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def deconf_tensors(form):
+    """The tensors of a DeConf head of 10 classes, by the keys of the widespread implementations."""
+    found = {
+        "h.h.weight": normal(10, 64, seed=1),
+        "g.0.weight": normal(1, 64, seed=2) / 8,
+        "g.0.bias": torch.tensor([0.3]),
+        "g.1.weight": torch.tensor([1.5]),
+        "g.1.bias": torch.tensor([-0.2]),
+        "g.1.running_mean": torch.tensor([0.4]),
+        "g.1.running_var": torch.tensor([2.0]),
+        "g.1.num_batches_tracked": torch.tensor(7),
+    }
+    return found | ({"h.h.bias": normal(10, seed=3)} if form == "inner" else {})
+
+
+def deconf_state(backbone, form, prefix=PREFIXES[0]):
+    """A checkpoint of a DeConf head and the network that it stands on."""
+    outer = prefix.removesuffix("underlying_model.").removesuffix("backbone.")
+    body = {f"{prefix}{key}": value for key, value in backbone.state_dict().items()}
+    return body | {f"{outer}{key}": value for key, value in deconf_tensors(form).items()}
+
+
+def layout(name: str, classes: int = 10) -> dict[str, Tensor]:
+    """The keys in which the checkpoints of a built-in network are usually published."""
+    state = skeleton(name, classes).state_dict()
+    if re.fullmatch(r"resnet\d+-kuangliu.*", name):
+        return rekeyed(state, (r"^fc\.", "linear."), (r"\.downsample\.", ".shortcut."))
+    if name.startswith("densenet") and "kuangliu" in name:
+        return rekeyed(state, (r"^block(\d)", r"dense\1"))
+    if name.startswith("densenet-bc"):
+        return rekeyed(
+            state,
+            (r"^block(\d)\.", r"block\1.layer."),
+            (r"^(trans\d)\.(bn|conv)\.", r"\1.\g<2>1."),
+            (r"^bn\.", "bn1."),
+            (r"^linear\.", "fc."),
+        )
+    if "meliketoy" in name:
+        return rekeyed(state, (r"^block", "layer"), (r"\.shortcut\.", ".shortcut.0."))
+    if name.startswith("wrn"):
+        return rekeyed(
+            state,
+            (r"^block(\d)\.", r"block\1.layer."),
+            (r"\.shortcut\.", ".convShortcut."),
+            (r"^linear\.", "fc."),
+        )
+    return rekeyed(state)

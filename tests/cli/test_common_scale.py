@@ -14,10 +14,9 @@ import networks
 import numpy as np
 import pytest
 import torch
-from commands import oodcli
+from commands import fails, oodcli
 from naive import NAIVE, Fit, standardised_deviations
 from safetensors.torch import load_file, save_file
-from test_cli import fails
 
 from oodcli import detectors
 from oodcli.detectors import serial

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import oodcli
-from test_architectures import randomised
+from networks import randomised
 from torch import Tensor, nn
 from torch._higher_order_ops import while_loop
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from commands import oodcli
+from networks import deconf_state, randomised
 from PIL import Image
-from test_architectures import randomised
-from test_retrained import deconf_state
 from torch import nn
 
 from benchmarks import detector_pages

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from networks import randomised
 from PIL import Image, ImageOps
-from test_architectures import randomised
 from torch import Tensor
 from torchvision import models, transforms
 
@@ -31,7 +31,7 @@ from oodcli.networks.load import load_classifier
 from oodcli.networks.makers import TimmMaker
 from oodcli.networks.preprocessing import Preprocessing
 
-PAGE = (Path(__file__).parents[1] / "docs" / "pixels.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "pixels.md").read_text("utf-8")
 HALF = (0.5, 0.5, 0.5)
 NOTHING = Overrides()
 SIZES = [(500, 375), (375, 500), (900, 301), (64, 64), (333, 1000)]
@@ -246,6 +246,7 @@ def test_where_transformers_crops_one_pixel_beside() -> None:
 # --- whole libraries ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_pretrained_configurations_of_timm() -> None:
     """Each different one on pictures of several sizes; the page has the counts of timm 1.0.31."""
     timm = pytest.importorskip("timm")

@@ -13,7 +13,7 @@ import networks
 import pytest
 import torch
 from commands import oodcli
-from test_architectures import randomised
+from networks import PREFIXES, deconf_state, deconf_tensors, normal, randomised
 from torch import nn
 
 from oodcli import detectors
@@ -32,11 +32,6 @@ from oodcli.stages.record import provenance
 NAME = "resnet20-cifar"
 CLASSES = 10
 SIZES = (4, 3, 3)
-PREFIXES = ("underlying_model.", "backbone.", "module.underlying_model.")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +45,6 @@ def backbone():
     network = randomised(build(NAME, CLASSES))
     network.linear = nn.Identity()
     return network
-
-
-def deconf_tensors(form):
-    """Those of a DeConf head, by the keys of the widespread implementations."""
-    found = {
-        "h.h.weight": normal(CLASSES, 64, seed=1),
-        "g.0.weight": normal(1, 64, seed=2) / 8,
-        "g.0.bias": torch.tensor([0.3]),
-        "g.1.weight": torch.tensor([1.5]),
-        "g.1.bias": torch.tensor([-0.2]),
-        "g.1.running_mean": torch.tensor([0.4]),
-        "g.1.running_var": torch.tensor([2.0]),
-        "g.1.num_batches_tracked": torch.tensor(7),
-    }
-    return found | ({"h.h.bias": normal(CLASSES, seed=3)} if form == "inner" else {})
 
 
 def naive_deconf(u, form):
@@ -85,12 +65,6 @@ def naive_deconf(u, form):
         h.append(row)
         logits.append([value * (1 + math.exp(-z)) for value in row])
     return torch.tensor(h), torch.tensor(logits)
-
-
-def deconf_state(backbone, form, prefix=PREFIXES[0]):
-    outer = prefix.removesuffix("underlying_model.").removesuffix("backbone.")
-    body = {f"{prefix}{key}": value for key, value in backbone.state_dict().items()}
-    return body | {f"{outer}{key}": value for key, value in deconf_tensors(form).items()}
 
 
 def saved(tmp_path, content, name="net.pt"):

@@ -589,6 +589,7 @@ def torchrun(size: int, *words: object, script: object = None, **more: str):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "job"), [(1, "scores.csv"), (2, "invert.h5"), (3, "virtual.h5"), (3, "pool.h5")]
 )
@@ -601,6 +602,7 @@ def test_torchrun(size, job, whole, fitted, folder, tmp_path):
     same(whole(job), tmp_path / job)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_goes_on(whole, fitted, folder, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(DYING, encoding="utf-8")
@@ -615,6 +617,7 @@ def test_a_rank_that_dies_goes_on(whole, fitted, folder, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_users_mistake_is_one_sentence_a_process(fitted, tmp_path):
     result = torchrun(
         2, "extract", fitted / "digits.pt", tmp_path / "none", "-o", tmp_path / "x.h5"

@@ -28,7 +28,7 @@ from oodcli.inversion.objective import OBJECTIVES
 from oodcli.networks import contents, inputs, preprocessing
 from oodcli.records import ROW_RECORDS
 
-SCRIPTS = Path(__file__).parents[1] / "completions"
+SCRIPTS = Path(__file__).parents[2] / "completions"
 COMMANDS = typer.main.get_command(app).commands
 HELP = {parameter.name: parameter.help for parameter in COMMANDS["score"].params}
 RUN = "import sys; sys.argv[0] = 'oodcli'; from oodcli.cli import main; main()"

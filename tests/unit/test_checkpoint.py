@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from networks import randomised, rekeyed
 from safetensors.torch import save_file
-from test_architectures import randomised, rekeyed
 from torch import Tensor, nn
 
 from oodcli.errors import CheckpointError

@@ -28,12 +28,12 @@ import torch
 from commands import Result, oodcli
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import mutated
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from samples import PARSERS, SLOW, Parser, write_samples
 
-from benchmarks.bench_fuzz import PARSERS, SLOW, Parser, write_samples
-from benchmarks.mutations import mutated
 from oodcli.detectors.energy import Energy
 from oodcli.errors import FileError, OodcliError
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact

@@ -15,7 +15,7 @@ from benchmarks.bench_growth import Line
 from benchmarks.measure import in_turns, peak, pinned, ratio
 from oodcli.stages.demo import CARD
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_all_take_turns_and_the_warm_up_does_not_count():

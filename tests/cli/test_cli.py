@@ -15,10 +15,11 @@ import time
 from contextlib import suppress
 
 import h5py
+import networks
 import numpy as np
 import pytest
 import torch
-from commands import oodcli
+from commands import fails, oodcli
 from networks import Plain, settled
 from PIL import Image
 
@@ -57,7 +58,7 @@ def plain(tmp_path):
     """A checkpoint without BatchNorm, made by a factory, and one whose head is a convolution."""
     (tmp_path / "nets.py").write_text(
         "import sys\n"
-        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        f"sys.path.insert(0, {os.path.dirname(networks.__file__)!r})\n"
         "from networks import Plain\n"
         "def plain():\n    return Plain()\n"
         "def headless():\n    return Plain(linear=False)\n"
@@ -1113,20 +1114,6 @@ def test_list_of_detectors():
 
 
 # ---------------------------------------------------------------------------- faults
-
-
-def fails(sentence, *words, leaves=None):
-    """One sentence on standard error, nothing on standard output, status 1, nothing written."""
-    before = set(os.listdir(leaves)) if leaves else set()
-    result = oodcli(*words)
-    assert result.status == 1, result
-    assert result.out == ""
-    complaint = [line for line in result.err.splitlines() if line.startswith("oodcli: ")]
-    assert len(complaint) == 1
-    assert sentence in complaint[0]
-    assert "Traceback" not in result.err
-    if leaves:
-        assert set(os.listdir(leaves)) == before
 
 
 def test_faults_of_checkpoints(fitted, tmp_path, plain):

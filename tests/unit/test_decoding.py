@@ -431,7 +431,7 @@ def test_no_process_outlives_the_program(tmp_path, loads, number):
     pid = tmp_path / "pid"
     script = tmp_path / "script.py"
     here = Path(__file__).parent
-    folders = [str(folder) for folder in (here.parent, here, tmp_path / "modules")]
+    folders = [str(folder) for folder in (*here.parents[:2], here, tmp_path / "modules")]
     script.write_text(SCRIPT.format(pid=str(pid), folders=folders))
     program = subprocess.Popen(
         [sys.executable, script],

@@ -1,0 +1,94 @@
+"""Every family of architectures: its networks are recognised in their published layouts."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from networks import layout
+from torch import Tensor
+
+from oodcli.networks import architectures
+from oodcli.networks.architectures import names, recognise, skeleton
+from oodcli.networks.architectures.weightless import Weightless
+
+BUILT_IN = [name for name in names() if not name.startswith("torchvision:")]
+
+
+TORCHVISION = [name for name in names() if name.startswith("torchvision:")]
+
+
+VARIANTS = [
+    "resnet8-cifar-w8+grey",
+    "resnet20-cifar-b-w32",
+    "wrn-10-1",
+    "wrn-16-3-meliketoy+grey",
+    "densenet-bc-40-12",
+    "torchvision:vit_b_16+384px",
+    "torchvision:vit_b_16+384px+grey",
+    "torchvision:resnet18+cifar-stem",
+    "torchvision:resnext50_32x4d+cifar-stem+grey",
+    "torchvision:densenet121+cifar-stem",
+    "torchvision:resnet50+grey",
+]
+
+
+def with_classes(name: str, classes: int) -> dict[str, Tensor]:
+    """The state dict of a torchvision model with another number of classes, and no weights."""
+    imagenet = pytest.importorskip("oodcli.networks.architectures.imagenet")
+    table = imagenet.shapes(name.removeprefix("torchvision:"))
+    head = [*table][-2:] if not name.endswith("maxvit_t") else [*table][-1:]
+    assert all(table[key][0] == 1000 for key in head)
+    changed = {key: (classes, *table[key][1:]) for key in head}
+    return {key: torch.empty(shape, device="meta") for key, shape in {**table, **changed}.items()}
+
+
+@pytest.mark.parametrize("classes", [1000, 7])
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_every_torchvision_model_is_recognised(name: str, classes: int) -> None:
+    state = skeleton(name, 1000).state_dict() if classes == 1000 else with_classes(name, classes)
+    found = recognise(state)
+    assert found is not None
+    assert (found.name, found.num_classes) == (name, classes)
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN, *VARIANTS])
+def test_every_built_in_network_is_recognised_in_its_published_layout(name: str) -> None:
+    state = layout(name)
+    found = recognise(state)
+    assert found is not None
+    assert (found.name, found.num_classes) == (name, 10)
+    assert not architectures.differences(name, 10, found.state_dict)
+
+
+@pytest.mark.parametrize("family", architectures.FAMILIES)
+def test_every_family_keeps_to_the_contract(family: str) -> None:
+    """What ``family.Family`` promises, for each of its usual names."""
+    module = importlib.import_module(f"oodcli.networks.architectures.{family}")
+    assert module.build("nothing-of-the-kind", 3) is None
+    assert module.guess({}) is None
+    assert module.guess({"conv1.weight": torch.zeros(1), "linear.weight": torch.zeros(1)}) is None
+    others = [
+        importlib.import_module(f"oodcli.networks.architectures.{each}")
+        for each in architectures.FAMILIES
+        if each != family
+    ]
+    for name in architectures.FAMILIES[family]:
+        with Weightless():
+            assert module.build(name, 3) is not None
+            assert not any(other.build(name, 3) for other in others)
+        for grey in ("", "+grey"):
+            state = skeleton(name + grey, 3).state_dict()
+            published = layout(name + grey, 3)
+            assert module.guess(published) == (name + grey, 3)
+            renamed = module.rename(published)
+            assert not architectures.compare(state, renamed)
+            assert module.rename(renamed).keys() == renamed.keys()
+
+
+def test_names_are_torchvisions_own() -> None:
+    from torchvision import models
+
+    listed = [f"torchvision:{name}" for name in models.list_models(module=models)]
+    assert sorted(listed) == TORCHVISION
