@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oodcli.cli import console, details, verdicts
+from oodcli.cli.completions import complete_detector_list, complete_records
 from oodcli.cli.options import (
     Checkpoint,
     Force,
@@ -23,7 +24,6 @@ from oodcli.cli.options import (
     Shard,
     Timeout,
     Verbose,
-    complete_detectors,
     parameters,
     takes_model,
 )
@@ -47,6 +47,7 @@ def command(
             help="logits, embedding, layers.mean, layers.std, layers.gradient, batchnorm.mean, "
             "batchnorm.var, layers.gram, layers.peak, odin.logits, deconf.h, mos.others, or all.",
             show_default="everything that one pass gives; of virtual images, the gradients too",
+            autocompletion=complete_records,
         ),
     ] = None,
     for_detectors: Annotated[
@@ -55,7 +56,7 @@ def command(
             "--for",
             metavar="NAME,NAME",
             help="Record what these detectors need; FILE.py:CLASS is one of your own.",
-            autocompletion=complete_detectors,
+            autocompletion=complete_detector_list,
             show_default=False,
         ),
     ] = None,
