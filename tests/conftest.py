@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 import torch
 from commands import oodcli
+from hypothesis import settings
 
 from oodcli.networks.architectures import build
 from oodcli.stages.demo import CARD, TRAINED_ON, digits, train
+
+settings.register_profile("busy", deadline=None)  # on a busy machine any example may be slow
+settings.load_profile("busy")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -110,9 +110,23 @@ def page_sections(command: str) -> dict[str, dict[str, str]]:
     return sections
 
 
+def table_row(name: str, text: str) -> str:
+    """The row of a page for an option, made of its help."""
+    _, _, meaning = re.sub(r" {2,}", "\t", text.strip(), count=1).partition("\t")
+    names = ", ".join(f"`{each}`" for each in name.split())
+    return f"| {names} | {re.sub(r' {2,}', ' ', meaning)} |"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_page_of_a_command_lists_its_options(command):
     expected, found = help_sections(command), page_sections(command)
+    rows = [
+        f"{title}: {table_row(name, text)}"
+        for title, texts in expected.items()
+        for name, text in texts.items()
+        if name not in found.get(title, {})
+    ]
+    assert not rows, f"docs/commands/{command}.md lacks these rows:\n" + "\n".join(rows)
     assert {title: set(rows) for title, rows in found.items()} == {
         title: set(rows) for title, rows in expected.items()
     }

@@ -504,6 +504,7 @@ def averages(made) -> Path:
     return made
 
 
+@pytest.mark.slow
 def test_averaged_and_plain_weights_are_not_mixed(averages, tmp_path, monkeypatch):
     monkeypatch.chdir(averages)
     out = ("-o", tmp_path / "x.h5")

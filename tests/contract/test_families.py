@@ -14,10 +14,12 @@ from oodcli.networks.architectures import names, recognise, skeleton
 from oodcli.networks.architectures.weightless import Weightless
 
 BUILT_IN = [name for name in names() if not name.startswith("torchvision:")]
-
-
 TORCHVISION = [name for name in names() if name.startswith("torchvision:")]
-
+SOME = [
+    name if place % 8 == 0 else pytest.param(name, marks=pytest.mark.slow)
+    for place, name in enumerate(TORCHVISION)
+]
+"""One in eight by default, all in the slow tier."""
 
 VARIANTS = [
     "resnet8-cifar-w8+grey",
@@ -45,7 +47,7 @@ def with_classes(name: str, classes: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("classes", [1000, 7])
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", SOME)
 def test_every_torchvision_model_is_recognised(name: str, classes: int) -> None:
     state = skeleton(name, 1000).state_dict() if classes == 1000 else with_classes(name, classes)
     found = recognise(state)

@@ -243,6 +243,8 @@ def execute(code: types.CodeType, folder: Path) -> None:
     known = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(folder), *sys.path])
+        for file in folder.glob("*.py"):  # another test may have imported its own of that name
+            patch.delitem(sys.modules, file.stem, raising=False)
         exec(code, {})
     for name in sys.modules.keys() - known:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):

@@ -105,9 +105,9 @@ def test_recognition_is_quick_and_leaves_torchvision_alone_for_cifar_networks() 
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     state = layout("torchvision:resnet50")
-    start = time.perf_counter()
+    start = time.process_time()  # not the time of a busy machine
     recognise(state)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 # --- forward passes against functional versions written from the key layouts ------------------

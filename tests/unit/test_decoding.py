@@ -240,6 +240,7 @@ def test_limits_of_the_program_hold_in_processes(tmp_path, monkeypatch):
     assert "bomb" in errors[0][0]
 
 
+@pytest.mark.slow
 def test_images_that_hang(tmp_path, loads, started):
     os.mkfifo(tmp_path / "pipe")
     hanging = [partial(loads.pipe, str(tmp_path / "pipe")), loads.lock, loads.stopped]
@@ -426,7 +427,14 @@ def children_of(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_no_process_outlives_the_program(tmp_path, loads, number):
     pid = tmp_path / "pid"
     script = tmp_path / "script.py"

@@ -549,9 +549,9 @@ def test_shared_cifar(shared_data):
     cifar = Preprocessing((32, 32), IMAGENET.mean, IMAGENET.std)
     source = open_images(str(shared_data / "cifar10-test.npz"), cifar, names)
     assert (len(source), source.labelled, source.note) == (10_000, True, None)
-    began = time.perf_counter()
+    began = time.process_time()
     found = list(batches(source, cifar, 500))
-    assert time.perf_counter() - began < 5  # 0.1 s on an idle machine; a loop over images: seconds
+    assert time.process_time() - began < 5  # 0.1 s; a loop over images: many seconds
     with np.load(shared_data / "cifar10-test.npz") as arrays:
         labels, last = torch.from_numpy(arrays["labels"]), arrays["images"][-1]
     assert torch.equal(torch.cat([batch.labels for batch in found]), labels)
@@ -1131,7 +1131,7 @@ def test_reading_ahead_is_bounded_and_ends_when_closed():
     source = Slow()
     stream = batches(source, PLAIN, 4, workers=3)
     next(stream)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while source.fetched < 12 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)

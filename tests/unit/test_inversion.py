@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial, partialmethod
 
@@ -104,8 +105,15 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = {("kl", "residual"), ("paper", "in place"), ("deepinversion", "shared")}
+PAIRS = [
+    pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow)
+    for pair in itertools.product(OBJECTIVES, KINDS)
+]
+"""Objective and network; each objective once by default, all pairs in the slow tier."""
+
+
+@pytest.mark.parametrize(("objective", "kind"), PAIRS)
 def test_the_gradient_of_a_step(objective, kind):
     """Against autograd; with a BatchNorm that is called twice, and one at a single position."""
     network = networks.classifier(KINDS[kind]())
@@ -412,6 +420,7 @@ def test_a_job_is_as_long_as_its_multiply_adds():
     assert inverting._multiply_adds(network, replace(plan, half_steps=4)) == each * 7 * 12
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_goes_on_in_the_way_it_began(network, monkeypatch):
     monkeypatch.setattr(Step, "compiled", partialmethod(Step.compiled, "aot_eager"))
     for path in ("eager", "compiled"):

@@ -433,6 +433,7 @@ def test_bars_of_the_ablation_end_at_the_mean(sets):
 # ---------------------------------------------------------------------------- files
 
 
+@pytest.mark.slow
 def test_all_figures_appear_and_are_the_same_again(folder, tmp_path):
     for name in ("one", "two"):
         result = oodcli(*words(folder, *everything(folder), "-o", tmp_path / name, "--json"))
@@ -469,6 +470,7 @@ def test_what_is_not_asked_for_is_not_drawn(folder, tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*ALWAYS, "roc.png"])
 
 
+@pytest.mark.slow
 def test_tsne_is_another_map_and_the_same_again(folder, tmp_path):
     for name, threads in (("one", 1), ("two", 3)):
         with threadpool_limits(threads):

@@ -374,7 +374,10 @@ def drawings(
 
 
 @pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize(("sets", "detectors"), [(1, 1), (5, 6), (2, 14)])
+@pytest.mark.parametrize(
+    ("sets", "detectors"),
+    [(1, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((5, 6), (2, 14)))],
+)
 def test_figures_cut_nothing_off(sets: int, detectors: int, marked: bool) -> None:
     """All that is drawn lies on the page, and no panel with its labels on another."""
     id_scores, ood = sample(sets, detectors)

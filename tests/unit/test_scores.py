@@ -302,6 +302,7 @@ def test_a_name_that_is_not_utf8_is_escaped(tmp_path: Path, suffix: str) -> None
     assert read_scores(written).paths == ("caf\\udce9.png",)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, suffix: str) -> None:
     def peak(count: int) -> int:
         rows = (ScoreRow(f"{i}.png", "", "cat", 0.5, {"msp": i / 7}) for i in range(count))
