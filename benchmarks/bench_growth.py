@@ -42,7 +42,8 @@ from oodcli.networks import architectures
 from oodcli.networks.card import Overrides
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.load import load_classifier
-from oodcli.recording.recorder import CHEAP, Recorder, recordable
+from oodcli.recording.recorder import Recorder, recordable
+from oodcli.records import CHEAP
 
 SIDES = (32, 64, 112, 224)
 NETWORKS = ("resnet8-cifar", "resnet20-cifar", "resnet32-cifar", "resnet20-cifar-w32")

@@ -42,7 +42,8 @@ from oodcli.images import batches, open_images
 from oodcli.metrics import auroc
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.load import load_classifier
-from oodcli.recording.recorder import CHEAP, Recorder, recordable
+from oodcli.recording.recorder import Recorder, recordable
+from oodcli.records import CHEAP
 from oodcli.stages.chosen import Chosen, choose_detectors, fit_on_noise, needs
 from oodcli.stages.record import provenance
 from oodcli.stages.score import score_to_file

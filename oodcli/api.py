@@ -29,7 +29,7 @@ from oodcli import detectors
 from oodcli.detectors import own
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, ImagesError, OodcliError
-from oodcli.features import KNOWN_RECORDS, Features, Rows, concatenate
+from oodcli.features import Features, Rows, concatenate
 from oodcli.files.artefact import read_artefact
 from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import decode_rows
@@ -39,7 +39,8 @@ from oodcli.networks import load
 from oodcli.networks.card import Overrides
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
-from oodcli.recording.recorder import CHEAP, Recorder, recordable
+from oodcli.recording.recorder import Recorder, recordable
+from oodcli.records import CHEAP, KNOWN_RECORDS
 from oodcli.stages.chosen import (
     choose_detectors,
     fit_on_noise,

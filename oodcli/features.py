@@ -11,31 +11,7 @@ import torch
 from torch import Tensor
 
 from oodcli.errors import DetectorError
-
-ROW_RECORDS = (
-    "logits",
-    "embedding",
-    "layers.mean",
-    "layers.std",
-    "layers.gram",
-    "layers.peak",
-    "layers.gradient",
-    "layers.sensitivity",
-    "batchnorm.mean",
-    "batchnorm.var",
-    "odin.logits",
-    "deconf.h",
-    "mos.others",
-)
-"""What can be recorded per image; the words of ``extract --record`` and of ``Detector.needs``."""
-
-LAYER_PARTS = ("mean", "std", "gradient", "sensitivity", "gram", "peak")
-"""The fields of ``Layer`` with a row an image."""
-
-KNOWN_RECORDS = frozenset(ROW_RECORDS) | {"label", "head", "batchnorm.running", "logits.level"}
-"""What a detector can need: also labels, the head, layers with running statistics, and logits that
-are known with their level, not just up to a constant for each image."""
-
+from oodcli.records import LAYER_PARTS, NORM_PARTS, WHOLE, field_of, lacking, word_of
 
 INPUT = "input"
 """Name of the BatchNorm pseudo-layer: the normalised image itself."""
@@ -142,20 +118,13 @@ class Features:
 
     def rows(self) -> dict[str, Tensor]:
         """Every recorded tensor with one row an image, by its name in the cache file."""
-        named = {
-            "label": self.label,
-            "logits": self.logits,
-            "embedding": self.embedding,
-            "odin/logits": self.odin_logits,
-            "deconf/h": self.deconf_h,
-            "mos/others": self.mos_others,
-        }
+        named = {place: getattr(self, field_of(place)) for place in ("label", *WHOLE)}
         for name, layer in self.layers.items():
             for part in LAYER_PARTS:
                 named[f"layers/{name}/{part}"] = getattr(layer, part)
         for name, norm in self.batchnorm.items():
-            named[f"batchnorm/{name}/mean"] = norm.mean
-            named[f"batchnorm/{name}/var"] = norm.var
+            for part in NORM_PARTS:
+                named[f"batchnorm/{name}/{part}"] = getattr(norm, part)
         if self.mirror is not None:
             views = self.mirror.rows()
             named |= {f"mirror/{name}": rows for name, rows in views.items() if name != "label"}
@@ -167,28 +136,20 @@ class Features:
         def new(name: str, rows: Tensor | None) -> Tensor | None:
             return None if rows is None else change(name, rows)
 
+        def changed(part: Any, where: str, places: Iterable[str]) -> dict[str, Any]:
+            fields = ((place, field_of(place)) for place in places)
+            return {field: new(f"{where}{place}", getattr(part, field)) for place, field in fields}
+
         return replace(
             self,
             count=count,
-            label=new("label", self.label),
-            logits=new("logits", self.logits),
-            embedding=new("embedding", self.embedding),
-            odin_logits=new("odin/logits", self.odin_logits),
-            deconf_h=new("deconf/h", self.deconf_h),
-            mos_others=new("mos/others", self.mos_others),
+            **changed(self, "", ("label", *WHOLE)),
             layers={
-                name: Layer(
-                    layer.kind,
-                    *(new(f"layers/{name}/{part}", getattr(layer, part)) for part in LAYER_PARTS),
-                )
+                name: replace(layer, **changed(layer, f"layers/{name}/", LAYER_PARTS))
                 for name, layer in self.layers.items()
             },
             batchnorm={
-                name: replace(
-                    norm,
-                    mean=new(f"batchnorm/{name}/mean", norm.mean),
-                    var=new(f"batchnorm/{name}/var", norm.var),
-                )
+                name: replace(norm, **changed(norm, f"batchnorm/{name}/", NORM_PARTS))
                 for name, norm in self.batchnorm.items()
             },
             mirror=None
@@ -227,24 +188,14 @@ class Features:
     @cached_property
     def recorded(self) -> frozenset[str]:
         """Which of the words of ``needs`` this block can satisfy."""
-        names = {
-            "label": self.label is not None,
-            "logits": self.logits is not None,
-            "logits.level": self.logits is not None and self.logits_level,
-            "embedding": self.embedding is not None,
+        constants = {
             "head": self.head is not None,
-            "odin.logits": self.odin_logits is not None,
-            "deconf.h": self.deconf_h is not None,
-            "mos.others": self.mos_others is not None,
-            "mirror": self.mirror is not None,
+            "logits.level": self.logits is not None and self.logits_level,
             "batchnorm.running": any(name != INPUT for name in self.batchnorm),
-            "batchnorm.mean": any(norm.mean is not None for norm in self.batchnorm.values()),
-            "batchnorm.var": any(norm.var is not None for norm in self.batchnorm.values()),
+            "mirror": self.mirror is not None,
         }
-        for part in LAYER_PARTS:
-            found = any(getattr(layer, part) is not None for layer in self.layers.values())
-            names[f"layers.{part}"] = found
-        return frozenset(name for name, found in names.items() if found)
+        own = {word_of(name) for name in self.rows() if not name.startswith("mirror/")}
+        return frozenset(own) | {word for word, found in constants.items() if found}
 
     def require(self, needs: Iterable[str], who: str) -> None:
         """Raises DetectorError naming what is lacking and the option that records it."""
@@ -271,8 +222,7 @@ def _finite(block: Features, need: str) -> Tensor | None:
     """(N,) bool for one word of ``needs``; None where it names nothing that has a row an image."""
     found = []
     for name, rows in block.rows().items():
-        first, *rest = name.split("/")
-        if need == ".".join([first, *rest[-1:]]) and rows.ndim > 1:
+        if need == word_of(name) and rows.ndim > 1:
             found.append((rows * 0).sum(1) == 0)  # of isfinite, a fourth of the time
     return torch.stack(found).all(0) if found else None
 
@@ -293,33 +243,6 @@ def recorded(rows: Record | None) -> Record:
     if rows is None:
         raise DetectorError("a record is missing that its block claims to have")
     return rows
-
-
-def lacking(missing: Sequence[str], who: str) -> str:
-    """Half a sentence: what was not recorded, and how to record it."""
-    hints = []
-    if "layers.sensitivity" in missing:
-        hints.append("sensitivities exist for virtual images only: extract a file made by invert")
-    if "head" in missing or "embedding" in missing:
-        hints.append("a network whose last layer is not linear has no head, and often no embedding")
-    if "logits.level" in missing and "logits" not in missing:
-        hints.append("the network returns log-probabilities: return the logits to have it")
-    if "deconf.h" in missing:
-        hints.append("only a checkpoint trained with a DeConf head, for Generalized ODIN, has it")
-    if "mos.others" in missing:
-        hints.append("only a checkpoint trained with MOS's groups of classes has it")
-    if "batchnorm.running" in missing:
-        hints.append("the network has no BatchNorm layer with running statistics")
-    if "mirror" in missing:
-        hints.append("record the mirror images with: oodcli extract … --mirror")
-    others = {
-        *("head", "label", "layers.sensitivity", "batchnorm.running", "mirror", "logits.level"),
-    }
-    if set(missing) - others and "layers.sensitivity" not in missing:  # else that is the way
-        hints.append(f"record it with: oodcli extract CHECKPOINT IMAGES --for {who}")
-    if "label" in missing:
-        hints.append("labels come from sub-folders, lists, or an .npz with labels")
-    return f"{', '.join(missing)}, which was not recorded ({'; '.join(hints)})"
 
 
 def concatenate(blocks: Sequence[Features]) -> Features:

@@ -119,19 +119,18 @@ app = typer.Typer(
         "checkpoint; with the training data or without."
     ),
     no_args_is_help=True,
-    add_completion=False,  # ours know which files to offer
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # to import rich takes longer than all the rest of --help
     context_settings={
         "help_option_names": ["-h", "--help"],
-        # Where it is None, typer imports pydantic to convert that to a bool.
-        "default_map": {"help": False},
+        # Where one is None, typer imports pydantic to convert that to a bool.
+        "default_map": {"help": False, "install_completion": False, "show_completion": False},
     },
 )
 for module in (inspect, invert, extract, fit, score, merge, evaluate, detectors, demo):
     # As a short_help, the docstring is not cut where the list of commands is narrow.
     app.command(module.__name__.rpartition(".")[2], cls=Command, short_help=module.command.__doc__)(
-        completions.completing(module.command)
+        module.command
     )
 
 
@@ -144,24 +143,6 @@ def _show_version(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-def _show_completion(context: typer.Context, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        from shellingham import detect_shell  # type: ignore[import-untyped]
-
-        from oodcli.cli import shells
-
-        print(shells.script(detect_shell()[0]), end="")
-        raise typer.Exit
-
-
-def _install_completion(context: typer.Context, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        from oodcli.cli import shells
-
-        console.say(f"completion is in {shells.install()}: it begins with the next shell")
-        raise typer.Exit
-
-
 @app.callback()
 def root(
     version: Annotated[
@@ -171,22 +152,6 @@ def root(
             callback=_show_version,
             is_eager=True,
             help="Print the versions and the devices.",
-        ),
-    ] = False,
-    install_completion: Annotated[
-        bool,
-        typer.Option(
-            "--install-completion",
-            callback=_install_completion,
-            help="Complete commands, options, detectors and files in the shell in use.",
-        ),
-    ] = False,
-    show_completion: Annotated[
-        bool,
-        typer.Option(
-            "--show-completion",
-            callback=_show_completion,
-            help="Print the script for that instead.",
         ),
     ] = False,
 ) -> None:
@@ -210,7 +175,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     interrupts.listen()
     if "_OODCLI_COMPLETE" in os.environ:
-        completions.prepare()
+        completions.without_heavy_imports()
     try:
         app()
     except KeyboardInterrupt:

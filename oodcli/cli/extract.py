@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oodcli.cli import console, details, verdicts
+from oodcli.cli.completions import complete_detector_list, complete_records
 from oodcli.cli.options import (
     Checkpoint,
     Force,
@@ -23,7 +24,6 @@ from oodcli.cli.options import (
     Shard,
     Timeout,
     Verbose,
-    complete_detectors,
     parameters,
     takes_model,
 )
@@ -47,6 +47,7 @@ def command(
             help="logits, embedding, layers.mean, layers.std, layers.gradient, batchnorm.mean, "
             "batchnorm.var, layers.gram, layers.peak, odin.logits, deconf.h, mos.others, or all.",
             show_default="everything that one pass gives; of virtual images, the gradients too",
+            autocompletion=complete_records,
         ),
     ] = None,
     for_detectors: Annotated[
@@ -55,7 +56,7 @@ def command(
             "--for",
             metavar="NAME,NAME",
             help="Record what these detectors need; FILE.py:CLASS is one of your own.",
-            autocompletion=complete_detectors,
+            autocompletion=complete_detector_list,
             show_default=False,
         ),
     ] = None,
@@ -88,7 +89,6 @@ def command(
     from oodcli.cli import torchrun
     from oodcli.detectors.hyperparameters import parse
     from oodcli.errors import OodcliError
-    from oodcli.features import KNOWN_RECORDS
     from oodcli.files.atomic import refuse_suffix
     from oodcli.files.hdf5 import format_of
     from oodcli.files.journal import journal, refuse_output
@@ -97,7 +97,8 @@ def command(
     from oodcli.images.arrays import VirtualImages
     from oodcli.inversion.degrade import Patched
     from oodcli.jobs.shards import WHOLE
-    from oodcli.recording.recorder import CHEAP, Recorder, recordable
+    from oodcli.recording.recorder import Recorder, recordable
+    from oodcli.records import CHEAP, KNOWN_RECORDS
     from oodcli.stages.chosen import odin_step
     from oodcli.stages.extract import degrading, extract_to_file
     from oodcli.stages.labels import settle_labels

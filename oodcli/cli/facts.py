@@ -106,6 +106,7 @@ def _detector(found: dict[str, Any]) -> dict[str, Any]:
             for view, about in found["calibration"].items()
         )
         or "nothing",
+        "no verdict on": ", ".join(found["recorded"].get("no_verdict_on", ())),
         "threshold": found["threshold"],
         "tensors": ", ".join(
             f"{name} {'×'.join(map(str, shape)) or 1}" for name, shape in found["tensors"].items()

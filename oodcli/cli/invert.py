@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oodcli.cli import console, details
+from oodcli.cli.completions import words
 from oodcli.cli.options import (
     Checkpoint,
     Force,
@@ -39,7 +40,11 @@ def command(
         typer.Option("--output", "-o", help="Default: NAME.virtual.h5", show_default=False),
     ] = None,
     objective: Annotated[
-        str, typer.Option(help="kl (ours), paper (C2IR eq. 5) or deepinversion.")
+        str,
+        typer.Option(
+            help="kl (ours), paper (C2IR eq. 5) or deepinversion.",
+            autocompletion=words("kl", "paper", "deepinversion"),
+        ),
     ] = "kl",
     steps: Annotated[
         int | None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from oodcli.cli import console, details
+from oodcli.cli.completions import words
 from oodcli.errors import OodcliError, first_line
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ class ModelOptions:
         str | None,
         typer.Option(
             help="Of the resize: nearest, bilinear, bicubic, lanczos, box or hamming.",
+            autocompletion=words("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -157,6 +159,7 @@ class ModelOptions:
         typer.Option(
             help="center: resize the shorter side, then cut the middle out; squash: resize both "
             "sides.",
+            autocompletion=words("center", "squash"),
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -165,6 +168,7 @@ class ModelOptions:
         typer.Option(
             help="turn: photographs upright as their EXIF block says, the default; keep: as "
             "stored.",
+            autocompletion=words("turn", "keep"),
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -205,13 +209,23 @@ class ModelOptions:
         ),
     ] = False
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel="How it runs")
+        str,
+        typer.Option(
+            help="auto, cpu, cuda, cuda:1, …",
+            autocompletion=words("auto", "cpu", "cuda", "mps"),
+            rich_help_panel="How it runs",
+        ),
     ] = "auto"
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images at a time.", rich_help_panel="How it runs")
     ] = None
     precision: Annotated[
-        str, typer.Option(help="auto, float32 or bfloat16.", rich_help_panel="How it runs")
+        str,
+        typer.Option(
+            help="auto, float32 or bfloat16.",
+            autocompletion=words("auto", "float32", "bfloat16"),
+            rich_help_panel="How it runs",
+        ),
     ] = "auto"
     seed: Annotated[
         int, typer.Option(min=0, help="Of everything random.", rich_help_panel="How it runs")

@@ -27,7 +27,7 @@ class Detector(ABC):
     """Paper and equation, and one line for the listing."""
 
     needs: ClassVar[frozenset[str]]
-    """Records that ``_score`` reads, such as logits, embedding, head: features.KNOWN_RECORDS."""
+    """Records that ``_score`` reads, such as logits, embedding, head: records.KNOWN_RECORDS."""
 
     fitted: ClassVar[bool] = False
     heavy: ClassVar[bool] = False

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def hyperparameters(kind: type[Detector]) -> dict[str, tuple[Any, Any]]:
-    """Name → (type, default) of everything that ``-p NAME.KEY=VALUE`` may set."""
+    """Name → (type, default) of everything that ``-p NAME.KEY=VALUE`` may set; where no type is
+    written, it is that of the default."""
     maker = kind.fit if kind.fitted else kind.__init__
     hints = get_type_hints(maker)
     return {
-        name: (hints[name], parameter.default)
+        name: (hints.get(name, type(parameter.default)), parameter.default)
         for name, parameter in inspect.signature(maker).parameters.items()
         if name not in ("self", "train", "ood") and parameter.default is not inspect.Parameter.empty
     }

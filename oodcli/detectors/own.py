@@ -19,21 +19,23 @@ from torch import Tensor
 from oodcli import detectors
 from oodcli.detectors import serial
 from oodcli.detectors.base import Detector
+from oodcli.detectors.hyperparameters import hyperparameters
 from oodcli.errors import DetectorError, OodcliError, first_line
-from oodcli.features import KNOWN_RECORDS, Features
+from oodcli.features import Features
 from oodcli.memory import ran_out
+from oodcli.records import KNOWN_RECORDS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
 """A detector's name is a column of scores, a file's name, and NAME in ``-p NAME.KEY=VALUE``."""
 
 RESERVED = ("all", "path", "label", "predicted", "confidence", "error")
-"""What ``-d`` and the columns of scores call otherwise."""
+"""Words with another meaning for ``-d`` or in the columns of scores."""
 
 
 @dataclass(frozen=True)
 class Own:
-    """A class of the user's. origin: ``FILE.py:CLASS``, or ``MODULE:CLASS`` where Python gave it.
-    sha256: of the file; empty where Python gave it."""
+    """A class of the user's. origin: ``FILE.py:CLASS``, or ``MODULE:CLASS`` of a class that was
+    passed to ``register``, which has no sha256 of a file."""
 
     kind: type[Detector]
     origin: str
@@ -41,7 +43,7 @@ class Own:
 
 
 known: dict[str, Own] = {}
-"""Those that this process was given, by name."""
+"""By name, those that this process has loaded."""
 
 
 def load(word: str) -> type[Detector]:
@@ -92,7 +94,7 @@ def register(kind: type, origin: str = "", sha256: str = "") -> type[Detector]:
     other = known.get(kind.name)
     if other is not None and other.origin != origin:
         raise DetectorError(
-            f"{origin}: {other.origin} is called '{kind.name}', too: choose another name"
+            f"{origin}: {other.origin} is also called '{kind.name}': choose another name"
         )
     known[kind.name] = Own(kind, origin, sha256)
     return kind
@@ -102,7 +104,8 @@ def _fault(kind: type[Detector]) -> str | None:
     """What a class lacks of a detector, and what to write."""
     if kind.__abstractmethods__:
         return f"write its method {', '.join(sorted(kind.__abstractmethods__))}"
-    if not is_dataclass(kind) or "__dataclass_params__" not in vars(kind):
+    made = vars(kind).get("__dataclass_params__")
+    if not is_dataclass(kind) or made is None or not made.frozen:
         return f"write @dataclass(frozen=True) above class {kind.__name__}"
     name, needs = getattr(kind, "name", None), getattr(kind, "needs", None)
     if not isinstance(name, str) or not NAME.fullmatch(name) or name in RESERVED:
@@ -111,7 +114,9 @@ def _fault(kind: type[Detector]) -> str | None:
             f"{', '.join(RESERVED)}"
         )
     if not isinstance(needs, set | frozenset):
-        return 'it says not what it needs: write needs = frozenset({"logits"}), for instance'
+        return (
+            'it does not declare what it needs: write needs = frozenset({"logits"}), for instance'
+        )
     unknown = sorted(needs - KNOWN_RECORDS, key=str)
     if unknown:
         records = ", ".join(sorted(KNOWN_RECORDS))
@@ -125,6 +130,10 @@ def _fault(kind: type[Detector]) -> str | None:
                     f"its field '{field.name}' has no default: give it one, or say fitted = True "
                     "and write fit"
                 )
+    try:
+        hyperparameters(kind)
+    except (NameError, AttributeError, TypeError) as error:
+        return f"{error}, in an annotation of its hyper-parameters"
     return serial.fault_of_fields(kind)
 
 

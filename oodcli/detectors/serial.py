@@ -109,8 +109,8 @@ def fault_of_fields(kind: type[Detector]) -> str | None:
     """Which field of a class an artefact cannot hold, in words."""
     try:
         hints = get_type_hints(kind)
-    except NameError as error:
-        return f"{error}, in an annotation"
+    except (NameError, AttributeError, TypeError) as error:
+        return f"{error}, in an annotation of a field"
     for field in fields(kind):  # type: ignore[arg-type]
         hint = hints[field.name]
         state = hint in (Tensor, Bank) or hint == Mapping[str, Tensor]

@@ -139,8 +139,8 @@ def read_artefact(path: Path) -> Artefact:
     name = metadata.get("detector", "")
     if name and not detectors.is_known(name):
         raise FileError(
-            f"{path} is a '{name}', which is no detector of this oodcli: where it is one of your "
-            "own, give its code as well, with -d FILE.py:CLASS"
+            f"{path} holds a '{name}', which this oodcli does not have: if it is a detector of "
+            "your own, name its code in the same command, with -d FILE.py:CLASS"
         )
     try:
         kind = detectors.get(metadata["detector"])

@@ -14,6 +14,9 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
+PARTIAL = b"oodcli-partial "
+"""First bytes of the file that keeps what an interrupted job has done."""
+
 
 def refuse_existing(path: Path, *, force: bool = False) -> None:
     """Ask this before hours of work. Raises FileError when ``path`` exists, is a folder or a

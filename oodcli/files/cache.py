@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -16,7 +17,6 @@ from torch import Tensor
 from oodcli.errors import FileError
 from oodcli.features import (
     INPUT,
-    LAYER_PARTS,
     BatchNorm,
     Features,
     Layer,
@@ -26,6 +26,7 @@ from oodcli.features import (
     concatenate,
 )
 from oodcli.files.hdf5 import ROWS_SHA256, SHA256, Provenance, damage, dataset, group_of, reading
+from oodcli.records import LAYER_PARTS, NORM_PARTS, WHOLE, field_of, word_of
 
 FORMAT = "oodcli-features"
 
@@ -199,22 +200,21 @@ class FeatureCache:
         layers = {
             name: Layer(
                 str(file[f"layers/{name}"].attrs["kind"]),
-                *(empty(f"layers/{name}/{part}") for part in LAYER_PARTS),
+                **{part: empty(f"layers/{name}/{part}") for part in LAYER_PARTS},
             )
             for name in ordered("layers")
         }
         norms = {}
         for name in ordered("batchnorm"):
             group = file[f"batchnorm/{name}"]
-            tensors = {
+            tensors: dict[str, Any] = {
                 part: whole(f"batchnorm/{name}/{part}")
                 for part in ("running_mean", "running_var", "weight", "bias")
             }
+            tensors |= {part: empty(f"batchnorm/{name}/{part}") for part in NORM_PARTS}
             norms[name] = BatchNorm(
                 eps=float(dataset(group, "eps", "fiu")[()]),
                 spatial_size=int(dataset(group, "spatial_size", "fiu")[()]),
-                mean=empty(f"batchnorm/{name}/mean"),
-                var=empty(f"batchnorm/{name}/var"),
                 **tensors,
             )
         head = None
@@ -227,13 +227,9 @@ class FeatureCache:
         return Features(
             count=0,
             label=torch.zeros(0, dtype=torch.int64),
-            logits=empty("logits"),
-            embedding=empty("embedding"),
             layers=layers,
             batchnorm=norms,
-            odin_logits=empty("odin/logits"),
-            deconf_h=empty("deconf/h"),
-            mos_others=empty("mos/others"),
+            **{field_of(place): empty(place) for place in WHOLE},
             odin_step=step,
             logits_level=bool(file.attrs.get(LOGITS_LEVEL, True)),
             head=head,
@@ -370,30 +366,18 @@ def open_cache(path: Path) -> Iterator[FeatureCache]:
 
 def only(features: Features, needs: frozenset[str]) -> Features:
     """The same rows with nothing recorded but what ``needs`` names; constants stay."""
-    layers = {}
-    for name, layer in features.layers.items():
-        parts = {
-            part: getattr(layer, part) if f"layers.{part}" in needs else None
-            for part in LAYER_PARTS
-        }
-        layers[name] = Layer(layer.kind, **parts)
-    norms = {
-        name: replace(
-            norm,
-            mean=norm.mean if "batchnorm.mean" in needs else None,
-            var=norm.var if "batchnorm.var" in needs else None,
-        )
-        for name, norm in features.batchnorm.items()
-    }
+
+    def kept(part: Any, where: str, parts: Iterable[str]) -> Any:
+        lost = (each for each in parts if word_of(f"{where}{each}") not in needs)
+        return replace(part, **{field_of(each): None for each in lost})
+
+    whole: Features = kept(features, "", WHOLE)
     return replace(
-        features,
-        logits=features.logits if "logits" in needs else None,
-        embedding=features.embedding if "embedding" in needs else None,
-        layers=layers,
-        batchnorm=norms,
-        odin_logits=features.odin_logits if "odin.logits" in needs else None,
-        deconf_h=features.deconf_h if "deconf.h" in needs else None,
-        mos_others=features.mos_others if "mos.others" in needs else None,
+        whole,
+        layers={name: kept(x, f"layers/{name}/", LAYER_PARTS) for name, x in whole.layers.items()},
+        batchnorm={
+            name: kept(x, f"batchnorm/{name}/", NORM_PARTS) for name, x in whole.batchnorm.items()
+        },
         mirror=None
         if features.mirror is None or "mirror" not in needs
         else only(features.mirror, needs),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from oodcli.errors import FileError
+from oodcli.files.atomic import PARTIAL
 
 if TYPE_CHECKING:
     from oodcli.files.hdf5 import Provenance
@@ -28,7 +29,6 @@ Kind: TypeAlias = Literal[
 
 CHECKPOINTS = (".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2")
 
-PARTIAL = b"oodcli-partial "
 HDF5 = b"\x89HDF\r\n\x1a\n"
 START_BYTES = 1 << 16
 """As much of a file as must be seen to know it; the header of a safetensors file may be longer."""

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from oodcli.errors import FileError
-from oodcli.files.atomic import claimed, refuse_existing
-from oodcli.files.describe import PARTIAL
+from oodcli.files.atomic import PARTIAL, claimed, refuse_existing
 from oodcli.jobs.shards import WHOLE, Share
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from torch import Tensor
 from oodcli.errors import CheckpointError, ImagesError
 from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import UNKNOWN, Labels, match, numbered, unknown, written
-from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
+from oodcli.images.source import Fetch, ImageSource, Rows
+from oodcli.images.words import printable, unreadable_file
 from oodcli.networks.preprocessing import Preprocessing
 
 MOST_ROWS = 1 << 28

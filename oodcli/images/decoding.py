@@ -25,7 +25,8 @@ from torch import Tensor
 
 from oodcli.errors import ImagesError
 from oodcli.images.pixels import Fitted, Load, Target, UnreadableError, fitted
-from oodcli.images.source import Rows, unreadable_file
+from oodcli.images.source import Rows
+from oodcli.images.words import unreadable_file
 from oodcli.images.worker import Answer, Fault, Start, read_answer
 from oodcli.networks.preprocessing import Preprocessing
 

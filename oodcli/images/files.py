@@ -31,7 +31,8 @@ from oodcli.images.pixels import (
     refuse,
     refuse_suffix,
 )
-from oodcli.images.source import Fetch, ImageSource, printable, unreadable_file
+from oodcli.images.source import Fetch, ImageSource
+from oodcli.images.words import printable, unreadable_file
 
 LARGEST_MEMBER = 1 << 28
 """Bytes of one image in an archive; it is read whole, and more is no image but a bomb."""

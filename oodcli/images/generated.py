@@ -18,7 +18,8 @@ from oodcli.errors import ImagesError
 from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import UNKNOWN, Labels, match, unknown
 from oodcli.images.pixels import Load, UnreadableError, load_file
-from oodcli.images.source import Fetch, ImageSource, Rows, printable, unreadable_file
+from oodcli.images.source import Fetch, ImageSource, Rows
+from oodcli.images.words import printable, unreadable_file
 from oodcli.networks.preprocessing import Preprocessing
 
 Pixels = NDArray[np.float64]

@@ -20,7 +20,7 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
-from oodcli.images.source import printable
+from oodcli.images.words import printable
 
 UNKNOWN = -1
 CLASSES_OF_IMAGENET = 1000

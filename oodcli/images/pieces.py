@@ -31,7 +31,7 @@ from oodcli.images.pixels import (
     refuse,
     refuse_suffix,
 )
-from oodcli.images.source import printable, unreadable_file
+from oodcli.images.words import printable, unreadable_file
 
 Kind = Literal["rows", "files", "tar", "parquet"]
 

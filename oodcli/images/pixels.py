@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from oodcli.images.source import unreadable_file
+from oodcli.images.words import unreadable_file
 
 if TYPE_CHECKING:  # torch is not imported here, as processes that decode images do without it
     from oodcli.networks.preprocessing import Preprocessing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -92,15 +91,3 @@ class ImageSource(ABC):
         self.known = labels
         self.labelled = bool((labels.values >= 0).any())
         self.note = "; ".join(note for note in (labels.note, self.order_note) if note) or None
-
-
-def printable(text: str) -> str:
-    """The text with bytes that are not UTF-8 (of a file's name) written as \\xNN."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
-
-
-def unreadable_file(error: BaseException) -> str:
-    """One line on why a file could not be read, without repeating its name."""
-    if isinstance(error, OSError) and error.strerror:
-        return printable(error.strerror)
-    return printable((str(error).splitlines() or [""])[0] or type(error).__name__)

@@ -21,7 +21,7 @@ _FORMS = ("cosine", "euclid", "inner")
 
 
 class RetrainedHead(nn.Module):
-    """word: of ``features.ROW_RECORDS``, what such a head gives beyond the logits. watched: name of
+    """word: of ``records.ROW_RECORDS``, what such a head gives beyond the logits. watched: name of
     the submodule whose output ``reading`` makes that of. suffix: of the architecture's name."""
 
     word: ClassVar[str]

@@ -16,29 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.detectors.gram import gram_sums
 from oodcli.errors import DetectorError, OodcliError
-from oodcli.features import (
-    INPUT,
-    ROW_RECORDS,
-    BatchNorm,
-    Features,
-    Layer,
-    OdinStep,
-    concatenate,
-)
+from oodcli.features import INPUT, BatchNorm, Features, Layer, OdinStep, concatenate
 from oodcli.memory import halving, too_short
 from oodcli.networks.classifier import Classifier, Tap
 from oodcli.networks.outputs import as_logits, copy_input
 from oodcli.recording.channels_last import in_channels_last
+from oodcli.records import CONSTANTS, ROW_RECORDS, impossible
 
 log = logging.getLogger(__name__)
-
-CHEAP = frozenset(ROW_RECORDS) - {
-    "layers.gram",
-    "layers.gradient",
-    "layers.sensitivity",
-    "odin.logits",
-}
-"""What one forward pass gives, in passing."""
 
 KINDS = frozenset({"batchnorm", "block", "stage", "other"})
 
@@ -113,7 +98,7 @@ class Recorder:
     """Runs the network once per batch and keeps what was asked for; in smaller batches, from then
     on, where the memory is too short.
 
-    what: words of ``features.ROW_RECORDS`` (plus ``label`` and ``head``, always kept), and
+    what: words of ``records.ROW_RECORDS`` (plus ``label`` and ``head``, always kept), and
     ``mirror`` for a second pass over the mirror images.
     Gradients and ODIN add one backward pass each, ODIN one more forward pass.
     Raises DetectorError for a word that is unknown, or that this network cannot give.
@@ -140,10 +125,10 @@ class Recorder:
         self._composite = {
             name for name, norm in classifier.batchnorms.items() if not only_normalises(norm)
         }
-        constants = what & {"head", "batchnorm.running", "logits.level"}
-        impossible = sorted((self.what | constants) - recordable(classifier))
-        if impossible:
-            raise DetectorError(why_not(classifier, impossible))
+        constants = (what & frozenset(CONSTANTS)) - {"label", "mirror"}
+        missing = sorted((self.what | constants) - recordable(classifier))
+        if missing:
+            raise DetectorError(why_not(classifier, missing))
 
     @cached_property
     def _constants(self) -> dict[str, BatchNorm]:
@@ -387,26 +372,8 @@ def recordable(classifier: Classifier) -> frozenset[str]:
 
 def why_not(classifier: Classifier, words: list[str]) -> str:
     """One sentence for what a network cannot give."""
-    reasons = []
-    if "deconf.h" in words:
-        reasons.append("Generalized ODIN needs a checkpoint trained with a DeConf head")
-    if "mos.others" in words:
-        reasons.append("MOS needs a checkpoint trained with groups of classes (--arch …+mos:SIZES)")
-    if "embedding" in words:
-        reasons.append("its last layer is not linear, so there is no embedding")
-    elif "head" in words:
-        reasons.append("its last layer is not linear")
-    if "logits.level" in words:
-        reasons.append("it returns log-probabilities, of which the logits' level is not known")
-    if {"batchnorm.running", "layers.sensitivity"} & set(words):
-        reasons.append("it has no BatchNorm layer with running statistics")
-    if any(word.startswith("layers") for word in words) and not classifier.taps:
-        reasons.append("no layer to tap was found in it (choose some with --layers)")
-    elif "layers.gram" in words:
-        reasons.append("no stages were found in it")
-    elif "layers.peak" in words:
-        reasons.append("no layer with several positions was found in it")
+    reasons = impossible(words, tapped=bool(classifier.taps))
     others = set(words) - {"deconf.h", "mos.others"}  # which no other choice could give
-    return f"{classifier.arch} cannot give {', '.join(words)}: {'; '.join(reasons)}" + (
+    return f"{classifier.arch} cannot give {', '.join(words)}: {reasons}" + (
         "; choose what is recorded with --record or --for" if others else ""
     )

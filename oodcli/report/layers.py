@@ -14,7 +14,7 @@ from torch import Tensor
 from oodcli.detectors.blocks import finite_rows
 from oodcli.detectors.lsgm import LSGM, Projection, count_steps
 from oodcli.errors import FileError, OodcliError
-from oodcli.features import INPUT, BatchNorm, Features, lacking, recorded
+from oodcli.features import INPUT, BatchNorm, Features, recorded
 from oodcli.files.artefact import Artefact
 from oodcli.files.cache import FeatureCache
 from oodcli.files.hdf5 import damage, dataset, reading
@@ -22,6 +22,7 @@ from oodcli.files.made import weights_of
 from oodcli.files.virtual import FORMAT, MADE_BY, read_provenance
 from oodcli.metrics import MEAN
 from oodcli.networks.preprocessing import Preprocessing
+from oodcli.records import lacking
 from oodcli.report.evaluation import ID
 
 VIRTUAL = "virtual"

@@ -187,11 +187,20 @@ def _lacking(artefact: Artefact, origin: Provenance) -> Iterator[str]:
             )
 
 
+UNJUDGED = "no_verdict_on"
+"""Key of the names of classes without rows, among how an artefact was made."""
+
+
 def _with_origin(artefact: Artefact, origin: Provenance, command: str) -> Artefact:
     """The artefact with how it came to be; what it was fitted on before is left as it is."""
     if artefact.preprocessing is None:
         artefact = replace(artefact, preprocessing=origin.preprocessing, recorded=_how_made(origin))
-    return replace(artefact, command=command)
+    calibrations = artefact.calibrations.values()
+    numbers = {*artefact.without_rows, *(n for each in calibrations for n in each.without_verdict)}
+    names = [origin.class_names[number] for number in sorted(numbers)]
+    recorded = {key: value for key, value in artefact.recorded.items() if key != UNJUDGED}
+    recorded |= {UNJUDGED: names} if names else {}
+    return replace(artefact, recorded=recorded, command=command)
 
 
 def _how_made(rows: Provenance) -> dict[str, Any]:

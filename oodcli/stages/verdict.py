@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oodcli.calibration import Calibration
 from oodcli.errors import DetectorError
-from oodcli.images.source import printable
+from oodcli.images.words import printable
 from oodcli.stages.chosen import Chosen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,6 +257,11 @@ def test_shards_merge_with_rows_without_a_verdict(toy, detectors, tmp_path):
     assert read_scores(tmp_path / "m.csv").unjudged["mds"].sum() == 20
     result = run(*parts, "--force", "--max-ood-fraction", 0.3, status=4)
     assert "20 without a verdict" in result.err
+
+
+def test_inspect_names_them(detectors, tmp_path):
+    about = run("inspect", detectors / "mds.safetensors").out
+    assert re.search(r"^no verdict on +blue *$", about, re.M)
 
 
 def test_evaluate_reports_it(toy, detectors, tmp_path):

@@ -15,130 +15,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torchvision
 import typer
 from commands import oodcli
 
 from oodcli import detectors
 from oodcli._version import __version__
-from oodcli.cli import EXAMPLES, app, completions, shells
-from oodcli.features import ROW_RECORDS
-from oodcli.files import scores
-from oodcli.images import generated
+from oodcli.cli import EXAMPLES, app
 from oodcli.inversion.objective import OBJECTIVES
-from oodcli.networks import contents, inputs, preprocessing
+from oodcli.networks import inputs, preprocessing
+from oodcli.records import ROW_RECORDS
 
 SCRIPTS = Path(__file__).parents[2] / "completions"
 COMMANDS = typer.main.get_command(app).commands
-HELP = {parameter.name: parameter.help for parameter in COMMANDS["score"].params}
 RUN = "import sys; sys.argv[0] = 'oodcli'; from oodcli.cli import main; main()"
 
 
-def answered(line):
-    """What a script of ours is told, and which modules that took that one can start without."""
-    code = (
-        "import sys\n"
-        "from oodcli.cli import main\n"
-        "sys.argv = ['oodcli']\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'torchvision', 'numpy', 'h5py', 'PIL', 'rich', 'pydantic'}\n"
-        "loaded = {name for name, module in sys.modules.items() if module}\n"
-        "print('HEAVY', *sorted(heavy & loaded), file=sys.stderr)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "_OODCLI_COMPLETE": "complete_bash", "_OODCLI_LINE": line},
-        check=True,
-    )
-    return done.stdout.splitlines(), done.stderr.partition("HEAVY")[2].split()
+def test_the_words_are_those_that_are_accepted():
+    parameters = {each.name: each for name in COMMANDS for each in COMMANDS[name].params}
 
+    def offered(name):
+        return [item.value for item in parameters[name].shell_complete(None, "")]
 
-# ---------------------------------------------------------------------------- what is offered
-
-
-@pytest.mark.parametrize(
-    ("line", "offered"),
-    [
-        ("oodcli sc", ["score\tScore images: higher = more out of distribution."]),
-        ("oodcli --version sc", ["score\tScore images: higher = more out of distribution."]),
-        ("oodcli score x.pt --forc", ["--force\tOverwrite an existing output."]),
-        ("oodcli score x.pt --fp", [f"--fpr\t{HELP['fpr']}"]),
-        ("oodcli invert ", [f"<files>\t{' '.join(contents.SUFFIXES)}"]),
-        ("oodcli invert my\\ n", [f"my n<files>\t{' '.join(contents.SUFFIXES)}"]),
-        ('oodcli invert "my n', [f"my n<files>\t{' '.join(contents.SUFFIXES)}"]),
-        ("oodcli score ", [f"<files>\t{' '.join(contents.SUFFIXES)} .h5 .hdf5"]),
-        ("oodcli score x.pt ", ["noise:", "torchvision:", "<files>"]),
-        ("oodcli score x.pt ph", ["ph<files>"]),
-        ("oodcli score x.pt noise:u", ["noise:uniform"]),
-        ("oodcli score x.pt torchvision:CIFAR", ["torchvision:CIFAR10", "torchvision:CIFAR100"]),
-        (
-            "oodcli score x.pt noise:blob -d energy-",
-            ["energy-norm", "energy-<files>\t.safetensors"],
-        ),
-        ("oodcli score x.pt -o s", ["s<files>"]),
-        ("oodcli extract x.pt y --for c2ir-z,odi", ["c2ir-z,odin"]),
-        ("oodcli extract x.pt y --for odin,odi", [""]),
-        ("oodcli extract x.pt y --record emb", ["embedding"]),
-        ("oodcli extract x.pt y --record al", ["all"]),
-        (
-            "oodcli extract x.pt y --record=logits,layers.mean,l",
-            [f"logits,layers.mean,layers.{word}" for word in ("std", "gram", "peak", "gradient")],
-        ),
-        ("oodcli extract x.pt y --record logits,al", [""]),
-        ("oodcli score x.pt --arch torchvision:alex", ["torchvision:alexnet"]),
-        (
-            "oodcli score x.pt --arch=resnet20-cifar-",
-            ["resnet20-cifar-b", "resnet20-cifar-<files>\t.py"],
-        ),
-        ("oodcli fit c.h5 -o ", ["<files>\t/"]),
-        ("oodcli fit c", ["c<files>\t.h5 .hdf5"]),
-        ("oodcli evaluate --id s", ["s<files>\t.csv .jsonl .parquet"]),
-        ("oodcli evaluate --ood far=s", ["far=s<files>\t= .csv .jsonl .parquet .h5 .hdf5"]),
-        ("oodcli merge a.h5 b", ["b<files>\t.h5 .hdf5 .csv .jsonl .parquet"]),
-        ("oodcli invert x.pt --objective p", ["paper"]),
-        ("oodcli invert x.pt --per-class ", [""]),
-    ],
-)
-def test_a_script_is_told_what_fits(line, offered):
-    assert answered(line) == (offered, [])
-
-
-def test_whoever_has_typers_script_gets_no_marks(monkeypatch):
-    monkeypatch.delenv("_OODCLI_LINE", raising=False)
-    assert completions.images("") == ["noise:", "torchvision:"]
-    assert completions.files(".pt")("a") == []
-
-
-def test_the_tables_name_what_there_is():
-    """Every entry is a parameter's, and every parameter that takes a path has one."""
-    metavars, names = set(), set()
-    for command in COMMANDS.values():
-        for parameter in command.params:
-            metavars.add(parameter.metavar)
-            names.add(parameter.name)
-    assert set(completions.BY_METAVAR) <= metavars
-    assert set(completions.BY_NAME) <= names
-    for registered in app.registered_commands:
-        for name, hint in registered.callback.__annotations__.items():
-            if "Path" in str(hint):
-                [info] = hint.__metadata__
-                assert info.autocompletion is not None, (registered.name, name)
-
-
-def test_the_words_are_those_that_are_taken():
-    assert contents.SUFFIXES == completions.CHECKPOINTS
-    assert tuple(generated.NOISES) == completions.NOISES
-    assert completions.BY_NAME["objective"]("") == list(OBJECTIVES)
-    assert completions.BY_NAME["interpolation"]("") == list(preprocessing.INTERPOLATIONS)
-    assert completions.BY_NAME["exif"]("") == list(preprocessing.EXIF)
-    assert completions.BY_NAME["crop"]("") == list(inputs.CROPS)
-    datasets = [word.partition(":")[2] for word in completions.images("torchvision:")]
-    assert {"CIFAR10", "SVHN"} <= set(datasets) <= set(torchvision.datasets.__all__)
-    assert tuple(scores._SUFFIXES) == completions.SCORES
+    assert offered("objective") == list(OBJECTIVES)
+    assert offered("interpolation") == list(preprocessing.INTERPOLATIONS)
+    assert offered("exif") == list(preprocessing.EXIF)
+    assert offered("crop") == list(inputs.CROPS)
     # Sensitivities are measured while images are inverted, and cannot be asked for.
-    assert set(completions.RECORDS) == set(ROW_RECORDS) - {"layers.sensitivity"}
+    assert set(offered("record")) == set(ROW_RECORDS) - {"layers.sensitivity"} | {"all"}
 
 
 # ---------------------------------------------------------------------------- in the shells
@@ -155,16 +58,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     files = tmp_path / "files"
     (files / "my images").mkdir(parents=True)
-    for name in (
-        "my net.pt",
-        "my notes.txt",
-        "a:b.pt",
-        "e*.safetensors",
-        "noise.txt",
-        "s.csv",
-        "f.h5",
-    ):
-        (files / name).touch()
+    (files / "my net.pt").touch()
     monkeypatch.chdir(files)
     return tmp_path
 
@@ -172,78 +66,46 @@ def folder(tmp_path, monkeypatch):
 WITH_E = sorted(name for name in detectors.names() if name.startswith("e"))
 BASH = r"""
 source "$1"
-COMP_LINE=$2 COMP_POINT=${#2}
-_oodcli oodcli "$3" ''
+COMP_WORDS=("${@:2}") COMP_CWORD=$(($# - 2))
+_oodcli_completion oodcli
 printf '%s\n' "${COMPREPLY[@]}"
+complete -p oodcli
 """
-
-
-def bash(line, word):
-    """word: what readline is about to replace."""
-    given = ["bash", "--norc", "-c", BASH, "bash", SCRIPTS / "oodcli.bash", line, word]
-    done = subprocess.run(given, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    return sorted(done.stdout.splitlines())
+OFFERED = [
+    ("oodcli sc", ["score"]),
+    ("oodcli score x.pt --forc", ["--force"]),
+    ("oodcli score x.pt -d e", WITH_E),
+    ("oodcli score x.pt --arch resnet20-cifar-", ["resnet20-cifar-b"]),
+    ("oodcli extract x.pt y --record emb", ["embedding"]),
+    ("oodcli extract x.pt y --record al", ["all"]),
+    ("oodcli extract x.pt y --record logits,odi", ["logits,odin.logits"]),
+    ("oodcli extract x.pt y --for msp,odi", ["msp,odin"]),
+    ("oodcli extract x.pt y --for odin,odi", []),
+    ("oodcli invert x.pt --objective p", ["paper"]),
+]
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
-@pytest.mark.parametrize(
-    ("line", "word", "offered"),
-    [
-        ("oodcli sc", "sc", ["score"]),
-        ("oodcli invert ", "", ["a:b.pt", "e*.safetensors", "my images", "my net.pt"]),
-        ("oodcli invert my", "my", ["my images", "my net.pt"]),
-        ("oodcli invert my\\ n", "my\\ n", ["my net.pt"]),
-        ('oodcli invert "my n', "my n", ["my net.pt"]),
-        ("oodcli invert a:", "", ["b.pt"]),
-        ("oodcli invert a\\:", "a\\:", ["a:b.pt"]),
-        ("oodcli invert e*", "e*", ["e*.safetensors"]),
-        ("oodcli invert ~/files/my\\ n", "~/files/my\\ n", ["~/files/my net.pt"]),
-        ("oodcli invert none", "none", [""]),
-        ("oodcli score x.pt noise:u", "u", ["uniform"]),
-        ("oodcli score x.pt nois", "nois", ["noise.txt", "noise:"]),
-        ("oodcli score x.pt --arch torchvision:alex", "alex", ["alexnet"]),
-        ("oodcli score x.pt -d e", "e", ["e\\*.safetensors", *WITH_E]),
-        ("oodcli evaluate --ood far=s", "s", ["s.csv"]),
-        ("oodcli evaluate --ood far=", "", ["f.h5", "my images", "s.csv"]),
-        ("oodcli evaluate --ood far=~/files/f", "~/files/f", ["~/files/f.h5"]),
-        ("oodcli evaluate --layers f.h5 --ood=far=f", "f", ["f.h5"]),
-        ("oodcli extract x.pt y --record lo", "lo", ["logits"]),
-        ("oodcli extract x.pt y --record logits,odi", "logits,odi", ["logits,odin.logits"]),
-        ("oodcli extract x.pt y --for msp,odi", "msp,odi", ["msp,odin"]),
-        ("oodcli evaluate --id=s", "s", ["s.csv"]),
-        ("oodcli fit c.h5 -o my", "my", ["my images"]),
-    ],
-)
-def test_bash(folder, line, word, offered):
-    assert bash(line, word) == offered
+@pytest.mark.parametrize(("line", "offered"), [*OFFERED, ("oodcli invert m", [])])
+def test_bash(folder, line, offered):
+    given = ["bash", "--norc", "-c", BASH, "bash", SCRIPTS / "oodcli.bash", *line.split()]
+    done = subprocess.run(given, capture_output=True, text=True, check=True)
+    *found, installed = done.stdout.split("\n")[:-1]
+    assert (sorted(found), done.stderr) == (offered or [""], "")
+    assert "-o default" in installed  # where nothing is offered, bash completes files
 
 
 @pytest.mark.skipif(not shutil.which("fish"), reason="no fish")
 @pytest.mark.parametrize(
-    ("line", "offered"),
-    [
-        ("oodcli invert my", ["my images/", "my net.pt"]),
-        ("oodcli invert 'my n", ["my net.pt"]),
-        ("oodcli invert a:", ["a:b.pt"]),
-        ("oodcli invert ~/files/a", ["~/files/a:b.pt"]),
-        ("oodcli score x.pt noise:u", ["noise:uniform"]),
-        ("oodcli score x.pt --forc", ["--force\tOverwrite an existing output."]),
-        ("oodcli score x.pt --arch=resnet20-cifar-", ["--arch=resnet20-cifar-b"]),
-        ("oodcli evaluate --ood far=s", ["far=s.csv"]),
-        ("oodcli evaluate --ood far=", ["far=f.h5", "far=my images/", "far=s.csv"]),
-        ("oodcli evaluate --ood=far=f", ["--ood=far=f.h5"]),
-        ("oodcli extract x.pt y --record logits,odi", ["logits,odin.logits"]),
-        ("oodcli extract x.pt y --for msp,odi", ["msp,odin"]),
-        ("oodcli fit c.h5 -o my", ["my images/"]),
-    ],
+    ("line", "offered"), [*OFFERED, ("oodcli invert m", ["my images/", "my net.pt"])]
 )
 def test_fish(folder, line, offered):
     code = f"source {SCRIPTS / 'oodcli.fish'}; complete -C {shlex.quote(line)}"
     done = subprocess.run(
         ["fish", "--no-config", "-c", code], capture_output=True, text=True, check=True
     )
-    assert (done.stdout.splitlines(), done.stderr) == (offered, "")
+    found = sorted(line.partition("\t")[0] for line in done.stdout.splitlines())
+    assert (found, done.stderr) == (offered, "")
 
 
 @pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh")
@@ -253,9 +115,9 @@ def test_zsh_can_read_its_script():
 
 ZSH = r"""
 PS1='ready> '
-fpath=("$COMPLETIONS" $fpath)
 autoload -Uz compinit
 compinit -u -d "$HOME/zcompdump"
+source "$COMPLETIONS/_oodcli"
 typed() {
     LISTMAX=0
     zle complete-word
@@ -302,28 +164,31 @@ def zsh(line, home):
     [
         ("oodcli sco", "oodcli score "),
         ("oodcli invert my\\ n", "oodcli invert my\\ net.pt "),
-        ("oodcli evaluate --ood far=s", "oodcli evaluate --ood far=s.csv "),
+        ("oodcli score x.pt -d energy-n", "oodcli score x.pt -d energy-norm "),
         (
-            "oodcli evaluate --layers f.h5 --ood far=f",
-            "oodcli evaluate --layers f.h5 --ood far=f.h5 ",
+            "oodcli score x.pt --arch torchvision:alex",
+            "oodcli score x.pt --arch torchvision:alexnet ",
         ),
         ("oodcli extract x.pt y --record emb", "oodcli extract x.pt y --record embedding "),
         (
             "oodcli extract x.pt y --record logits,odi",
             "oodcli extract x.pt y --record logits,odin.logits ",
         ),
-        ("oodcli extract x.pt y --for=msp,odi", "oodcli extract x.pt y --for=msp,odin "),
     ],
 )
 def test_zsh(folder, line, completed):
     assert zsh(line, folder) == completed
 
 
-def test_the_scripts_are_those_of_the_code(tmp_path):
-    shells.write(tmp_path)
-    assert sorted(os.listdir(SCRIPTS)) == sorted(os.listdir(tmp_path))
-    for name in os.listdir(SCRIPTS):
-        assert (SCRIPTS / name).read_text("utf-8") == (tmp_path / name).read_text("utf-8")
+@pytest.mark.parametrize(
+    ("shell", "script"), [("bash", "oodcli.bash"), ("zsh", "_oodcli"), ("fish", "oodcli.fish")]
+)
+def test_the_scripts_are_those_of_typer(folder, shell, script):
+    """To write one: ``_OODCLI_COMPLETE=source_zsh oodcli | grep . >completions/_oodcli``."""
+    environment = {**os.environ, "_OODCLI_COMPLETE": f"source_{shell}"}
+    done = subprocess.run(["oodcli"], env=environment, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines(keepends=True) if line.strip()]
+    assert (SCRIPTS / script).read_text("utf-8") == "".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -334,15 +199,16 @@ def test_the_scripts_are_those_of_the_code(tmp_path):
         ("fish", ".config/fish/completions/oodcli.fish"),
     ],
 )
-def test_our_script_is_shown_and_installed(shell, where, tmp_path, monkeypatch):
+def test_the_script_is_shown_and_installed(shell, where, tmp_path, monkeypatch):
     monkeypatch.setattr("shellingham.detect_shell", lambda: (shell, f"/bin/{shell}"))
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # no "python -m pytest"
     monkeypatch.setenv("HOME", str(tmp_path))
-    text = (SCRIPTS / shells.SCRIPTS[shell][0]).read_text("utf-8")
-    assert oodcli("--show-completion").out == text
+    shown = oodcli("--show-completion").out
+    assert f"_OODCLI_COMPLETE=complete_{shell}" in shown
     result = oodcli("--install-completion")
-    assert (result.status, result.out) == (0, "")
-    assert str(tmp_path / where) in result.err
-    assert (tmp_path / where).read_text("utf-8") == text
+    assert result.status == 0
+    assert str(tmp_path / where) in result.out
+    assert (tmp_path / where).read_text("utf-8").strip() == shown.strip()
 
 
 def test_an_unknown_shell_is_an_error(monkeypatch):

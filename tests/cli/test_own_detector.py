@@ -153,11 +153,11 @@ def test_an_artefact_alone_runs_no_code(folder, monkeypatch):
     (folder / "centre.py").write_text("raise SystemExit('it was run')")
     state = "detectors/centre.safetensors"
     expected = (
-        "oodcli: detectors/centre.safetensors is a 'centre', which is no detector of this oodcli: "
-        "where it is one of your own, give its code as well, with -d FILE.py:CLASS"
+        "oodcli: detectors/centre.safetensors holds a 'centre', which this oodcli does not have: "
+        "if it is a detector of your own, name its code in the same command, with -d FILE.py:CLASS"
     )
     assert complaint("score", "ckpt.pt", NOISE, "-d", state) == expected
-    with pytest.raises(FileError, match="give its code as well"):
+    with pytest.raises(FileError, match="name its code in the same command"):
         read_artefact(folder / state)
     shown = json.loads(oodcli("inspect", state, "--json").out)
     assert shown["detector"] == "centre"
@@ -173,7 +173,7 @@ def test_a_name_in_an_artefact_is_never_a_file(folder):
     (folder / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
     object.__setattr__(made.detector, "name", "evil.py:Evil")
     artefact.write_artefact(made, path)
-    assert "is a 'evil.py:Evil', which is no detector" in complaint(
+    assert "holds a 'evil.py:Evil', which this oodcli does not" in complaint(
         "score", "ckpt.pt", NOISE, "-d", path
     )
     assert not (folder / "ran").exists()
@@ -260,11 +260,16 @@ FITTED = '    needs = frozenset({"logits"})', '    needs = frozenset({"logits"})
             changed(("@dataclass(frozen=True)\n", "")),
             "write @dataclass.frozen=True. above class Mi",
         ),
+        (changed(("frozen=True", "")), "write @dataclass.frozen=True. above class Mine"),
+        (
+            changed(("    def", "    k: torch.Tensr = None\n\n    def")),
+            "'Tensr', in an annotation of",
+        ),
         (changed(('"mine"', '"msp"')), "a built-in detector is called 'msp': choose another name"),
         (changed(('"mine"', '"my.own"')), "its name is 'my.own', expected letters"),
         (changed(('"mine"', '"error"')), "its name is 'error', expected .* none of all, path, lab"),
         (changed(('    name = "mine"\n', "")), "its name is None, expected letters"),
-        (changed(('frozenset({"logits"})', '["logits"]')), "it says not what it needs"),
+        (changed(('frozenset({"logits"})', '["logits"]')), "it does not declare what it needs"),
         (changed(('"logits"', '"logit"')), "it needs 'logit', which cannot be recorded: expected"),
         (
             changed(("    def", "    k: int\n\n    def")),
@@ -335,10 +340,39 @@ def test_a_fault_of_a_fit_is_one_sentence(folder, old, new, sentence):
     assert not (folder / "detectors" / "centre.safetensors").exists()
 
 
+def test_a_hyperparameter_has_the_type_of_its_default(folder):
+    code = CENTRE.replace("*, times: float = 1.0", "*, times=1.0")
+    (folder / "centre.py").write_text(code)
+    words = ("fit", "v.features.h5", "-d", "centre.py:Centre", "-p")
+    assert oodcli(*words, "centre.times=2").status == 0
+    assert read_artefact(folder / "detectors" / "centre.safetensors").detector.times == 2.0
+    assert "centre.times=warm: expected float" in complaint(*words, "centre.times=warm", "--force")
+    (folder / "centre.py").write_text(CENTRE.replace("times: float = 1.0", "times: Flaot = 1.0"))
+    assert "name 'Flaot' is not defined, in an annotation of its hyper" in complaint(
+        *words, "a.b=1"
+    )
+
+
+def test_its_own_sentences_and_shortage_of_memory_pass(folder):
+    limited = "        if len(test) > 2:\n            raise FAULT\n        return"
+    code = "from oodcli import OodcliError\n" + CENTRE.removeprefix(
+        "from __future__ import annotations"
+    )
+    code = code.replace("        apart =", limited.replace("return", "apart ="))
+    fit = ("fit", "v.features.h5", "-d", "centre.py:Centre", "-o", "own", "--force")
+    score = ("score", "ckpt.pt", NOISE, "-d", "centre.py:Centre", "-d", "own/centre.safetensors")
+    assert oodcli(*fit).status == 0
+    expected = column(oodcli(*score), "centre")
+    (folder / "centre.py").write_text(code.replace("FAULT", "OodcliError('two rows at a time')"))
+    assert complaint(*score) == "oodcli: two rows at a time"
+    (folder / "centre.py").write_text(code.replace("FAULT", "RuntimeError('CUDA out of memory')"))
+    assert column(oodcli(*score), "centre") == pytest.approx(expected)
+
+
 def test_two_of_one_name_are_refused(folder):
     (folder / "other.py").write_text(MARGIN)
     said = complaint("score", "ckpt.pt", NOISE, "-d", "margin.py:Margin", "-d", "other.py:Margin")
-    assert "other.py:Margin: margin.py:Margin is called 'margin', too: choose another" in said
+    assert "other.py:Margin: margin.py:Margin is also called 'margin': choose another" in said
     said = complaint("score", "ckpt.pt", NOISE, *["-d", "margin.py:Margin"] * 2)
     assert "margin is given twice" in said
 
@@ -376,7 +410,7 @@ def test_a_class_is_a_detector_in_python(folder):
     path = folder / "largest.safetensors"
     artefact.write_artefact(artefact.Artefact(Largest(), "abc", {}), path)
     own.known.clear()
-    with pytest.raises(FileError, match="is a 'largest', which is no detector of this oodcli"):
+    with pytest.raises(FileError, match="holds a 'largest', which this oodcli does not have"):
         load_detector(path)
     assert isinstance(load_detector(path, code=Largest), Largest)
     with pytest.raises(DetectorError, match="test_own_detector:Wrong is not a detector"):

@@ -19,7 +19,8 @@ from oodcli.detectors import serial
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.hyperparameters import parse
 from oodcli.errors import DetectorError
-from oodcli.features import KNOWN_RECORDS, Features
+from oodcli.features import Features
+from oodcli.records import KNOWN_RECORDS
 
 
 @cache

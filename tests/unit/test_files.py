@@ -303,7 +303,7 @@ def test_damaged_artefacts(tmp_path):
     ):
         save_file({}, path, {**good, **change})
         with pytest.raises(
-            FileError, match=r"energy\.safetensors (is damaged|has format version|is a 'magic')"
+            FileError, match=r"energy\.safetensors (is damaged|has format version|holds a 'magic')"
         ):
             read_artefact(path)
 

@@ -15,7 +15,8 @@ from oodcli.errors import CheckpointError, DetectorError
 from oodcli.features import Features
 from oodcli.inversion.objective import OBJECTIVES
 from oodcli.inversion.step import Step
-from oodcli.recording.recorder import CHEAP, Recorder, recordable
+from oodcli.recording.recorder import Recorder, recordable
+from oodcli.records import CHEAP
 
 CLASSES = 3
 

@@ -14,10 +14,11 @@ from torch import nn
 
 from oodcli import detectors
 from oodcli.errors import CheckpointError, DetectorError, OodcliError
-from oodcli.features import INPUT, ROW_RECORDS, OdinStep, concatenate
+from oodcli.features import INPUT, OdinStep, concatenate
 from oodcli.networks.architectures import cifar_resnet
 from oodcli.networks.assemble import _channel_dim, assemble
-from oodcli.recording.recorder import CHEAP, Recorder, recordable, spatial_moments
+from oodcli.recording.recorder import Recorder, recordable, spatial_moments
+from oodcli.records import CHEAP, ROW_RECORDS
 
 EVERYTHING = frozenset(ROW_RECORDS) - {"deconf.h", "mos.others"}
 """Of a network whose head was not trained to tell what is out of distribution."""

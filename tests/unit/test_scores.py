@@ -92,6 +92,20 @@ def test_csv_to_the_letter(tmp_path: Path) -> None:
     assert path.read_bytes() == TEXT.encode()
 
 
+@given(st.lists(st.floats() | st.floats(-1e10, 1e10), min_size=1, max_size=20))
+def test_numbers_are_written_with_nine_digits(numbers: list[float]) -> None:
+    """As Python writes each alone: a score that is not finite is inf, such a probability empty."""
+    stream = io.StringIO()
+    values = np.array(numbers)
+    blank = [""] * len(numbers)
+    some = {"msp.p": values, "msp": values}
+    with ScoresWriter(stream, ("msp.p", "msp")) as writer:
+        writer.write(ScoreBlock(blank, blank, blank, blank, np.ones(len(values)), some))
+    assert stream.getvalue().splitlines()[1:] == [
+        f",,,1,{x:.9g},{x:.9g}," if math.isfinite(x) else ",,,1,,inf," for x in numbers
+    ]
+
+
 def test_a_stream_is_csv_and_stays_open() -> None:
     stream = io.StringIO()
     with ScoresWriter(stream, ("msp", "energy")) as writer:

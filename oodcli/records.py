@@ -1,0 +1,143 @@
+"""What can be recorded of an image: one row a record, from which everything else reads.
+
+A new record is one row here, one field of ``features.Features`` (or of ``Layer`` or ``BatchNorm``)
+that is named as its place, and one line in the ``Recorder``. Nothing heavy is imported: completion
+reads the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record.
+
+    place: of its rows in a feature cache; ``*`` stands for the name of a layer. cheap: whether a
+    plain forward pass gives it. lacks: half a sentence for a cache without it, where recording it
+    is not the whole answer. cannot: half a sentence for a network that cannot give it.
+    """
+
+    place: str
+    cheap: bool = False
+    lacks: str = ""
+    cannot: str = ""
+
+
+_NOT_LINEAR = "a network whose last layer is not linear has no head, and often no embedding"
+_NO_TAPS = "no layer to tap was found in it (choose some with --layers)"
+_NO_BATCHNORM = "it has no BatchNorm layer with running statistics"
+
+RECORDS: Mapping[str, Record] = {
+    "logits": Record("logits", cheap=True),
+    "embedding": Record(
+        "embedding",
+        cheap=True,
+        lacks=_NOT_LINEAR,
+        cannot="its last layer is not linear, so there is no embedding",
+    ),
+    "layers.mean": Record("layers/*/mean", cheap=True, cannot=_NO_TAPS),
+    "layers.std": Record("layers/*/std", cheap=True, cannot=_NO_TAPS),
+    "layers.gram": Record("layers/*/gram", cannot="no stages were found in it"),
+    "layers.peak": Record(
+        "layers/*/peak", cheap=True, cannot="no layer with several positions was found in it"
+    ),
+    "layers.gradient": Record("layers/*/gradient", cannot=_NO_TAPS),
+    "layers.sensitivity": Record(
+        "layers/*/sensitivity",
+        lacks="sensitivities exist for virtual images only: extract a file made by invert",
+        cannot=_NO_BATCHNORM,
+    ),
+    "batchnorm.mean": Record("batchnorm/*/mean", cheap=True),
+    "batchnorm.var": Record("batchnorm/*/var", cheap=True),
+    "odin.logits": Record("odin/logits"),
+    "deconf.h": Record(
+        "deconf/h",
+        cheap=True,
+        lacks="only a checkpoint trained with a DeConf head, for Generalized ODIN, has it",
+        cannot="Generalized ODIN needs a checkpoint trained with a DeConf head",
+    ),
+    "mos.others": Record(
+        "mos/others",
+        cheap=True,
+        lacks="only a checkpoint trained with MOS's groups of classes has it",
+        cannot="MOS needs a checkpoint trained with groups of classes (--arch …+mos:SIZES)",
+    ),
+}
+"""Records with a row an image: the words of ``extract --record`` and of ``Detector.needs``."""
+
+CONSTANTS: Mapping[str, Record] = {
+    "head": Record("head", lacks=_NOT_LINEAR, cannot="its last layer is not linear"),
+    "logits.level": Record(
+        "logits_level",
+        lacks="the network returns log-probabilities: return the logits to have it",
+        cannot="it returns log-probabilities, of which the logits' level is not known",
+    ),
+    "batchnorm.running": Record(
+        "batchnorm/*/running_mean",
+        lacks="the network has no BatchNorm layer with running statistics",
+        cannot=_NO_BATCHNORM,
+    ),
+    "mirror": Record("mirror", lacks="record the mirror images with: oodcli extract … --mirror"),
+    "label": Record("label", lacks="labels come from sub-folders, lists, or an .npz with labels"),
+}
+"""What else a detector can need, or ``score`` with ``--mirror``: nothing records it by its word."""
+
+ROW_RECORDS = tuple(RECORDS)
+CHEAP = frozenset(word for word, record in RECORDS.items() if record.cheap)
+KNOWN_RECORDS = frozenset(RECORDS) | (frozenset(CONSTANTS) - {"mirror"})
+"""What a detector can need."""
+
+WHOLE = tuple(record.place for record in RECORDS.values() if "*" not in record.place)
+"""Places of records of the image as a whole, as opposed to those of a layer."""
+
+
+def parts_of(group: str) -> tuple[str, ...]:
+    """What is recorded of each layer: the last words of the places ``group/*/…``."""
+    return tuple(
+        record.place.rpartition("/")[2]
+        for record in RECORDS.values()
+        if record.place.startswith(f"{group}/*/")
+    )
+
+
+LAYER_PARTS = parts_of("layers")
+NORM_PARTS = parts_of("batchnorm")
+
+
+def field_of(place: str) -> str:
+    """The field of Features with the record of this place: ``odin/logits`` → ``odin_logits``."""
+    return place.replace("/", "_")
+
+
+def word_of(name: str) -> str:
+    """The word of a dataset's name: ``layers/layer1.0.bn1/mean`` → ``layers.mean``."""
+    first, *rest = name.split("/")
+    return ".".join([first, *rest[-1:]])
+
+
+def lacking(missing: Iterable[str], who: str) -> str:
+    """Half a sentence: what was not recorded, and how to record it."""
+    missing = list(missing)
+    known = {**RECORDS, **CONSTANTS}
+    told = set(missing) - ({"logits.level"} if "logits" in missing else set())
+    hints = dict.fromkeys(known[word].lacks for word in known if word in told and word != "label")
+    if set(missing) - set(CONSTANTS) and "layers.sensitivity" not in missing:  # else that is it
+        hints[f"record it with: oodcli extract CHECKPOINT IMAGES --for {who}"] = None
+    if "label" in missing:
+        hints[CONSTANTS["label"].lacks] = None
+    return f"{', '.join(missing)}, which was not recorded ({'; '.join(filter(None, hints))})"
+
+
+def impossible(words: Iterable[str], *, tapped: bool) -> str:
+    """Reasons why a network cannot give some records. tapped: whether it has layers to record."""
+    words = list(words)
+    known = {**RECORDS, **CONSTANTS}
+    reasons = dict.fromkeys(
+        _NO_TAPS if word.startswith("layers.") and not tapped else known[word].cannot
+        for word in known
+        if word in words and not (word == "head" and "embedding" in words)
+    )
+    return "; ".join(filter(None, reasons))

@@ -1,0 +1,71 @@
+"""Every package that oodcli imports is declared in pyproject.toml."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import oodcli
+
+PACKAGE = Path(oodcli.__file__).parent
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+"""Module → what it is installed as, where the names differ."""
+OPTIONAL = {
+    "fsspec": "ray",
+    "pillow_heif": "heic",
+    "pyarrow": "parquet",
+    "ray": "ray",
+    "timm": "timm",
+}
+"""Module → the extra that installs it. All others come with oodcli."""
+
+
+def imported(source: str) -> Iterator[str]:
+    """Top-level names of the modules of others, wherever in the code they are imported. What only
+    a type checker reads is left out."""
+    tree = ast.parse(source)
+    for block in ast.walk(tree):
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+            block.body = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [str(node.module)]
+        for name in names:
+            top = name.partition(".")[0]
+            if top not in sys.stdlib_module_names and top != "oodcli":
+                yield top
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {re.split(r"[\[<>=!~; ]", line)[0] for line in requirements}
+
+
+def test_every_import_is_declared() -> None:
+    project_file = PACKAGE.parent / "pyproject.toml"
+    if not project_file.is_file():
+        pytest.skip("not in the repository")
+    project = tomllib.loads(project_file.read_text("utf-8"))["project"]
+    declared = names_of(project["dependencies"])
+    extras = {name: names_of(lines) for name, lines in project["optional-dependencies"].items()}
+    found = {name for path in PACKAGE.rglob("*.py") for name in imported(path.read_text("utf-8"))}
+    for name in found - OPTIONAL.keys():
+        assert DISTRIBUTIONS.get(name, name) in declared, f"{name} is imported but not declared"
+    for name, extra in OPTIONAL.items():
+        assert name.replace("_", "-") in extras[extra], f"{name} is not in the extra {extra}"
+    imported_as = {DISTRIBUTIONS.get(name, name) for name in found}
+    assert declared <= imported_as, "declared, but imported nowhere"
+
+
+def test_imports_are_found_in_functions() -> None:
+    source = "import os, h5py.h5p\nfrom . import a\ndef f():\n    from scipy.stats import norm\n"
+    source += "if TYPE_CHECKING:\n    import pandas\n"
+    assert list(imported(source)) == ["h5py", "scipy"]
