@@ -8,6 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+try:
+    import pyarrow
+except ImportError:
+    pyarrow = None
+
+HAS_PARQUET = pyarrow is not None
+
 PARSERS = {
     "checkpoint .pt": ("checkpoint", "net.pt"),
     "checkpoint .pth": ("checkpoint", "old.pth"),
@@ -40,6 +47,9 @@ PARSERS = {
 }
 """Kind → which of ``parse`` reads it, and the file of ``write_samples``."""
 
+
+if not HAS_PARQUET:
+    del PARSERS["scores .parquet"]
 
 SLOW = {"checkpoint .pt2": 20}
 """Kinds of which only one in so many inputs is."""
@@ -116,7 +126,7 @@ def write_samples(folder: Path) -> None:
         def again() -> Iterator[Rows]:
             return opened.blocks({"logits"})
 
-        for suffix in ("csv", "jsonl", "parquet"):
+        for suffix in ("csv", "jsonl", *(["parquet"] if HAS_PARQUET else [])):
             score_to_file(again, chosen, classifier.class_names, folder / f"scores.{suffix}")
     write_partial(classifier, folder / "logits.h5")
     (folder / "marks.csv").write_text('path,ood\na.png,0\n"b, c.png",1\nd.png,\n', encoding="utf-8")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import oodcli
+from optional import SUFFIXES
 from PIL import Image
 from torch import nn
 
@@ -163,7 +164,7 @@ def test_rows_of_all_classes_need_no_note(toy):
     }
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_no_verdict_on_a_class_without_rows(toy, detectors, suffix):
     path = toy / f"s.{suffix}"
     words = ("-d", detectors / "mds.safetensors", "-d", detectors / "knn.safetensors")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import oodcli
+from optional import SUFFIXES
 
 NOISE = "noise:uniform?n=30"
 
@@ -33,7 +34,7 @@ def refused(*words: object) -> str:
     return result.err
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_scores_say_how_they_were_made(fitted, folder, suffix):
     artefact = fitted / "fitted" / "c2ir-z.safetensors"
     score(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from commands import oodcli
 from PIL import Image
+from samples import HAS_PARQUET
 
 from oodcli import __version__
 from oodcli.files.scores import read_scores
@@ -22,7 +23,7 @@ from oodcli.networks.architectures import build
 
 CACHES = ("v.features.h5", "photos.h5", "id.h5")
 DETECTORS = ("virtual/c2ir-z.safetensors", "real/knn.safetensors", "real/energy.safetensors")
-SCORES = ("photos.csv", "photos.jsonl", "photos.parquet")
+SCORES = ("photos.csv", "photos.jsonl", *(["photos.parquet"] if HAS_PARQUET else []))
 VERIFIABLE = ("v.h5", *CACHES, *DETECTORS)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from commands import oodcli
 from faults import Process, check_resumes, first_middle_last
+from optional import needs_parquet
 from PIL import Image
 
 from oodcli.errors import FileError
@@ -265,7 +266,11 @@ def photos(small) -> Path:
         ("extract net.pt v.h5 -o new.h5", 0),
         ("extract net.pt v.h5 --match-accuracy 0.3333333333333333 -o new.h5", 0),
         ("score net.pt photos -d all --mirror --explain -o new.csv", 3),
-        ("score net.pt photos -d energy --contamination 0.2 -o new.parquet", 3),
+        pytest.param(
+            "score net.pt photos -d energy --contamination 0.2 -o new.parquet",
+            3,
+            marks=needs_parquet,
+        ),
         ("score net.pt photos -d energy -d act --threshold energy=0.5 -o new.jsonl", 3),
         ("invert net.pt --per-class 3 --steps 4 --objective paper -o new.h5", 0),
     ],
