@@ -35,7 +35,6 @@ from benchmarks.bench_fit import generate
 from benchmarks.bench_memory import single_pass
 from benchmarks.measure import in_turns
 from oodcli.cli import app
-from oodcli.cli.options import ModelOptions
 from oodcli.inversion.invert import Plan, prepare
 from oodcli.inversion.step import Step
 from oodcli.networks import architectures
@@ -44,6 +43,7 @@ from oodcli.networks.classifier import Classifier
 from oodcli.networks.load import load_classifier
 from oodcli.recording.recorder import Recorder, recordable
 from oodcli.records import CHEAP
+from oodcli.stages.model import Checkpoint, Model
 
 SIDES = (32, 64, 112, 224)
 NETWORKS = ("resnet8-cifar", "resnet20-cifar", "resnet32-cifar", "resnet20-cifar-w32")
@@ -121,7 +121,7 @@ def by_images(
 def untrained(network: nn.Module, path: Path, **overrides: Any) -> Classifier:
     """The network as a command would load it, on the device that it would choose."""
     torch.save(network.state_dict(), path)
-    device = ModelOptions().resolved_device()
+    device = Model(Checkpoint(path)).device()
     return load_classifier(path, Overrides(**overrides), device=device)
 
 
@@ -208,7 +208,7 @@ def extrapolated(folder: Path, scored: Line) -> dict[str, dict[str, float]]:
     at_zero, slope, _ = scored.fitted()
     found = {f"score {SCORED:.0e} images, CHECKPOINT": {"days": (at_zero + SCORED * slope) / 86400}}
     resnet = untrained(models.resnet50(), folder / "resnet50.pt", input_size=(224, 224))
-    precision = ModelOptions().resolved_precision(fast=True)  # as invert has it
+    precision = Model(Checkpoint(folder / "resnet50.pt")).precision(fast=True)  # as invert has it
     recorded, stepped = per_image({"": resnet}, 4, 2, precision)
     days = SCORED * recorded[""] / 86400
     found[f"record {SCORED:.0e} images, ResNet-50 at 224"] = {"days": days}

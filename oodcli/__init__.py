@@ -7,7 +7,17 @@ from oodcli._version import __version__
 from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
-    from oodcli.api import load_classifier, load_detector, record
+    from oodcli.api import (
+        evaluate,
+        extract,
+        fit,
+        invert,
+        load_classifier,
+        load_detector,
+        merge,
+        record,
+        score,
+    )
     from oodcli.detectors.base import Detector
     from oodcli.features import Features
 
@@ -16,9 +26,15 @@ __all__ = [
     "Features",
     "OodcliError",
     "__version__",
+    "evaluate",
+    "extract",
+    "fit",
+    "invert",
     "load_classifier",
     "load_detector",
+    "merge",
     "record",
+    "score",
 ]
 
 _WHERE = {"Detector": "oodcli.detectors.base", "Features": "oodcli.features"}

@@ -1,4 +1,5 @@
-"""The command line's objects for a notebook: a classifier, detectors, and records of images.
+"""What the command line calls, for programs and notebooks: a classifier, detectors and records of
+images as objects; and its commands as functions, which write files.
 
 >>> import oodcli
 >>> classifier = oodcli.load_classifier("digits.pt")
@@ -8,6 +9,12 @@
 torch.Size([3, 10])
 >>> energy.score(features).shape  # higher = more out of distribution
 torch.Size([3])
+
+The functions that are commands have the commands' defaults. They print nothing: what they note goes
+to the logger ``oodcli`` at level INFO, details at DEBUG. progress: is called with the number of
+images that are done and of all, 0 where that is not known; what it raises ends the job, and the
+same call resumes it. command: what the file says made it. An output that exists is an error without
+``force``. Under torchrun its processes share the work, and all but the first return None.
 """
 
 from __future__ import annotations
@@ -15,9 +22,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -32,7 +40,8 @@ from oodcli.errors import DetectorError, ImagesError, OodcliError
 from oodcli.features import Features, Rows, concatenate
 from oodcli.files.artefact import read_artefact
 from oodcli.images import ImageSource, open_images
-from oodcli.images.decoding import decode_rows
+from oodcli.images.decoding import LONGEST_TIMEOUT, decode_rows
+from oodcli.images.files import listed
 from oodcli.images.source import Fetch
 from oodcli.images.source import Rows as Decoded
 from oodcli.networks import load
@@ -41,6 +50,7 @@ from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording.recorder import Recorder, recordable
 from oodcli.records import CHEAP, KNOWN_RECORDS
+from oodcli.report.evaluation import Evaluation
 from oodcli.stages.chosen import (
     choose_detectors,
     fit_on_noise,
@@ -48,12 +58,62 @@ from oodcli.stages.chosen import (
     odin_step,
     require_same_network,
 )
+from oodcli.stages.evaluate import Evaluated, draw_layers
+from oodcli.stages.evaluate import evaluate as _evaluate
+from oodcli.stages.extract_job import Extracted, ExtractRequest
+from oodcli.stages.extract_job import extract as _extract
+from oodcli.stages.fit_job import FitRequest, Fitted
+from oodcli.stages.fit_job import fit as _fit
+from oodcli.stages.invert_job import Inverted, InvertEstimate, InvertRequest
+from oodcli.stages.invert_job import estimate as _estimate
+from oodcli.stages.invert_job import invert as _invert
 from oodcli.stages.labels import settle_labels
+from oodcli.stages.merge_job import Merged
+from oodcli.stages.merge_job import merge as _merge
+from oodcli.stages.model import Checkpoint, Model, Running
 from oodcli.stages.record import record_images
+from oodcli.stages.score import Doubts
+from oodcli.stages.score_job import Scored, ScoreRequest
+from oodcli.stages.score_job import score as _score
+from oodcli.stages.verdict import Deciding
+from oodcli.stages.watching import Watch
+
+__all__ = [
+    "Checkpoint",
+    "Doubts",
+    "Evaluated",
+    "Evaluation",
+    "Extracted",
+    "Fitted",
+    "InvertEstimate",
+    "Inverted",
+    "Merged",
+    "Model",
+    "Overrides",
+    "Running",
+    "Scored",
+    "draw_layers",
+    "estimate_inversion",
+    "evaluate",
+    "extract",
+    "fit",
+    "invert",
+    "listed",
+    "load_classifier",
+    "load_detector",
+    "merge",
+    "record",
+    "score",
+]
 
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 64
+
+Network = Classifier | Checkpoint | str | Path
+"""A classifier, the path of a checkpoint, or one with what is said about its network."""
+Parameters = Mapping[str, Mapping[str, Any]]
+"""Hyper-parameters: detector → key → value, such as ``{"knn": {"k": 20}}``."""
 
 
 def load_classifier(
@@ -259,3 +319,338 @@ def _readable(blocks: Iterable[Rows], count: int) -> Features:
     if errors:
         log.warning("left out %d of %d images: %s", len(errors), count, errors[0])
     return concatenate(found)
+
+
+def score(
+    checkpoint: Network,
+    images: str | Path | None,
+    output: str | Path | TextIO,
+    detectors: Iterable[str | Path | type[Detector]] = (),
+    *,
+    parameters: Parameters | None = None,
+    fpr: float | None = None,
+    threshold: str | Iterable[str] | Mapping[str, float] = (),
+    contamination: float | None = None,
+    mirror: bool = False,
+    explain: bool = False,
+    force: bool = False,
+    restart: bool = False,
+    timeout: float | None = None,
+    shard: str | None = None,
+    engine: str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+    progress: Watch | None = None,
+    command: str = "oodcli.score",
+) -> Scored | None:
+    """Scores images, or a cache where images is None, into a .csv, .jsonl or .parquet file, or as
+    CSV into a stream; higher = more out of distribution.
+
+    checkpoint: also the path of the cache. detectors: names, artefacts' paths, ``"FILE.py:CLASS"``
+    or classes; none for the strongest that needs no data. fpr: verdicts with this false-alarm rate,
+    by the artefacts' calibration. threshold: detector → number above which a score is OOD, or
+    ``"split"`` or ``"labelled"``. contamination: the expected share of OOD images. timeout: seconds
+    for an image to be decoded. shard: ``"3/64"``. engine: ``"ray"`` or ``"ray://HOST:PORT"``.
+
+    Raises OodcliError for what cannot be done; an image that cannot be read is a row with an error.
+    """
+    if isinstance(threshold, Mapping):
+        threshold = [f"{name}={value!r}" for name, value in threshold.items()]
+    request = ScoreRequest(
+        _model(checkpoint, device, batch_size, precision, seed),
+        None if images is None else str(images),
+        Path(output) if isinstance(output, str | Path) else output,
+        [_word(each) for each in detectors],
+        _texts(parameters),
+        Deciding(
+            _share("fpr", fpr),
+            [threshold] if isinstance(threshold, str) else list(threshold),
+            _share("contamination", contamination),
+        ),
+        mirror=mirror,
+        explain=explain,
+        force=force,
+        restart=restart,
+        timeout=_seconds(timeout),
+        shard=shard,
+        engine=engine,
+        command=command,
+    )
+    return _score(request, progress)
+
+
+def invert(
+    checkpoint: Network,
+    output: str | Path | None = None,
+    *,
+    per_class: int = 100,
+    objective: str = "kl",
+    steps: int | None = None,
+    classes: str | Iterable[int] | None = None,
+    mirror: bool | None = None,
+    compiled: bool | None = None,
+    force: bool = False,
+    restart: bool = False,
+    shard: str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+    progress: Watch | None = None,
+    command: str = "oodcli.invert",
+) -> Inverted | None:
+    """Virtual images from the statistics of a network's BatchNorm layers, into an .h5 file; by
+    default CHECKPOINT.virtual.h5 in the working directory.
+
+    objective: kl, paper or deepinversion. steps, mirror: None for those of the objective. classes:
+    some of them, such as ``"0-4,7"`` or [0, 7]. compiled: the step; None where that is faster.
+    Raises OodcliError for a network without BatchNorm, and for what cannot be done.
+    """
+    model = _model(checkpoint, device, batch_size, precision, seed)
+    request = _inversion(
+        *(model, output, per_class, objective, steps, classes, mirror, compiled, force, shard)
+    )
+    return _invert(replace(request, restart=restart, command=command), progress)
+
+
+def estimate_inversion(
+    checkpoint: Network,
+    output: str | Path | None = None,
+    *,
+    per_class: int = 100,
+    objective: str = "kl",
+    steps: int | None = None,
+    classes: str | Iterable[int] | None = None,
+    mirror: bool | None = None,
+    compiled: bool | None = None,
+    force: bool = False,
+    shard: str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+) -> InvertEstimate:
+    """How long ``invert`` with these arguments would take, by a trial; nothing is written."""
+    model = _model(checkpoint, device, batch_size, precision, seed)
+    return _estimate(
+        _inversion(
+            *(model, output, per_class, objective, steps, classes, mirror, compiled, force, shard)
+        )
+    )
+
+
+def _inversion(
+    model: Model,
+    output: str | Path | None,
+    per_class: int,
+    objective: str,
+    steps: int | None,
+    classes: str | Iterable[int] | None,
+    mirror: bool | None,
+    compiled: bool | None,
+    force: bool,
+    shard: str | None,
+) -> InvertRequest:
+    for name, value in (("per_class", per_class), ("steps", steps)):
+        if value is not None and value < 1:
+            raise OodcliError(f"{name} {value}: expected at least 1")
+    if classes is not None and not isinstance(classes, str):
+        classes = ",".join(map(str, classes))
+    return InvertRequest(
+        model,
+        _path(output),
+        per_class=per_class,
+        objective=objective,
+        steps=steps,
+        classes=classes,
+        mirror=mirror,
+        compiled=compiled,
+        force=force,
+        shard=shard,
+    )
+
+
+def extract(
+    checkpoint: Network,
+    images: str | Path,
+    output: str | Path | None = None,
+    *,
+    record: str | Iterable[str] | None = None,
+    for_detectors: Iterable[str | type[Detector]] = (),
+    parameters: Parameters | None = None,
+    match_accuracy: float | None = None,
+    mirror: bool = False,
+    force: bool = False,
+    restart: bool = False,
+    timeout: float | None = None,
+    shard: str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+    progress: Watch | None = None,
+    command: str = "oodcli.extract",
+) -> Extracted | None:
+    """What the network makes of images, into a feature cache; by default IMAGES.features.h5 in the
+    working directory.
+
+    record: words such as ``"layers.mean"``, or ``"all"``; by default everything that one pass
+    gives, of virtual images the gradients too. for_detectors: what these need. match_accuracy: of
+    virtual images, which are degraded until the network has it. mirror: record the mirror images
+    too. Raises OodcliError for what cannot be done; an image that cannot be read is a row without
+    features.
+    """
+    request = ExtractRequest(
+        _model(checkpoint, device, batch_size, precision, seed),
+        str(images),
+        _path(output),
+        record=[record] if isinstance(record, str) else None if record is None else list(record),
+        for_detectors=[_word(each) for each in for_detectors],
+        parameters=_texts(parameters),
+        match_accuracy=_share("match_accuracy", match_accuracy),
+        mirror=mirror,
+        force=force,
+        restart=restart,
+        timeout=_seconds(timeout),
+        shard=shard,
+        command=command,
+    )
+    return _extract(request, progress)
+
+
+def fit(
+    cache: str | Path | None,
+    detectors: Iterable[str | Path | type[Detector]],
+    output: str | Path = "detectors",
+    *,
+    parameters: Parameters | None = None,
+    calibrate: Iterable[str | Path] = (),
+    ood: str | Path | None = None,
+    noise: str | Path | None = None,
+    labelled: str | Path | None = None,
+    force: bool = False,
+    progress: Watch | None = None,
+    command: str = "oodcli.fit",
+) -> Fitted:
+    """Detectors, fitted on a cache and calibrated, one file each in the folder ``output``.
+
+    cache: None to calibrate only. detectors: as of ``score``; ``["all"]`` for every one that the
+    cache allows. calibrate: caches of real images, or of virtual ones with match_accuracy. ood:
+    cache of OOD images, for detectors that learn from them. noise: cache of noise. labelled: a CSV
+    file with the columns path and ood. progress: is told how many detectors are done.
+
+    Raises OodcliError when not one can be fitted; ``artefacts`` says why some could not.
+    """
+    request = FitRequest(
+        _path(cache),
+        [_word(each) for each in detectors],
+        _texts(parameters),
+        calibrate=[Path(each) for each in calibrate],
+        ood=_path(ood),
+        noise=_path(noise),
+        labelled=_path(labelled),
+        output=Path(output),
+        force=force,
+        command=command,
+    )
+    return _fit(request, progress)
+
+
+def evaluate(
+    id_scores: str | Path,
+    ood_scores: Mapping[str, str | Path],
+    *,
+    detectors: Iterable[str] = (),
+    output: str | Path | None = None,
+    resamples: int = 1000,
+    thumbnails: bool = True,
+    seed: int = 0,
+    force: bool = False,
+    progress: Watch | None = None,
+    command: str = "oodcli.evaluate",
+) -> Evaluated:
+    """How well scores tell in-distribution from OOD images, from the files of ``score``.
+
+    ood_scores: by the name of the set. detectors: only these columns. output: folder for
+    report.html, tables and figures. resamples: of the bootstrap; 0 for no intervals. progress: is
+    told how many detectors are done. Raises OodcliError for files that do not go together.
+    """
+    return _evaluate(
+        Path(id_scores),
+        {name: Path(path) for name, path in ood_scores.items()},
+        detectors=list(detectors),
+        output=_path(output),
+        resamples=resamples,
+        thumbnails=thumbnails,
+        seed=seed,
+        force=force,
+        watch=progress,
+        command=command,
+    )
+
+
+def merge(
+    shards: Iterable[str | Path],
+    output: str | Path,
+    *,
+    with_verdicts: bool = False,
+    force: bool = False,
+    progress: Watch | None = None,
+    command: str = "oodcli.merge",
+) -> Merged:
+    """The files of all shards of a job, put together to the one that the job would have made.
+
+    with_verdicts: shards of scores without verdicts are an error. progress: is told how many rows
+    are done. Raises OodcliError for shards that are not of one job, and when one is missing.
+    """
+    return _merge(
+        [Path(each) for each in shards],
+        Path(output),
+        with_verdicts=with_verdicts,
+        force=force,
+        watch=progress,
+        command=command,
+    )
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _model(
+    checkpoint: Network, device: str, batch_size: int | None, precision: str, seed: int
+) -> Model:
+    if batch_size is not None and batch_size < 1:
+        raise OodcliError(f"batch_size {batch_size}: expected at least 1")
+    if isinstance(checkpoint, str | Path):
+        checkpoint = Checkpoint(Path(checkpoint))
+    return Model(checkpoint, Running(device, batch_size, precision, seed))
+
+
+def _word(detector: str | Path | type[Detector]) -> str:
+    """As ``-d`` takes it."""
+    return _name_of(detector) if isinstance(detector, type) else str(detector)
+
+
+def _texts(parameters: Parameters | None) -> dict[str, dict[str, str]]:
+    """As ``-p`` takes them."""
+    return {
+        name: {key: str(value) for key, value in given.items()}
+        for name, given in (parameters or {}).items()
+    }
+
+
+def _share(name: str, value: float | None) -> float | None:
+    if value is not None and not 0 <= value <= 1:
+        raise OodcliError(f"{name} {value}: expected a number from 0 to 1")
+    return value
+
+
+def _seconds(timeout: float | None) -> float | None:
+    if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
+        raise OodcliError(
+            f"timeout {timeout}: expected seconds above 0 and at most {LONGEST_TIMEOUT:g}"
+        )
+    return timeout

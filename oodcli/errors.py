@@ -4,9 +4,21 @@ Every message is one sentence that says what is wrong, where, and what to do abo
 line prints it and exits with status 1; whoever uses the package catches :class:`OodcliError`.
 """
 
+from __future__ import annotations
+
 
 class OodcliError(Exception):
-    """A fault that the user can fix."""
+    """A fault that the user can fix. hint: how the sentence goes on on the command line, where it
+    speaks of commands and options; ``str`` leaves it out."""
+
+    def __init__(self, sentence: str = "", *, hint: str = "") -> None:
+        super().__init__(sentence)
+        self.hint = hint
+
+    @property
+    def text(self) -> str:
+        """The sentence and the hint, as the command line prints them."""
+        return f"{self}: {self.hint}" if self.hint else str(self)
 
 
 class CheckpointError(OodcliError):

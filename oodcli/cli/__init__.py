@@ -19,7 +19,6 @@ from oodcli.cli import (
     completions,
     console,
     demo,
-    details,
     detectors,
     evaluate,
     extract,
@@ -29,6 +28,7 @@ from oodcli.cli import (
     invert,
     merge,
     score,
+    versions,
 )
 from oodcli.errors import OodcliError
 
@@ -104,7 +104,7 @@ class Command(TyperCommand):
             raise typer.BadParameter("--quiet and --verbose contradict each other: give one", ctx)
         with console.command(quietly=quiet, in_detail=verbose):
             if verbose:
-                details.say_versions()
+                console.detail(versions.in_short())
             try:
                 return super().invoke(ctx)
             except KeyboardInterrupt:
@@ -136,8 +136,6 @@ for module in (inspect, invert, extract, fit, score, merge, evaluate, detectors,
 
 def _show_version(context: typer.Context, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from oodcli.cli import versions
-
         for line in versions.lines():
             print(line, flush=True)
         raise typer.Exit
@@ -156,9 +154,7 @@ def root(
     ] = False,
 ) -> None:
     """Options of oodcli itself."""
-    log = logging.getLogger("oodcli")
-    log.handlers[:] = [console.Notes()]
-    log.setLevel(logging.INFO)
+    console.heed(logging.INFO)
     # A compiler without a GPU need not be told of.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # What Pillow warns of is in the row of that image, or does not matter.
@@ -182,7 +178,7 @@ def main() -> None:
         sys.exit(130)
     except OodcliError as error:
         who = f" ({console.who})" if console.who else ""
-        console.say(f"oodcli{who}: {console.harmless(str(error))}", always=True)
+        console.say(f"oodcli{who}: {console.harmless(error.text)}", always=True)
         sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):

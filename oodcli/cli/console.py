@@ -12,10 +12,11 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from oodcli import notes
 from oodcli.cli import interrupts
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def command(*, quietly: bool, in_detail: bool) -> Iterator[None]:
     global quiet, verbose, _laps
     outer = quiet, verbose, _laps  # a demo consists of commands
     quiet, verbose, _laps = quietly, in_detail, [("", time.monotonic())]
+    heed(logging.DEBUG if verbose else logging.INFO)
     try:
         yield
     finally:
@@ -70,6 +72,7 @@ def command(*, quietly: bool, in_detail: bool) -> Iterator[None]:
         whole = _exact(sum(seconds for _, seconds in steps))
         detail(f"took {whole}: {took}" if len(steps) > 1 else f"took {whole}")
         quiet, verbose, _laps = outer
+        heed(logging.DEBUG if verbose else logging.INFO)
 
 
 def lap(what: str) -> None:
@@ -78,7 +81,7 @@ def lap(what: str) -> None:
 
 
 def _exact(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds < 90 else duration(seconds)
+    return f"{seconds:.2f} s" if seconds < 90 else notes.duration(seconds)
 
 
 def harmless(text: str) -> str:
@@ -92,10 +95,25 @@ def harmless(text: str) -> str:
 
 
 class Notes(logging.Handler):
-    """What the core has to say while it works, as notes."""
+    """What the core logs while it works, as notes; with --verbose also its details, and the steps
+    that are done."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"note: {record.getMessage()}")
+        step = getattr(record, notes.DONE, None)
+        if step is not None:
+            lap(step)
+        elif record.levelno <= logging.DEBUG:
+            detail(record.getMessage())
+        else:
+            word = getattr(record, notes.WORD, "note")
+            say(": ".join(filter(None, (word, record.getMessage()))))
+
+
+def heed(level: int) -> None:
+    """Prints what the core logs from this level on."""
+    log = logging.getLogger("oodcli")
+    log.handlers[:] = [Notes()]
+    log.setLevel(level)
 
 
 def _folded(line: str, columns: int) -> str:
@@ -138,19 +156,10 @@ def command_line() -> str:
     return os.fsencode(words).decode("utf-8", "backslashreplace")
 
 
-def duration(seconds: float) -> str:
-    """For a person: 40 s, 3 min, 2.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 @contextmanager
 def progress(
     total: int, what: str, per_image: int = 1, *, before: int = 0
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[[float], None]]:
     """A bar with images/s and the time left on a terminal; elsewhere a line a minute.
 
     The yielded function is told how much more is done; total is in the same unit, of which an
@@ -161,16 +170,52 @@ def progress(
 
 
 @contextmanager
-def steps(total: int, what: str, unit: str) -> Iterator[Callable[[], None]]:
-    """The same of few long steps, such as detectors that are fitted; signals act at once."""
-    with _shown(total, what, 1, 0, unit) as advance:
-        yield lambda: advance(1)
+def watching(what: str) -> Iterator[Callable[[float, int], None]]:
+    """The same for ``progress=`` of ``oodcli.api``, which is told how many images are done, and of
+    how many; it begins when it is called first."""
+    with ExitStack() as stack:
+
+        def begin(done: float, total: int) -> tuple[Callable[[float], None], float]:
+            return stack.enter_context(progress(total, what, before=int(done))), done
+
+        yield _differences(begin)
+
+
+@contextmanager
+def steps(what: str, unit: str) -> Iterator[Callable[[float, int], None]]:
+    """The same for a few long steps, such as detectors that are fitted; signals act at once."""
+    with ExitStack() as stack:
+
+        def begin(done: float, total: int) -> tuple[Callable[[float], None], float]:
+            return stack.enter_context(_shown(total, what, 1, 0, unit)), 0.0
+
+        yield _differences(begin)
+
+
+def _differences(
+    begin: Callable[[float, int], tuple[Callable[[float], None], float]],
+) -> Callable[[float, int], None]:
+    """Is told how much is done in all, and tells what ``begin`` returns how much more that is than
+    before."""
+    advance: Callable[[float], None] | None = None
+    before = 0.0
+
+    def step(done: float, total: int) -> None:
+        nonlocal advance, before
+        if advance is None:
+            advance, before = begin(done, total)
+            if done == before:
+                return
+        advance(done - before)
+        before = done
+
+    return step
 
 
 @contextmanager
 def _shown(
     total: int, what: str, per_image: int, before: int, unit: str = "images"
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[[float], None]]:
     if quiet:
         yield lambda count: None
         return
@@ -198,13 +243,13 @@ def _shown(
             images=images,
             rate="",
         )
-        done = before
+        done: float = before
 
-        def advance(count: int) -> None:
+        def advance(count: float) -> None:
             nonlocal done
             done += count
             rate = (done - before) / per_image / max(time.monotonic() - start, 1e-9)
-            bar.update(task, completed=done, done=done // per_image, rate=_rate(rate))
+            bar.update(task, completed=done, done=int(done // per_image), rate=_rate(rate))
 
         yield advance
 
@@ -215,21 +260,22 @@ def _rate(each_second: float) -> str:
 
 def _line_a_minute(
     total: int, what: str, per_image: int, before: int, unit: str
-) -> Callable[[int], None]:
+) -> Callable[[float], None]:
     start = last = time.monotonic()
-    done = before
+    done: float = before
 
-    def advance(count: int) -> None:
+    def advance(count: float) -> None:
         nonlocal done, last
         done += count
         now = time.monotonic()
         if now - last >= 60:
             last = now
             rate = (done - before) / per_image / (now - start)
-            line = f"{what}: {done // per_image} of {total // per_image} {unit}, {_rate(rate)}"
+            shown = f"{int(done // per_image)} of {total // per_image} {unit}"
+            line = f"{what}: {shown}, {_rate(rate)}"
             left = (total - done) * (now - start) / max(done - before, 1)
             if total:
-                say(f"{line}, {duration(left)} left")
+                say(f"{line}, {notes.duration(left)} left")
             else:
                 say(line.replace(" of 0", ""))
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +13,7 @@ from oodcli.cli.options import Force, Json, Quiet, Verbose, complete_detectors
 from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
-    from oodcli.report.evaluation import Evaluation
+    from oodcli.api import Evaluated, Evaluation
 
 _LAYERS = "Figures of layers, from what extract wrote"
 
@@ -119,23 +117,27 @@ def command(
     """Compare how well scores tell in-distribution from OOD images."""
     if layers is not None:
         _refuse("--layers", {"--id": id_file, "--min-auroc": min_auroc})
-        artefacts = [Path(name) for name in detector or ()]
-        caches = _Caches(layers, _named(ood), virtual, images, artefacts)
-        _draw(caches, output, method=method or "pca", seed=seed, json=json, force=force)
+        _draw(
+            *(layers, _named(ood), output, detector or []),
+            virtual=virtual,
+            images=images,
+            method=method or "pca",
+            seed=seed,
+            json=json,
+            force=force,
+        )
     elif id_file is not None:
         _refuse("--id", {"--virtual": virtual, "--images": images, "--map": method})
-        _compare(
-            id_file,
-            _named(ood),
-            detector,
-            output,
+        evaluated = _compare(
+            *(id_file, _named(ood), output, detector or []),
             resamples=resamples,
-            min_auroc=min_auroc,
             thumbnails=thumbnails,
             seed=seed,
             json=json,
             force=force,
         )
+        if min_auroc is not None:
+            _gate(evaluated, min_auroc)
     else:
         raise typer.BadParameter("give scores with --id, or features with --layers")
 
@@ -153,96 +155,51 @@ def _refuse(mode: str, others: Mapping[str, object]) -> None:
 def _compare(
     id_file: Path,
     named: Mapping[str, Path],
-    detector: list[str] | None,
     output: Path | None,
+    detectors: Sequence[str],
     *,
-    resamples: int,
-    min_auroc: float | None,
-    thumbnails: bool,
-    seed: int,
     json: bool,
-    force: bool,
-) -> None:
-    from oodcli.files.scores import read_scores
-    from oodcli.report import refuse_existing_report, write_report
-    from oodcli.report.evaluation import evaluate_files
+    **given: Any,
+) -> Evaluated:
     from oodcli.report.tables import as_json
+    from oodcli.stages.evaluate import evaluate  # oodcli.api imports torch, for a second
 
-    if output is not None:
-        refuse_existing_report(output, force=force)
-    id_scores = read_scores(id_file)
-    ood_scores = {name: read_scores(path) for name, path in named.items()}
-    for name, scores in {"ID": id_scores, **ood_scores}.items():
-        console.detail(
-            f"{name}: {scores.source}, {len(scores.paths)} rows, {scores.unreadable} unreadable, "
-            f"detectors {', '.join(scores.detectors)}"
+    with console.steps("evaluate", "detectors") as watch:
+        evaluated = evaluate(
+            id_file,
+            named,
+            detectors=detectors,
+            output=output,
+            **given,
+            watch=watch,
+            command=console.command_line(),
         )
-    console.lap("scores")
-    if detector:
-        id_scores = id_scores.only(detector)
-        ood_scores = {name: scores.only(detector) for name, scores in ood_scores.items()}
-    with console.steps(len(id_scores.detectors), "evaluate", "detectors") as advance:
-        evaluation = evaluate_files(
-            id_scores,
-            ood_scores,
-            resamples=resamples,
-            seed=seed,
-            progress=lambda done, total: advance(),
-        )
-    evaluation = replace(evaluation, command=console.command_line())
-    console.lap("metrics")
-    written = []
-    if output is not None:
-        written = write_report(
-            evaluation, id_scores, ood_scores, output, force=force, thumbnails=thumbnails
-        )
-    for note in evaluation.notes:
-        console.say(f"note: {note}")
     if json:
-        console.emit_json(as_json(evaluation))
+        console.emit_json(as_json(evaluated.evaluation))
     else:
-        _print(evaluation)
-    if written:
-        console.say(f"wrote {len(written)} files into {output}: report.html shows them")
-    if min_auroc is not None:
-        _gate(evaluation, min_auroc)
-
-
-@dataclass(frozen=True)
-class _Caches:
-    """Files that figures of layers are drawn from. artefacts: of lsgm, at most one."""
-
-    id: Path
-    ood: Mapping[str, Path]
-    virtual: Path | None
-    images: Path | None
-    artefacts: Sequence[Path]
+        _print(evaluated.evaluation)
+    if evaluated.files:
+        console.say(f"wrote {len(evaluated.files)} files into {output}: report.html shows them")
+    return evaluated
 
 
 def _draw(
-    caches: _Caches, output: Path | None, *, method: str, seed: int, json: bool, force: bool
+    layers: Path,
+    ood: Mapping[str, Path],
+    output: Path | None,
+    artefacts: Sequence[str],
+    *,
+    json: bool,
+    **given: Any,
 ) -> None:
-    from oodcli.files.artefact import read_artefact
-    from oodcli.files.cache import open_cache
-    from oodcli.report.layer_figures import refuse_existing_figures, write_layer_figures
-    from oodcli.report.layers import LayerInputs
+    from oodcli import api
 
     if output is None:
         raise OodcliError("--layers draws figures: say where they go, with -o DIR")
-    if len(caches.artefacts) > 1:
+    if len(artefacts) > 1:
         raise OodcliError("--layers draws the transitions of one artefact: give -d once")
-    refuse_existing_figures(output, force=force)
-    with ExitStack() as stack:
-        inputs = LayerInputs(
-            id=stack.enter_context(open_cache(caches.id)),
-            ood={name: stack.enter_context(open_cache(path)) for name, path in caches.ood.items()},
-            virtual=stack.enter_context(open_cache(caches.virtual)) if caches.virtual else None,
-            images=caches.images,
-            lsgm=read_artefact(caches.artefacts[0]) if caches.artefacts else None,
-        )
-        report = write_layer_figures(inputs, output, method=method, seed=seed, force=force)
-    for note in report.notes:
-        console.say(f"note: {note}")
+    lsgm = Path(artefacts[0]) if artefacts else None
+    report = api.draw_layers(layers, ood, output, lsgm=lsgm, **given)
     if json:
         console.emit_json(
             {
@@ -279,10 +236,8 @@ def _print(evaluation: Evaluation) -> None:
             console.emit(line)
 
 
-def _gate(evaluation: Evaluation, least: float) -> None:
-    from oodcli.metrics import MEAN
-
-    means = {name: evaluation.get(name, MEAN, "auroc").value for name in evaluation.detectors}
+def _gate(evaluated: Evaluated, least: float) -> None:
+    means = evaluated.mean_auroc
     failed = [f"{name} {value:.4f}" for name, value in means.items() if value < least]
     if failed:
         console.say(f"gate failed: mean AUROC below {least:g}: {', '.join(failed)}")

@@ -114,7 +114,9 @@ def command(
     card = file.with_suffix(".toml")
     if write_card and card.exists() and not force:
         raise FileError(f"{card} exists: overwrite it with --force")
-    classifier = model.load(file)
+    from oodcli.api import Model, Running
+
+    classifier = Model(model.checkpoint(file), Running(**model.running())).load()
     found = describe(classifier, file)
     if json:
         console.emit_json(found)

@@ -39,11 +39,11 @@ def stop_if_asked() -> None:
 
 
 @contextmanager
-def loop(advance: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+def loop(advance: Callable[[float], None]) -> Iterator[Callable[[float], None]]:
     """While it is open, signals wait for the next call of what it yields, which calls advance."""
     global _looping
 
-    def step(count: int) -> None:
+    def step(count: float) -> None:
         stop_if_asked()
         advance(count)
 

@@ -38,43 +38,27 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Put together what several jobs made with --shard."""
-    from oodcli.errors import OodcliError
-    from oodcli.files.atomic import refuse_existing
-    from oodcli.files.made import read_made
-    from oodcli.stages.merge import merge_to_file, parts_of
-    from oodcli.stages.score import doubts
+    from oodcli import api
 
-    refuse_existing(output, force=force)
-    read_made(output)  # raises where what is beside it is somebody else's
-    parts = parts_of(shards)
-    console.lap("the shards")
-    rows = parts[0].shard.rows
-    if max_ood_fraction is not None and not parts[0].flags:
-        raise OodcliError(
-            "--max-ood-fraction counts verdicts, and these shards have none: score with --fpr or "
-            "--threshold"
+    with console.watching("merge") as progress:
+        merged = api.merge(
+            shards,
+            output,
+            with_verdicts=max_ood_fraction is not None,
+            force=force,
+            progress=progress,
+            command=console.command_line(),
         )
-    with console.progress(rows, "merge") as advance:
-        summary = merge_to_file(
-            parts, output, console.command_line(), force=force, progress=advance
-        )
-    console.lap("merging")
-    flagged, unjudged = summary.get("flagged", {}), summary.get("unjudged", {})
-    left_out = summary.get("left_out", {})
-    scored = rows - summary["unreadable"]
-    fractions = {
-        name: count / max(scored - unjudged.get(name, 0), 1) for name, count in flagged.items()
-    }
     if json:
-        console.emit_json({**summary, "ood_fraction": fractions})
+        console.emit_json(merged.about)
     console.say(
-        f"wrote {output}: {rows} rows of {len(parts)} shards, {summary['unreadable']} unreadable"
+        f"wrote {output}: {merged.rows} rows of {merged.shards} shards, {merged.unreadable} "
+        "unreadable"
     )
-    for name, share in fractions.items():
-        console.say(f"{name}: {share:.1%} OOD{verdicts.without(unjudged.get(name, 0))}")
-    verdicts.say_left_out(left_out)
-    found = doubts(rows, summary["unreadable"], flagged, unjudged, left_out)
-    if verdicts.gate_failed(found, max_ood_fraction):
+    for name, share in merged.ood_fraction.items():
+        console.say(f"{name}: {share:.1%} OOD{verdicts.without(merged.unjudged.get(name, 0))}")
+    verdicts.say_left_out(merged.left_out)
+    if verdicts.gate_failed(merged.doubts, max_ood_fraction):
         raise typer.Exit(4)
-    if summary["unreadable"]:
+    if merged.unreadable:
         raise typer.Exit(3)

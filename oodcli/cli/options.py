@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from oodcli.cli import console, details
 from oodcli.cli.completions import words
-from oodcli.errors import OodcliError, first_line
+from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
-    from oodcli.networks.card import Overrides
-    from oodcli.networks.classifier import Classifier
+    from oodcli.api import Checkpoint as GivenCheckpoint
 
 
 def complete_detectors(incomplete: str) -> list[str]:
@@ -231,29 +229,12 @@ class ModelOptions:
         int, typer.Option(min=0, help="Of everything random.", rich_help_panel="How it runs")
     ] = 0
 
-    def load(self, checkpoint: Path) -> Classifier:
-        """The classifier; what was assumed about it is said on standard error. Raises
-        CheckpointError, or OodcliError for an option that makes no sense."""
-        from oodcli.networks.load import load_classifier
+    def checkpoint(self, path: Path) -> GivenCheckpoint:
+        """The checkpoint, with what is said about its network. Raises OodcliError for what makes
+        no sense."""
+        from oodcli.api import Checkpoint, Overrides
 
-        classifier = load_classifier(
-            checkpoint,
-            self.overrides(),
-            device=self.resolved_device(),
-            prefer_ema=self.ema,
-            trust_pickle=self.trust_pickle,
-        )
-        for assumption in classifier.assumptions:
-            console.say(f"assumed: {assumption}")
-        details.say_classifier(self, checkpoint, classifier)
-        console.lap("checkpoint")
-        return classifier
-
-    def overrides(self) -> Overrides:
-        """What is said about the network. Raises OodcliError for what makes no sense."""
-        from oodcli.networks.card import Overrides
-
-        return Overrides(
+        overrides = Overrides(
             arch=self.arch,
             num_classes=self.num_classes,
             input_size=_pair(_size("--input-size", self.input_size)),
@@ -268,54 +249,12 @@ class ModelOptions:
             layers=self.layers,
             card=self.card,
         )
+        return Checkpoint(path, overrides, self.ema, self.trust_pickle)
 
-    def job(self) -> dict[str, Any]:
-        """What else decides which network that is, for a journal."""
-        return {"--layers": self.layers, "--ema": self.ema}
-
-    def resolved_device(self) -> str:
-        """``auto`` is the first GPU where there is one, under torchrun one for each process. Raises
-        OodcliError for an unusable one."""
-        import torch
-
-        from oodcli.jobs.torchrun import launched, local_rank
-
-        if self.device == "auto":
-            if not torch.cuda.is_available():
-                return "cpu"
-            return f"cuda:{local_rank() % torch.cuda.device_count()}" if launched() else "cuda"
-        try:
-            torch.zeros(1, device=self.device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = first_line(error)
-            raise OodcliError(f"--device {self.device} cannot be used ({reason})") from error
-        return self.device
-
-    def resolved_batch_size(self, classifier: Classifier) -> int:
-        """128 small images, fewer large ones."""
-        height, width = classifier.preprocessing.input_size
-        size = self.batch_size or max(16, min(128, 128 * 128 * 128 // (height * width)))
-        console.detail(f"batches of {size}, {_by('--batch-size', self.batch_size)}")
-        return size
-
-    def resolved_precision(self, fast: bool) -> str:
-        """``auto`` is float32, or where ``fast`` is asked for bfloat16 if the device multiplies
-        it in hardware."""
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise OodcliError(f"--precision {self.precision}: expected auto, float32 or bfloat16")
-        if self.precision != "auto":
-            console.detail(f"precision {self.precision}, by --precision")
-            return self.precision
-        from oodcli.cli.versions import multiplies_bfloat16
-
-        half = fast and multiplies_bfloat16(self.resolved_device())
-        why = "bfloat16, which the device multiplies in hardware" if half else "float32"
-        console.detail(f"precision {why}, by default")
-        return "bfloat16" if half else "float32"
-
-
-def _by(option: str, given: object) -> str:
-    return "by default" if given is None else f"by {option}"
+    def running(self) -> dict[str, Any]:
+        """How it runs, as the functions of ``oodcli.api`` take it."""
+        names = ("device", "batch_size", "precision", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 _HINTS = get_type_hints(ModelOptions, include_extras=True)
@@ -363,11 +302,6 @@ def parameters(given: list[str] | None) -> dict[str, dict[str, str]]:
             raise OodcliError(f"-p {text}: expected NAME.KEY=VALUE, such as energy.T=2")
         found.setdefault(name, {})[field] = value
     return found
-
-
-def beside(checkpoint: Path, suffix: str) -> Path:
-    """``ckpt.pt`` → ``ckpt.virtual.h5`` in the working directory."""
-    return Path(checkpoint.stem + suffix)
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:

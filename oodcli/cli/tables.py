@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from oodcli.report.evaluation import Evaluation
+    from oodcli.api import Evaluation
 
 _NAME = 20  # a longer detector's name is folded: it may be an artefact's
 _CELL = 6  # "100.00"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from oodcli.cli import console
 
 if TYPE_CHECKING:
-    from oodcli.stages.score import Doubts
+    from oodcli.api import Doubts
 
 
 def without(count: int) -> str:
@@ -18,7 +18,7 @@ def without(count: int) -> str:
 
 def say_left_out(left_out: Mapping[str, int]) -> None:
     """Which files are no rows."""
-    from oodcli.images.files import listed
+    from oodcli.api import listed
 
     if left_out:
         count = sum(left_out.values())

@@ -23,6 +23,14 @@ def lines() -> Iterator[str]:
         yield f"torch cannot be used: {reason}"
 
 
+def in_short() -> str:
+    """What runs, and where, in one line; without importing torch."""
+    return (
+        f"oodcli {__version__}, Python {platform.python_version()}, torch {installed('torch')}, in "
+        f"{Path.cwd()}"
+    )
+
+
 def installed(package: str) -> str:
     """Its version, or that it is not there."""
     try:
@@ -33,6 +41,8 @@ def installed(package: str) -> str:
 
 def _devices() -> Iterator[str]:
     import torch
+
+    from oodcli.networks.devices import multiplies_bfloat16
 
     how = "in hardware" if multiplies_bfloat16("cpu") else "emulated"
     yield f"cpu: {_processor()}, {torch.get_num_threads()} threads, bfloat16 {how}"
@@ -52,14 +62,3 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def multiplies_bfloat16(device: str) -> bool:
-    """Whether it does so in hardware. Anything else emulates it, which is slower than float32."""
-    import torch
-
-    if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # torch has no public name for this that reaches back to 2.11.
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 
 from oodcli.errors import FileError, OodcliError, first_line
+from oodcli.files.origin import Origin
 from oodcli.jobs.shards import Shard
 from oodcli.networks.preprocessing import Preprocessing
 
@@ -58,6 +59,11 @@ class Provenance:
     matched_accuracy: float | None = None
     shard: Shard | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> Origin:
+        """The network that the rows tell of."""
+        return Origin(self.checkpoint_sha256, self.averaged, self.preprocessing)
 
     def write(self, file: h5py.File, format_name: str) -> None:
         file.attrs["format"] = format_name

@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, cast
 
 from oodcli.errors import FileError
+from oodcli.files.origin import Words, require_same_weights
 
 FORMAT = "oodcli-scores"
 VERSION = 1
@@ -110,12 +111,11 @@ def require_same_origin(made: Mapping[str, Mapping[str, Any] | None]) -> None:
                     f"{one} was scored with the {words} {_shown(first.get(key))}, but {other} with "
                     f"{_shown(second.get(key))}: score both alike"
                 )
-        averaged = [bool(each.get("averaged")) for each in (first, second)]
-        if averaged[0] != averaged[1]:
-            raise FileError(
-                f"{one} was scored with the {weights_of(averaged[0])} of the checkpoint, but "
-                f"{other} with its {weights_of(averaged[1])}: give --ema to both or to neither"
-            )
+        require_same_weights(
+            bool(first.get("averaged")),
+            bool(second.get("averaged")),
+            Words(f"{one} was scored with", f"{other} with"),
+        )
         for detector in first["detectors"].keys() & second["detectors"].keys():
             mine, theirs = first["detectors"][detector], second["detectors"][detector]
             if mine != theirs:
@@ -123,11 +123,6 @@ def require_same_origin(made: Mapping[str, Mapping[str, Any] | None]) -> None:
                     f"{one} was scored with {detector} {_shown(mine)}, but {other} with "
                     f"{_shown(theirs)}: score both with the same artefact and parameters"
                 )
-
-
-def weights_of(averaged: bool) -> str:
-    """Which of a checkpoint's weights were taken, in words."""
-    return f"{'averaged' if averaged else 'plain'} weights"
 
 
 def _pairs(

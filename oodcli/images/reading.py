@@ -55,7 +55,7 @@ def batches(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
         raise ValueError(f"timeout={timeout} must be above 0 and at most {LONGEST_TIMEOUT:g} s")
-    workers = workers or min(MOST_WORKERS, _processors())
+    workers = workers or min(MOST_WORKERS, processors())
     end = len(source) if stop is None else min(stop, len(source))
     ahead = max(BATCHES_AHEAD, 2 * workers * source.grain // batch_size)
     pending: deque[Future[Batch]] = deque()
@@ -142,7 +142,7 @@ class _Room:
             self._changed.notify_all()
 
 
-def _processors() -> int:
+def processors() -> int:
     """Those that this process may use: in a container fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -155,3 +155,23 @@ class Team:
             listen(0)
             time.sleep(POLL)
         return json.loads(self.store.get(key))
+
+
+def part_of(shard: str | None, images: str | None = None) -> tuple[Share, Team | None]:
+    """The part of a job that ``--shard`` names, and the team that shares the job. Raises
+    OodcliError when there are both, or when images are to be listed on a standard input that no
+    process has."""
+    share = Share.parse(shard)
+    team = Team.assemble()
+    if team is None:
+        return share, None
+    if shard is not None:
+        raise OodcliError(
+            f"--shard {shard} is for jobs without a launcher: torchrun's processes share the work "
+            "by themselves"
+        )
+    if images == "-":
+        raise OodcliError(
+            "-: torchrun's processes have no standard input of their own: give a file with the list"
+        )
+    return share, team

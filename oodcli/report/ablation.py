@@ -74,7 +74,7 @@ def ablate(inputs: LayerInputs, seed: int) -> tuple[Ablation, list[str]]:
                 mean = float(np.mean(list(of_sets.values())))
                 found[statistics][weights] = {**of_sets, MEAN: mean}
     except DetectorError as error:
-        return {}, [f"no figure 'ablation': {error}"]
+        return {}, [f"no figure 'ablation': {error.text}"]
     return found, notes
 
 

@@ -18,10 +18,9 @@ from oodcli.features import INPUT, BatchNorm, Features, recorded
 from oodcli.files.artefact import Artefact
 from oodcli.files.cache import FeatureCache
 from oodcli.files.hdf5 import damage, dataset, reading
-from oodcli.files.made import weights_of
+from oodcli.files.origin import Origin, Words
 from oodcli.files.virtual import FORMAT, MADE_BY, read_provenance
 from oodcli.metrics import MEAN
-from oodcli.networks.preprocessing import Preprocessing
 from oodcli.records import lacking
 from oodcli.report.evaluation import ID
 
@@ -58,21 +57,14 @@ class LayerInputs:
                 raise OodcliError(f"--ood {name}: the figures mean something else by it: rename it")
         others = [*self.ood.values(), *([self.virtual] if self.virtual else [])]
         for cache in others:
-            made = cache.provenance
-            self._require_same(
-                *(cache.path, "extracted", made.checkpoint_sha256, made.averaged),
-                made.preprocessing,
-            )
+            self._require_same(cache.path, "extracted", cache.provenance.origin)
         if self.virtual is not None and not self.virtual.provenance.virtual:
             raise FileError(
                 f"{self.virtual.path} holds features of real images, but --virtual takes those of "
                 "virtual ones: extract a file that 'oodcli invert' made"
             )
         if self.images is not None:
-            made = read_provenance(self.images)
-            self._require_same(
-                *(self.images, "made", made.checkpoint_sha256, made.averaged), made.preprocessing
-            )
+            self._require_same(self.images, "made", read_provenance(self.images).origin)
         if self.lsgm is not None:
             where = self.lsgm.path or Path(self.lsgm.detector.name)
             if not isinstance(self.lsgm.detector, LSGM):
@@ -80,37 +72,13 @@ class LayerInputs:
                     f"{where} is of {self.lsgm.detector.name}, but only lsgm has transitions: give "
                     "an artefact of lsgm, or leave -d out"
                 )
-            self._require_same(
-                *(where, "fitted", self.lsgm.checkpoint_sha256, self.lsgm.averaged),
-                self.lsgm.preprocessing,
-            )
+            fitted = self.lsgm
+            origin = Origin(fitted.checkpoint_sha256, fitted.averaged, fitted.preprocessing)
+            self._require_same(where, "fitted", origin)
 
-    def _require_same(
-        self,
-        path: Path,
-        verb: str,
-        sha256: str,
-        averaged: bool,
-        preprocessing: Preprocessing | None,
-    ) -> None:
-        ours = self.id.provenance
-        if sha256 != ours.checkpoint_sha256:
-            raise FileError(
-                f"{path} was {verb} with the checkpoint {sha256[:12]}…, but {self.id.path} with "
-                f"{ours.checkpoint_sha256[:12]}…: use one checkpoint"
-            )
-        if averaged != ours.averaged:
-            raise FileError(
-                f"{path} was {verb} with the {weights_of(averaged)} of the checkpoint, but "
-                f"{self.id.path} with its {weights_of(ours.averaged)}: give --ema to both or to "
-                "neither"
-            )
-        unlike = None if preprocessing is None else preprocessing.unlike(ours.preprocessing)
-        if unlike is not None:
-            raise FileError(
-                f"{path} was {verb} with {unlike[0]}, but {self.id.path} with {unlike[1]}: use the "
-                "same options or model card for both"
-            )
+    def _require_same(self, path: Path, verb: str, origin: Origin) -> None:
+        words = Words(f"{path} was {verb} with", f"{self.id.path} with")
+        origin.require_same(self.id.provenance.origin, words)
 
     @property
     def named(self) -> dict[str, FeatureCache]:

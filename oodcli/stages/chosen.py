@@ -18,10 +18,10 @@ from oodcli.detectors import serial
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
 from oodcli.detectors.hyperparameters import parse
-from oodcli.errors import DetectorError, FileError
+from oodcli.errors import DetectorError
 from oodcli.features import Features, OdinStep
 from oodcli.files.artefact import Artefact, read_artefact
-from oodcli.files.made import weights_of
+from oodcli.files.origin import Origin, Words
 from oodcli.images import open_images
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
@@ -219,24 +219,16 @@ def require_same_network(
 ) -> None:
     """Raises FileError when an artefact was made for another checkpoint or for other weights of it,
     or on images that were prepared in another way; None is not compared."""
-    if artefact.checkpoint_sha256 != sha256:
-        raise FileError(
-            f"{artefact.path} was fitted for the checkpoint {artefact.checkpoint_sha256[:12]}…, "
-            f"but this is {sha256[:12]}…: fit it on features of this checkpoint"
-        )
-    if averaged is not None and artefact.averaged != averaged:
-        raise FileError(
-            f"{artefact.path} was fitted for the {weights_of(artefact.averaged)} of the "
-            f"checkpoint, but these are {weights_of(averaged)}: give --ema to both or to neither"
-        )
-    if artefact.preprocessing is None or preprocessing is None:
-        return
-    unlike = artefact.preprocessing.unlike(preprocessing)
-    if unlike is not None:
-        raise FileError(
-            f"{artefact.path} was fitted on images prepared with {unlike[0]}, but here it is "
-            f"{unlike[1]}: use the same options or model card for both"
-        )
+    Origin(artefact.checkpoint_sha256, artefact.averaged, artefact.preprocessing).require_same(
+        Origin(sha256, averaged, preprocessing),
+        Words(
+            f"{artefact.path} was fitted for",
+            "this is",
+            weights="these are",
+            inputs=(f"{artefact.path} was fitted on images prepared with", "here it is"),
+            hint="fit it on features of this checkpoint",
+        ),
+    )
 
 
 def _belonging(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
+from oodcli import notes
+from oodcli.files.atomic import atomic
 from oodcli.networks.architectures import build
+
+log = logging.getLogger(__name__)
 
 ARCH = "resnet8-cifar+grey"
 MEAN, STD = 0.3, 0.35
@@ -69,6 +75,24 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each batch moved by at most one pixel: the only augmentation."""
     down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
     return torch.roll(images, (down, right), (2, 3))
+
+
+def write_data(folder: Path, progress: Callable[[int], None]) -> tuple[int, int]:
+    """A checkpoint with its model card, digits that it has not seen, and photographs; returns how
+    many there are of the last two. progress: is told how many digits were trained on."""
+    images, labels = digits()
+    state = train(images[:TRAINED_ON], labels[:TRAINED_ON], progress)
+    notes.done(log, "training")
+    with atomic(folder / "digits.safetensors", force=True) as partial:
+        save_file(state, partial)
+    (folder / "digits.toml").write_text(CARD, encoding="utf-8")
+    np.savez_compressed(
+        folder / "digits-test.npz",
+        images=images[TRAINED_ON:],
+        labels=labels[TRAINED_ON:],
+        classes=np.array([str(index) for index in range(10)]),
+    )
+    return len(labels) - TRAINED_ON, photograph_crops(folder / "photographs")
 
 
 def photograph_crops(folder: Path) -> int:

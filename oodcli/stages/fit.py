@@ -22,7 +22,7 @@ from oodcli.files.artefact import Artefact, write_artefact
 from oodcli.files.atomic import atomic, refuse_existing
 from oodcli.files.cache import FeatureCache
 from oodcli.files.hdf5 import Provenance
-from oodcli.files.made import weights_of
+from oodcli.files.origin import Words
 from oodcli.stages.chosen import further_rows, require_same_network, score_views
 from oodcli.stages.verdict import classes_in_words
 
@@ -52,24 +52,14 @@ class FitInputs:
             raise DetectorError("nothing to fit on: give a cache, or --calibrate FILE.h5")
         first = caches[0]
         for cache in caches[1:]:
-            if cache.provenance.checkpoint_sha256 != first.provenance.checkpoint_sha256:
-                raise FileError(
-                    f"{cache.path} was extracted with the checkpoint "
-                    f"{cache.provenance.checkpoint_sha256[:12]}…, but {first.path} with "
-                    f"{first.provenance.checkpoint_sha256[:12]}…: use one checkpoint"
-                )
-            weights, known = (weights_of(each.provenance.averaged) for each in (cache, first))
-            if weights != known:
-                raise FileError(
-                    f"{cache.path} was extracted with the {weights} of the checkpoint, but "
-                    f"{first.path} with its {known}: give --ema to both or to neither"
-                )
-            unlike = cache.provenance.preprocessing.unlike(first.provenance.preprocessing)
-            if unlike is not None:
-                raise FileError(
-                    f"{cache.path} was extracted with {unlike[0]}, but {first.path} with "
-                    f"{unlike[1]}: extract both with the same options or model card"
-                )
+            cache.provenance.origin.require_same(
+                first.provenance.origin,
+                Words(
+                    f"{cache.path} was extracted with",
+                    f"{first.path} with",
+                    inputs_hint="extract both with the same options or model card",
+                ),
+            )
         return first.provenance
 
 
@@ -118,7 +108,7 @@ def fit_to_folder(
         except (DetectorError, FileError) as error:
             failed[name] = error
             if leave_out:
-                log.info(f"{name} is left out: {error}")
+                log.info(f"{name} is left out: {error.text}")
         progress()
     if not made:
         raise _none_of(failed)
@@ -145,7 +135,7 @@ def fit_to_folder(
             )
     if not leave_out:
         summary += [
-            {"file": None, "detector": name, "reason": str(error)} for name, error in failed.items()
+            {"file": None, "detector": name, "reason": error.text} for name, error in failed.items()
         ]
     return summary
 
@@ -155,7 +145,7 @@ def _none_of(failed: Mapping[str, OodcliError]) -> OodcliError:
     first, *others = failed.values()
     if not others:
         return first
-    reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+    reasons = "; ".join(f"{name}: {error.text}" for name, error in failed.items())
     return DetectorError(f"not one of {', '.join(failed)} can be fitted: {reasons}")
 
 

@@ -173,7 +173,7 @@ class Decoder:
                 paths, rows = waiting or ([], self._nothing())
                 yield _payload(piece, number, True, paths, rows)
             except OodcliError as fault:
-                yield {"data": [pickle.dumps(str(fault))], "fault": [True]}
+                yield {"data": [pickle.dumps(fault.text)], "fault": [True]}
 
     def _decoded(self, piece: Piece) -> Iterator[tuple[list[str], Decoded]]:
         job = self._reading

@@ -2,18 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodcli.calibration import Calibration
-from oodcli.errors import DetectorError
+from oodcli import notes
+from oodcli.calibration import Calibration, contamination_threshold, split_threshold
+from oodcli.errors import DetectorError, OodcliError
 from oodcli.images.words import printable
 from oodcli.stages.chosen import Chosen
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """What verdicts are to rest on: a nominal false-alarm rate, thresholds (``NAME=NUMBER``,
+    ``labelled`` or ``split``), or the share of OOD images in the stream; at most one of them."""
+
+    fpr: float | None = None
+    threshold: Sequence[str] = ()
+    contamination: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum((self.fpr is not None, bool(self.threshold), self.contamination is not None)) > 1:
+            raise OodcliError(
+                "--fpr, --threshold and --contamination exclude each other: choose one"
+            )
+
+    @property
+    def decides(self) -> bool:
+        return self.fpr is not None or bool(self.threshold) or self.contamination is not None
+
+    @property
+    def stream_rule(self) -> StreamRule | None:
+        """What finds thresholds in the whole stream; None where they are known before."""
+        if self.contamination is not None:
+            return partial(contamination_threshold, share=self.contamination)
+        return split_threshold if list(self.threshold) == ["split"] else None
+
+    def rules(
+        self, chosen: Sequence[Chosen], class_names: Sequence[str], *, mirror: bool
+    ) -> dict[str, Rule]:
+        """Detector → its rule, where that is known before the stream. Raises OodcliError for a
+        detector that knows too little for one, or a threshold that makes no sense."""
+        if self.fpr is not None:
+            return _at_rate(chosen, self.fpr, class_names, mirror=mirror)
+        if self.stream_rule is not None:
+            return {}
+        rules: dict[str, Rule] = {}
+        for text in self.threshold:
+            if text == "labelled":
+                rules |= _labelled_rules(chosen, class_names)
+            else:
+                one, value = _named_threshold(text, chosen)
+                rules[one.name] = rule_of(one, class_names, threshold=value)
+        return rules
+
+
+def _at_rate(
+    chosen: Sequence[Chosen], rate: float, class_names: Sequence[str], *, mirror: bool
+) -> dict[str, Rule]:
+    rules = calibrated_rules(chosen, rate, class_names, mirror=mirror)
+    for name, rule in rules.items():
+        if rule.calibration is not None and rule.calibration.resolution > rate:
+            notes.say(
+                log,
+                f"{name} is calibrated on {rule.calibration.words}, so no p-value is below "
+                f"{rule.calibration.resolution:.3g}, and nothing finite is OOD at --fpr {rate:g}: "
+                "calibrate on more images",
+            )
+    return rules
+
+
+def _labelled_rules(chosen: Sequence[Chosen], class_names: Sequence[str]) -> dict[str, Rule]:
+    for each in chosen:
+        if each.threshold is None:
+            raise OodcliError(
+                f"{each.name} has learnt no threshold", hint="'oodcli fit … --labelled FILE.csv'"
+            )
+    return {
+        each.name: rule_of(each, class_names, threshold=each.threshold)
+        for each in chosen
+        if each.threshold is not None
+    }
+
+
+def _named_threshold(text: str, chosen: Sequence[Chosen]) -> tuple[Chosen, float]:
+    """``energy=-5.2``: the detector and the number."""
+    name, equals, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = float("nan")
+    if not equals or value != value:
+        raise OodcliError(
+            f"--threshold {text}: expected NAME=NUMBER, such as energy=-5.2, split or labelled"
+        )
+    by_name = {each.name: each for each in chosen}
+    if name not in by_name:
+        raise OodcliError(
+            f"--threshold {text}: {name} is not among the detectors, {', '.join(by_name)}"
+        )
+    return by_name[name], value
 
 
 @dataclass(frozen=True)
@@ -119,10 +216,34 @@ def calibrated_rules(
                     "calibrated artefact, from real images or from accuracy-matched virtual ones "
                     "(oodcli extract … --match-accuracy)"
                 )
-            raise DetectorError(f"{each.name} has no calibration for --fpr: {how}")
+            raise DetectorError(f"{each.name} has no calibration for --fpr", hint=how)
         rules[each.name] = rule_of(each, class_names, calibration=calibration, rate=rate)
     return rules
 
 
 StreamRule = Callable[[Tensor], float]
 """All finite and infinite scores of a stream → the threshold."""
+
+
+def basis_in_words(
+    one: Chosen, rule: Rule, found: Mapping[str, float], class_names: Sequence[str]
+) -> str:
+    """What the verdicts of a detector rest on, and how far they can be trusted. found: thresholds
+    from the stream."""
+    if one.name in found:
+        lacks = rule_of(one, class_names).more
+        return f"score above {found[one.name]:.6g}, from this stream{lacks}"
+    if rule.calibration is None:
+        return f"score above {rule.threshold:.6g}{rule.more}"
+    low, high = rule.calibration.achieved(rule.rate)
+    measured = ""
+    if rule.calibration.virtual:
+        measured = (
+            "; virtual images proved far too strict for such an indicator: take real ones"
+            if one.detector.strict_on_virtual
+            else "; virtual images proved up to 3 points strict and 8 lenient"
+        )
+    return (
+        f"calibrated on: {rule.calibration.words}; for a nominal {rule.rate:.1%}, the luck of that "
+        f"draw leaves {low:.1%} to {high:.1%} false alarms{measured}{rule.more}"
+    )

@@ -1262,7 +1262,7 @@ def test_our_own_faults_keep_their_traceback(fitted, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("oodcli.stages.score.score_to_file", broken)
+    monkeypatch.setattr("oodcli.stages.score_job.score_to_file", broken)
     with pytest.raises(ZeroDivisionError, match="ours"):
         oodcli("score", fitted / "digits.pt", "noise:uniform?n=3")
 

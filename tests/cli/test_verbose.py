@@ -125,7 +125,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
     says(
         told.err,
         r"fit on: .*v\.features\.h5, 20 virtual images of .*v\.h5, with .*logits",
-        r"c2ir: to be fitted it needs .*layers\.sensitivity.*; parameters as they are by default$",
+        r"c2ir: to be fitted it needs .*layers\.sensitivity.*; default parameters$",
         r"knn: to be fitted it needs .*embedding.*; k=3$",
         r"calibration: none: without --calibrate it takes real rows$",
         r"took .*: caches .* s, fitting .* s, the rest",

@@ -125,7 +125,11 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
 
 
-PAGES = [page for page in (ROOT / "README.md", *GUIDE) if any(b.kind == "sh" for b in blocks(page))]
+PAGES = [
+    page
+    for page in (ROOT / "README.md", *GUIDE)
+    if any(block.kind in ("sh", "python") for block in blocks(page))
+]
 
 
 # --- running ----------------------------------------------------------------------------------

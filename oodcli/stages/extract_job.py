@@ -1,0 +1,279 @@
+"""Images to a feature cache: the whole of ``oodcli extract``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from oodcli import detectors, notes
+from oodcli.detectors.base import Detector
+from oodcli.detectors.hyperparameters import parse
+from oodcli.errors import OodcliError
+from oodcli.features import OdinStep
+from oodcli.files.atomic import refuse_suffix
+from oodcli.files.hdf5 import format_of
+from oodcli.files.journal import Journal, journal, refuse_output
+from oodcli.files.origin import Origin, Words
+from oodcli.files.virtual import FORMAT, read_provenance
+from oodcli.images import ImageSource
+from oodcli.images.arrays import VirtualImages
+from oodcli.inversion.degrade import Patched
+from oodcli.jobs.shards import WHOLE
+from oodcli.jobs.torchrun import Team, part_of
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.preprocessing import INPUTS
+from oodcli.recording.recorder import Recorder, recordable
+from oodcli.records import CHEAP, KNOWN_RECORDS
+from oodcli.stages.chosen import odin_step
+from oodcli.stages.extract import degrading, extract_to_file
+from oodcli.stages.model import Model
+from oodcli.stages.record import Work, job_of, listing, paths_sha256, provenance, shard_of
+from oodcli.stages.sources import log_journal, log_records, open_source
+from oodcli.stages.watching import Watch, watched
+
+log = logging.getLogger(__name__)
+
+Parameters = Mapping[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class ExtractRequest:
+    """What is recorded of which images, and how. output: None for IMAGES.features.h5 in the working
+    directory. record: words, or ``all``; None for everything that one pass gives. for_detectors: as
+    ``--for``. parameters: detector → key → value. match_accuracy: of the network on virtual images,
+    which are degraded until then. timeout: seconds for an image to be read. command: recorded in
+    the file."""
+
+    model: Model
+    images: str
+    output: Path | None = None
+    record: Sequence[str] | None = None
+    for_detectors: Sequence[str] = ()
+    parameters: Parameters | None = None
+    match_accuracy: float | None = None
+    mirror: bool = False
+    force: bool = False
+    restart: bool = False
+    timeout: float | None = None
+    shard: str | None = None
+    command: str = ""
+
+    @property
+    def path(self) -> Path:
+        return self.output or Path(_stem(self.images) + ".features.h5")
+
+    @property
+    def virtual(self) -> bool:
+        return format_of(Path(self.images)) == FORMAT
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What was recorded. file: the cache. images: all rows. unreadable: how many of them have no
+    features. recorded: words of ``record``. labelled: rows whose class is known. accuracy: of the
+    network on these; None without any. left_out: suffix → files that are no images."""
+
+    file: Path
+    images: int
+    unreadable: int
+    recorded: Sequence[str]
+    labelled: int
+    accuracy: float | None
+    left_out: Mapping[str, int]
+
+
+def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | None:
+    """Records images into a cache; None in a process of torchrun that writes no file."""
+    share, team = part_of(request.shard, request.images)
+    path = request.path
+    refuse_suffix(path, ".h5", ".hdf5")
+    refuse_output(path, force=request.force)
+    classifier = request.model.load()
+    source, reading = open_source(request.images, classifier, timeout=request.timeout)
+    if request.virtual:
+        _require_same_network(request, classifier)
+    what, odin = _what(request, classifier)
+    precision = request.model.precision(fast=False)
+    batch_size = request.model.batch_size(classifier)
+    if request.match_accuracy is not None and not isinstance(source, VirtualImages):
+        raise OodcliError(
+            f"--match-accuracy is for virtual images, made by invert, but {request.images} is not"
+        )
+    recorder = Recorder(classifier, what | {"logits"}, odin=odin, precision=precision)
+    log_records(recorder)
+    made = provenance(
+        classifier,
+        source=request.images,
+        command=request.command,
+        seed=request.model.running.seed,
+        precision=precision,
+        virtual=request.virtual,
+        matched_accuracy=request.match_accuracy,
+        shard=shard_of(share, len(source), batch_size, lambda: paths_sha256(source)),
+        left_out=source.left_out,
+    )
+    settings = _settings(request, recorder, source, reading, batch_size)
+    with ExitStack() as stack:
+        kept = stack.enter_context(
+            journal(
+                path,
+                job_of(made, **settings),
+                made.command,
+                restart=request.restart and (team is None or team.first_try()),
+                share=WHOLE if team is None else team.share,
+            )
+        )
+        log_journal(kept)
+        if request.match_accuracy is not None and isinstance(source, VirtualImages):
+            source = _patched(
+                source,
+                request.match_accuracy,
+                lambda plain, target: degrading(
+                    classifier, plain, target, batch_size=batch_size, precision=precision
+                ),
+                kept,
+                team,
+            )
+        work = Work(kept, share, team)
+        mine = len(work.part(len(source), batch_size))
+        sensitivities = request.virtual and "layers.gradient" in what
+        summary = extract_to_file(
+            *(classifier, source, recorder, path, made),
+            batch_size=batch_size,
+            sensitivity_from=Path(request.images) if sensitivities else None,
+            force=request.force,
+            progress=watched(watch, mine, before=kept.rows),
+            timeout=request.timeout,
+            work=work,
+        )
+    notes.done(log, "recording")
+    if summary is None:
+        return None
+    return Extracted(**{**summary, "file": path}, left_out=dict(made.left_out))
+
+
+def _what(
+    request: ExtractRequest, classifier: Classifier
+) -> tuple[frozenset[str], OdinStep | None]:
+    """Words of what is recorded, and odin's step. Raises OodcliError for an unknown word, and for
+    parameters of a detector that nothing is recorded for."""
+    given = request.parameters or {}
+    kinds = [detectors.find(name) for name in request.for_detectors]
+    unused = sorted(given.keys() - {kind.name for kind in kinds} - {"odin"})
+    if unused:
+        raise OodcliError(f"-p {unused[0]}.…: {unused[0]} is not among --for")
+    odin = detectors.get("odin")
+    step = odin_step([odin(**parse(odin, given.get("odin", {})))])
+    what = _records(request, classifier, for_kinds=bool(kinds))
+    for kind in kinds:
+        what |= _needs_of(kind, given, virtual=request.virtual)
+    return what | ({"mirror"} if request.mirror else set()), step
+
+
+def _needs_of(kind: type[Detector], given: Parameters, *, virtual: bool) -> frozenset[str]:
+    fit_needs = kind.fit_needs(**parse(kind, given.get(kind.name, {})))
+    if virtual or "layers.sensitivity" not in fit_needs:  # else these are images to score
+        return kind.needs | fit_needs
+    return kind.needs
+
+
+def _records(request: ExtractRequest, classifier: Classifier, *, for_kinds: bool) -> frozenset[str]:
+    """for_kinds: whether detectors name what they need; nothing else is recorded unasked then."""
+    possible = recordable(classifier)
+    if request.record is None and not for_kinds:
+        if classifier.head_name is None:
+            raise OodcliError(
+                f"{classifier.arch} has no linear layer at its end, so there is no embedding: say "
+                "what to record instead, such as --record logits,layers.mean"
+            )
+        return (CHEAP | ({"layers.gradient"} if request.virtual else set())) & possible
+    if list(request.record or ()) == ["all"]:
+        return possible
+    what = frozenset(request.record or ())
+    unknown = sorted(what - KNOWN_RECORDS)
+    if unknown:
+        known = ", ".join(sorted(KNOWN_RECORDS))
+        raise OodcliError(f"--record {unknown[0]}: expected some of {known}, or all")
+    return what
+
+
+def _settings(
+    request: ExtractRequest,
+    recorder: Recorder,
+    source: ImageSource,
+    reading: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    """What else decides the rows of the cache, for its journal."""
+    matched = request.match_accuracy
+    return {
+        **request.model.job(),
+        "the list of images": listing(source),
+        **({} if reading == 0 else {"the reading of its labels": reading}),
+        "--record": sorted(recorder.asked),
+        "odin": asdict(recorder.odin),
+        "--match-accuracy": None if matched is None else ["equal patches", matched],
+        "--batch-size": batch_size,
+    }
+
+
+def _patched(
+    source: VirtualImages,
+    target: float,
+    find: Callable[[VirtualImages, float], tuple[float, float]],
+    kept: Journal,
+    team: Team | None,
+) -> Patched:
+    """Virtual images on which the network has the target accuracy, as the journal or the other
+    processes of torchrun have found, else as ``find`` does."""
+
+    def degrade() -> dict[str, Any]:
+        side, reached = find(source, target)
+        return {"side": side, "reached": reached}
+
+    decided = kept.about.decided
+    if team is not None:
+        decided = team.agree("patches", decided, degrade)
+    kept.about.decided.update(decided or degrade())
+    found = kept.about.decided
+    notes.say(
+        log,
+        f"patches of {found['side']:.3f} of the side bring the network down to "
+        f"{found['reached']:.2%} of these {len(source)} virtual images",
+        word="",
+    )
+    notes.done(log, "the patches")
+    return Patched(source, found["side"])
+
+
+def _require_same_network(request: ExtractRequest, classifier: Classifier) -> None:
+    """Virtual images tell of the network that they were made from, and of no other."""
+    images, here = request.images, classifier.preprocessing
+    made = read_provenance(Path(images))
+    # How photographs are read and resized does not concern images that are the network's inputs.
+    inputs = replace(here, **{name: getattr(made.preprocessing, name) for name in INPUTS})
+    Origin(made.checkpoint_sha256, made.averaged, inputs).require_same(
+        Origin(classifier.sha256, classifier.averaged, here),
+        Words(
+            f"{images} was made from",
+            f"{request.model.name} is",
+            weights="these are its",
+            inputs=(f"{images} was made for inputs with", "here it is"),
+            hint="extract it with that one, or invert this",
+        ),
+        kind=OodcliError,
+    )
+
+
+def _stem(images: str) -> str:
+    """``a/photos/`` → photos, ``v.h5`` → v, ``noise:gaussian?n=5`` → gaussian."""
+    if images == "-":
+        return "stdin"
+    name = images.partition("?")[0].rpartition(":")[2].rstrip("/")
+    path = Path(name or "images")
+    stem = path.stem if path.suffix and not path.is_dir() else path.name
+    return stem.removesuffix(".tar") or "images"

@@ -1,0 +1,233 @@
+"""A checkpoint to virtual images: the whole of ``oodcli invert``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from oodcli import notes
+from oodcli.errors import OodcliError
+from oodcli.files.atomic import refuse_existing, refuse_suffix
+from oodcli.files.hdf5 import Provenance
+from oodcli.files.journal import is_complete, journal, refuse_output
+from oodcli.inversion.invert import (
+    Plan,
+    decisions,
+    prepare,
+    refuse_without_batchnorm,
+    wanted_classes,
+)
+from oodcli.inversion.objective import OBJECTIVES
+from oodcli.inversion.step import Step
+from oodcli.jobs.shards import WHOLE
+from oodcli.jobs.torchrun import Team, part_of
+from oodcli.networks.classifier import Classifier
+from oodcli.stages.invert import invert_to_file, shard_of_plan
+from oodcli.stages.model import Model
+from oodcli.stages.record import Work, job_of, provenance
+from oodcli.stages.sources import log_journal
+from oodcli.stages.watching import Watch, watched
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InvertRequest:
+    """What is inverted, and how. output: None for CHECKPOINT.virtual.h5 in the working directory.
+    steps, mirror: None for those of the objective. classes: ``0-4,7``; None for all. compiled: the
+    step; None for where that is faster. command: recorded in the file."""
+
+    model: Model
+    output: Path | None = None
+    per_class: int = 100
+    objective: str = "kl"
+    steps: int | None = None
+    classes: str | None = None
+    mirror: bool | None = None
+    compiled: bool | None = None
+    force: bool = False
+    restart: bool = False
+    shard: str | None = None
+    command: str = ""
+
+    @property
+    def path(self) -> Path:
+        if self.output is not None:
+            return self.output
+        if self.model.path is None:
+            raise OodcliError("a classifier is given, not a path: say where the virtual images go")
+        return Path(self.model.path.stem + ".virtual.h5")
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """What was made. file: the virtual images. contact_sheet: some of them as a PNG. images,
+    classes: how many. path: how a step was computed. cross_entropy: in nats. agreement: the share
+    on which the network says the target class. batchnorm_gap: layer → KL divergence, in nats."""
+
+    file: Path
+    contact_sheet: Path
+    images: int
+    classes: int
+    objective: str
+    steps: int
+    precision: str
+    device: str
+    path: str
+    cross_entropy: float
+    agreement: float
+    batchnorm_gap: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class InvertEstimate:
+    """What it would take. images: that this process makes. seconds: for these."""
+
+    images: int
+    seconds: float
+
+
+def estimate(request: InvertRequest) -> InvertEstimate:
+    """How long it would take, by a trial; nothing is written."""
+    share, team = part_of(request.shard)
+    _, classifier, plan = _planned(request)
+    plan, step, seconds = prepare(classifier, plan, compiled=request.compiled)
+    mine = plan.images(Work(None, share, team).part(len(plan.batches())))
+    _say_estimate(plan, step, seconds, mine)
+    return InvertEstimate(mine, seconds * mine / (len(plan.classes) * plan.per_class))
+
+
+def invert(request: InvertRequest, watch: Watch | None = None) -> Inverted | None:
+    """Virtual images into a file; None in a process of torchrun that writes no file."""
+    share, team = part_of(request.shard)
+    path, classifier, plan = _planned(request)
+    made = provenance(
+        classifier,
+        source=str(request.model.path or request.model.name),
+        command=request.command,
+        seed=plan.seed,
+        precision=plan.precision,
+        virtual=True,
+        shard=shard_of_plan(plan, share),
+    )
+    with ExitStack() as stack:
+        kept = stack.enter_context(
+            journal(
+                path,
+                _job(request, plan, made),
+                made.command,
+                restart=request.restart and (team is None or team.first_try()),
+                share=WHOLE if team is None else team.share,
+            )
+        )
+        decided = kept.about.decided
+        if team is not None:
+            decided = _agreed(team, decided, classifier, plan, request.compiled)
+        plan, step, seconds = prepare(classifier, plan, compiled=request.compiled, decided=decided)
+        kept.about.decided.update(decisions(plan, step))
+        log_journal(kept)
+        notes.done(log, "a trial step")
+        work = Work(kept, share, team)
+        mine = plan.images(work.part(len(plan.batches())))
+        _say_estimate(plan, step, seconds, mine, kept.rows)
+        summary = invert_to_file(
+            *(classifier, plan, path, made),
+            step=step,
+            force=request.force,
+            progress=watched(watch, mine, before=kept.rows, each=plan.total_steps),
+            work=work,
+        )
+    notes.done(log, "inversion")
+    if summary is None:
+        return None
+    return Inverted(**{**summary, "file": path, "contact_sheet": path.with_suffix(".png")})
+
+
+def _planned(request: InvertRequest) -> tuple[Path, Classifier, Plan]:
+    """Where the images go, the network that they are made from, and which are made."""
+    path = request.path
+    refuse_suffix(path, ".h5", ".hdf5")
+    refuse_output(path, force=request.force)
+    refuse_existing(path.with_suffix(".png"), force=request.force or is_complete(path))
+    if request.objective not in OBJECTIVES:
+        raise OodcliError(
+            f"--objective {request.objective}: expected one of {', '.join(OBJECTIVES)}"
+        )
+    recipe = OBJECTIVES[request.objective]
+    if request.mirror is not None:
+        recipe = replace(recipe, mirror=request.mirror)
+    model = request.model
+    classifier = model.load()
+    refuse_without_batchnorm(classifier)
+    height, width = classifier.preprocessing.input_size
+    plan = Plan(
+        classes=wanted_classes(request.classes, classifier.num_classes),
+        per_class=request.per_class,
+        objective=recipe,
+        steps=request.steps,
+        batch_size=model.running.batch_size or max(25, min(100, 100 * 64 * 64 // (height * width))),
+        precision=model.precision(fast=True),
+        seed=model.running.seed,
+    )
+    pairs = ", ".join(f"{name}={value}" for name, value in asdict(recipe).items())
+    log.debug("objective %s", pairs)
+    log.debug(
+        "%d images of each of %d classes, in batches of at most %d, %d steps each",
+        *(plan.per_class, len(plan.classes), plan.batch_size, plan.total_steps),
+    )
+    if len(plan.classes) < min(classifier.num_classes, plan.batch_size):
+        notes.say(
+            log,
+            f"batches hold {len(plan.classes)} of {classifier.num_classes} classes, so their "
+            "statistics match the network's less well",
+        )
+    return path, classifier, plan
+
+
+def _job(request: InvertRequest, plan: Plan, made: Provenance) -> dict[str, Any]:
+    """What decides the images, for their journal."""
+    settings = {
+        **request.model.job(),
+        "--objective": asdict(plan.objective),
+        "--steps": plan.total_steps,
+        "--per-class": plan.per_class,
+        "--classes": plan.classes,
+        "--batch-size": plan.batch_size,
+        "--compile": request.compiled,
+    }
+    return job_of(made, **settings)
+
+
+def _agreed(
+    team: Team,
+    decided: dict[str, Any],
+    classifier: Classifier,
+    plan: Plan,
+    compiled: bool | None,
+) -> dict[str, Any]:
+    """What all processes of torchrun go on with."""
+
+    def decide() -> dict[str, Any]:
+        return decisions(*prepare(classifier, plan, compiled=compiled)[:2])
+
+    return team.agree("decisions", decided, decide)
+
+
+def _say_estimate(plan: Plan, step: Step, seconds: float, mine: int, done: int = 0) -> None:
+    """mine: how many of its images this process makes."""
+    batches = plan.batches()
+    count = len(plan.classes) * plan.per_class
+    left = mine - done
+    halved = f" ({plan.half_steps} at half the side)" if plan.half_steps else ""
+    notes.say(
+        log,
+        f"{count} images of {len(plan.classes)} classes; steps: {plan.total_steps}{halved}, "
+        f"batches: {len(batches)} of {len(batches[0])}; {plan.precision} on "
+        f"{step.classifier.device}, {step.path}: about {notes.duration(seconds * left / count)}"
+        + (f" for the {left} that are left" if done else f" for {left}" if left < count else ""),
+        word="",
+    )

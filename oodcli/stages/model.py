@@ -1,0 +1,187 @@
+"""The checkpoint of a job, and how its network runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oodcli import notes
+from oodcli.errors import OodcliError, first_line
+from oodcli.jobs.torchrun import launched, local_rank
+from oodcli.networks import load
+from oodcli.networks.architectures import resizing
+from oodcli.networks.card import NOTHING, Overrides, read_card
+from oodcli.networks.classifier import Classifier
+from oodcli.networks.devices import multiplies_bfloat16
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's file, and what is given about its network."""
+
+    path: Path
+    overrides: Overrides = NOTHING
+    prefer_ema: bool = False
+    trust_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a network runs. device, precision: or ``auto``. batch_size: None for what suits the
+    size of the images. seed: of everything random."""
+
+    device: str = "auto"
+    batch_size: int | None = None
+    precision: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, or a classifier that was loaded from one, and how its network runs."""
+
+    checkpoint: Checkpoint | Classifier
+    running: Running = field(default_factory=Running)
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's path, or that there is none."""
+        if isinstance(self.checkpoint, Classifier):
+            return f"the classifier {self.checkpoint.arch}"
+        return str(self.checkpoint.path)
+
+    @property
+    def path(self) -> Path | None:
+        return None if isinstance(self.checkpoint, Classifier) else self.checkpoint.path
+
+    def load(self) -> Classifier:
+        """The classifier; what was assumed about it is logged. Raises CheckpointError, or
+        OodcliError for a device that cannot be used."""
+        given = self.checkpoint
+        if isinstance(given, Classifier):
+            return given
+        classifier = load.load_classifier(
+            given.path,
+            given.overrides,
+            device=self.device(),
+            prefer_ema=given.prefer_ema,
+            trust_pickle=given.trust_pickle,
+        )
+        for assumption in classifier.assumptions:
+            notes.say(log, assumption, "assumed")
+        if log.isEnabledFor(logging.DEBUG):
+            _log_origins(given, self.running, classifier)
+        notes.done(log, "checkpoint")
+        return classifier
+
+    def job(self) -> dict[str, Any]:
+        """What else decides which network that is, for a journal."""
+        given = self.checkpoint
+        if isinstance(given, Classifier):
+            return {"--layers": [tap.name for tap in given.taps], "--ema": given.averaged}
+        return {"--layers": given.overrides.layers, "--ema": given.prefer_ema}
+
+    def device(self) -> str:
+        """``auto`` is the first GPU where there is one, under torchrun one for each process; a
+        classifier stays where it is. Raises OodcliError for an unusable one."""
+        if isinstance(self.checkpoint, Classifier):
+            return str(self.checkpoint.device)
+        device = self.running.device
+        if device == "auto":
+            if not torch.cuda.is_available():
+                return "cpu"
+            return f"cuda:{local_rank() % torch.cuda.device_count()}" if launched() else "cuda"
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = first_line(error)
+            raise OodcliError(f"--device {device} cannot be used ({reason})") from error
+        return device
+
+    def batch_size(self, classifier: Classifier) -> int:
+        """128 small images, fewer large ones."""
+        given = self.running.batch_size
+        height, width = classifier.preprocessing.input_size
+        size = given or max(16, min(128, 128 * 128 * 128 // (height * width)))
+        log.debug("batches of %d, by %s", size, "default" if given is None else "--batch-size")
+        return size
+
+    def precision(self, *, fast: bool) -> str:
+        """``auto`` is float32, or where ``fast`` is asked for bfloat16 if the device multiplies
+        it in hardware."""
+        precision = self.running.precision
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise OodcliError(f"--precision {precision}: expected auto, float32 or bfloat16")
+        if precision != "auto":
+            log.debug("precision %s, by --precision", precision)
+            return precision
+        half = fast and multiplies_bfloat16(self.device())
+        why = "bfloat16, which the device multiplies in hardware" if half else "float32"
+        log.debug("precision %s, by default", why)
+        return "bfloat16" if half else "float32"
+
+
+def _log_origins(given: Checkpoint, running: Running, classifier: Classifier) -> None:
+    """Where everything that is known of a network comes from, what is tapped, where it runs."""
+    path = given.overrides.card or given.path.with_suffix(".toml")
+    card = read_card(path) if path.is_file() else {}
+    log.debug(f"model card: {path}" if path.is_file() else f"no model card: {path} is missing")
+    prep = classifier.preprocessing
+    bilinear = prep.interpolation == "bilinear"
+    for key, what, fallback in (
+        ("arch", f"architecture {classifier.arch}", "recognition"),
+        ("num_classes", f"{classifier.num_classes} classes", "recognition"),
+        ("class_names", f"class names {_some(classifier.class_names)}", "default"),
+        ("input_size", f"input size {prep.input_size[0]}x{prep.input_size[1]}", "recognition"),
+        ("mean", f"mean {_numbers(prep.mean)}", "recognition"),
+        ("std", f"std {_numbers(prep.std)}", "recognition"),
+        ("resize", resizing(prep.resize), "recognition" if prep.resize else "default"),
+        (
+            "interpolation",
+            f"{prep.interpolation} interpolation",
+            "default" if bilinear else "recognition",
+        ),
+        ("exif", f"EXIF orientation: {prep.exif}", "default"),
+        ("image_range", _range(prep.image_range), "default"),
+        ("layers", _tapped(classifier), "default"),
+    ):
+        if getattr(given.overrides, key) is not None:
+            origin = "--" + key.replace("_", "-")
+        elif key == "resize" and given.overrides.crop is not None:
+            origin = "--crop"
+        else:
+            origin = path.name if key in card else fallback
+        log.debug("%s, by %s", what, origin)
+    log.debug(
+        "device %s, by --device %s; threads of torch: %d; seed %d",
+        *(classifier.device, running.device, torch.get_num_threads(), running.seed),
+    )
+
+
+def _range(limits: tuple[float, float] | None) -> str:
+    if limits is None:
+        return "images of more than 8 bits scaled from the range of their type"
+    return f"images of more than 8 bits scaled from {limits[0]:g}…{limits[1]:g}"
+
+
+def _tapped(classifier: Classifier) -> str:
+    kinds: dict[str, list[str]] = {}
+    for tap in classifier.taps:
+        kinds.setdefault(tap.kind, []).append(tap.name)
+    listed = "; ".join(f"{len(names)} {kind}: {' '.join(names)}" for kind, names in kinds.items())
+    return f"{len(classifier.taps)} layers tapped ({listed})" if listed else "no layer tapped"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)

@@ -1,0 +1,174 @@
+"""Where the rows to score come from: a cache, or images and a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from oodcli import detectors, notes
+from oodcli._version import __version__
+from oodcli.detectors.base import Detector
+from oodcli.errors import OodcliError
+from oodcli.features import Rows
+from oodcli.files.cache import FORMAT, open_cache
+from oodcli.files.hashes import file_sha256
+from oodcli.files.hdf5 import Provenance, format_of
+from oodcli.files.virtual import FORMAT as VIRTUAL
+from oodcli.images import ImageSource
+from oodcli.networks.classifier import Classifier
+from oodcli.recording.recorder import Recorder, recordable
+from oodcli.stages.chosen import Chosen, FitReference, fit_on_noise, needs, odin_step
+from oodcli.stages.model import Model
+from oodcli.stages.record import (
+    Progress,
+    file_state,
+    listing,
+    paths_sha256,
+    provenance,
+    record_images,
+)
+from oodcli.stages.sources import log, log_cache, log_records, open_source
+
+if TYPE_CHECKING:
+    from oodcli.stages.on_cluster import OnCluster
+
+Record = Callable[[Sequence[Chosen], Progress], Callable[[int, int], Iterable[Rows]]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Where rows come from. made: how scores of them are made. available: what can be recorded.
+    record: rows [start, stop) for some detectors. job: what else decides which rows those are.
+    count: how many there are. unit: rows that are scored together. listing: SHA-256 of the list
+    of images. fit_reference: fits a detector on noise; None without the network.
+    extracted_by: the command that made a cache. cluster: the same job for a Ray cluster."""
+
+    made: Provenance
+    available: frozenset[str]
+    record: Record
+    job: Callable[[], dict[str, Any]]
+    count: int
+    unit: Callable[[Sequence[Chosen]], int]
+    listing: Callable[[], str]
+    fit_reference: FitReference | None = None
+    extracted_by: str | None = None
+    cluster: OnCluster | None = None
+
+
+def from_cache(path: Path, stack: ExitStack, *, mirror: bool, command: str) -> Opened:
+    """The rows of a feature cache, which stays open as long as the stack. Raises OodcliError when
+    it is none, or cannot be read."""
+    if path.is_file() and format_of(path) != FORMAT and path.suffix not in (".h5", ".hdf5"):
+        raise OodcliError(f"{path} is no cache: give IMAGES after a checkpoint")
+    cache = stack.enter_context(open_cache(path))
+    log_cache("score", cache)
+
+    def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
+        views = {"mirror"} if mirror else set()
+        for each in chosen:
+            cache.require(each.detector.score_needs | views, detectors.word_for(each.detector.name))
+
+        def rows(start: int, stop: int) -> Iterator[Rows]:
+            for block in cache.blocks(needs(chosen, mirror=mirror), start=start, stop=stop):
+                yield block
+                advance(len(block.paths))
+
+        return rows
+
+    made = replace(
+        cache.provenance,
+        source=str(path),
+        command=command,
+        oodcli_version=__version__,
+        torch_version=str(torch.__version__),
+    )
+    return Opened(
+        made,
+        cache.recorded,
+        record,
+        lambda: {"the cache's state": file_state(path)},
+        cache.count,
+        lambda chosen: cache.block_rows(needs(chosen, mirror=mirror)),
+        lambda: cache.rows_sha256 or file_sha256(path),
+        extracted_by=cache.provenance.command,
+    )
+
+
+def from_images(
+    model: Model,
+    classifier: Classifier,
+    images: str,
+    *,
+    mirror: bool,
+    timeout: float | None,
+    command: str,
+) -> tuple[Opened, ImageSource, int | None]:
+    """Images, which the network records when they are scored; their source, and the number of the
+    reading of its labels, see ``settle_labels``."""
+    source, reading = open_source(images, classifier, timeout=timeout)
+    batch_size = model.batch_size(classifier)
+    precision = model.precision(fast=False)
+
+    def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
+        recorder = Recorder(
+            classifier,
+            needs(chosen, mirror=mirror),
+            odin=odin_step(each.detector for each in chosen),
+            precision=precision,
+        )
+        log_records(recorder)
+
+        def rows(start: int, stop: int) -> Iterable[Rows]:
+            return record_images(
+                *(classifier, source, recorder, batch_size, advance),
+                start=start,
+                stop=stop,
+                timeout=timeout,
+            )
+
+        return rows
+
+    def job() -> dict[str, Any]:
+        return {
+            **model.job(),
+            "the list of images": listing(source),
+            **({} if reading == 0 else {"the reading of its labels": reading}),
+            "--batch-size": batch_size,
+        }
+
+    made = provenance(
+        classifier,
+        source=images,
+        command=command,
+        seed=model.running.seed,
+        precision=precision,
+        virtual=format_of(Path(images)) == VIRTUAL,
+        left_out=source.left_out,
+    )
+    opened = Opened(
+        made,
+        recordable(classifier),
+        record,
+        job,
+        len(source),
+        lambda chosen: batch_size,
+        lambda: paths_sha256(source),
+        with_noise(classifier, batch_size),
+    )
+    return opened, source, reading
+
+
+def with_noise(classifier: Classifier, batch_size: int) -> FitReference:
+    """Fits a detector on the noise that it is standardised on, with this network."""
+
+    def fit_reference(kind: type[Detector], given: Mapping[str, Any]) -> Detector:
+        Recorder(classifier, kind.fit_needs(**given))  # raises where that is not possible
+        notes.say(log, f"{kind.name} is standardised on {kind.reference_images} first")
+        return fit_on_noise(classifier, kind, given, batch_size)
+
+    return fit_reference
