@@ -10,10 +10,19 @@ WORD = "word"
 DONE = "done"
 """Key of a record's ``extra``: a step of the job that is done, in a word or two."""
 
+RANK = "rank"
+"""Key of a record's ``extra``: the number of this process among those that torchrun has started."""
+
 
 def say(log: logging.Logger, message: str, word: str = "note") -> None:
     """Logs a line at level INFO."""
     log.info("%s", message, extra={WORD: word})
+
+
+def rank(log: logging.Logger, number: int, of: int) -> None:
+    """Logs at level INFO which of several processes this is: the command line is quiet in all but
+    the first."""
+    log.info("process %d of %d that torchrun has started", number, of, extra={RANK: number})
 
 
 def done(log: logging.Logger, step: str) -> None:

@@ -28,7 +28,7 @@ verbose = False
 """--verbose: details, too."""
 
 who = ""
-"""Which of several processes of one job this is, for its errors."""
+"""Which of several processes of torchrun this is, for its errors; empty where it is none."""
 
 _laps: list[tuple[str, float]] = []
 """What a command has done, and when it was done with that; first, when it began."""
@@ -99,14 +99,21 @@ class Notes(logging.Handler):
     that are done."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        step = getattr(record, notes.DONE, None)
-        if step is not None:
-            lap(step)
+        if hasattr(record, notes.RANK):
+            _rank(getattr(record, notes.RANK))
+        elif hasattr(record, notes.DONE):
+            lap(getattr(record, notes.DONE))
         elif record.levelno <= logging.DEBUG:
             detail(record.getMessage())
         else:
             word = getattr(record, notes.WORD, "note")
             say(": ".join(filter(None, (word, record.getMessage()))))
+
+
+def _rank(number: int) -> None:
+    """Of several processes of torchrun, the first one prints, and the others only errors."""
+    global quiet, who
+    who, quiet = f"rank {number}", quiet or number > 0
 
 
 def heed(level: int) -> None:

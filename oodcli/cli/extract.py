@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from oodcli.cli import console, torchrun, verdicts
+from oodcli.cli import console, verdicts
 from oodcli.cli.completions import complete_detector_list, complete_records
 from oodcli.cli.options import (
     Checkpoint,
@@ -81,7 +81,6 @@ def command(
     """Run the network over images once and cache what detectors need."""
     from oodcli import api
 
-    together = torchrun.speak_for_all()
     with console.watching("extract") as progress:
         extracted = api.extract(
             model.checkpoint(checkpoint),
@@ -114,7 +113,7 @@ def command(
         )
     )
     verdicts.say_left_out(extracted.left_out)
-    if extracted.unreadable and not together:  # torchrun would take it for a crash
+    if extracted.unreadable and not console.who:  # torchrun would take it for a crash
         raise typer.Exit(3)
 
 

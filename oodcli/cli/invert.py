@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from oodcli.cli import console, torchrun
+from oodcli.cli import console
 from oodcli.cli.completions import words
 from oodcli.cli.options import (
     Checkpoint,
@@ -77,7 +77,6 @@ def command(
     """Recall virtual images from the statistics of BatchNorm layers."""
     from oodcli import api
 
-    torchrun.speak_for_all()
     given: dict[str, Any] = {
         "per_class": per_class,
         "objective": objective,

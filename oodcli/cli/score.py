@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodcli.cli import console, torchrun, verdicts
+from oodcli.cli import console, verdicts
 from oodcli.cli.options import (
     Detectors,
     Force,
@@ -138,7 +138,6 @@ def command(
     """Score images: higher = more out of distribution."""
     from oodcli import api
 
-    together = torchrun.speak_for_all()
     if json and output is None:
         raise OodcliError("--json prints the summary on standard output: name a file with -o")
     decides = fpr is not None or bool(threshold) or contamination is not None
@@ -174,7 +173,7 @@ def command(
     _say(scored)
     if verdicts.gate_failed(scored.doubts, max_ood_fraction):
         raise typer.Exit(4)
-    if scored.unreadable and not together:  # torchrun would take it for a crash
+    if scored.unreadable and not console.who:  # torchrun would take it for a crash
         raise typer.Exit(3)
 
 

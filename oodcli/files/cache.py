@@ -25,7 +25,16 @@ from oodcli.features import (
     Rows,
     concatenate,
 )
-from oodcli.files.hdf5 import ROWS_SHA256, SHA256, Provenance, damage, dataset, group_of, reading
+from oodcli.files.hdf5 import (
+    ROWS_SHA256,
+    Provenance,
+    checked,
+    damage,
+    dataset,
+    group_of,
+    reading,
+    write_constant,
+)
 from oodcli.records import LAYER_PARTS, NORM_PARTS, WHOLE, field_of, word_of
 
 FORMAT = "oodcli-features"
@@ -33,7 +42,6 @@ FORMAT = "oodcli-features"
 LOGITS_LEVEL = "logits_level"
 """Root attribute, False where /logits are log-probabilities; else it is not there."""
 
-CHUNK_BYTES = 1 << 18
 BLOCK_BYTES = 1 << 26
 BLOCK_ROWS = 8192
 
@@ -45,14 +53,9 @@ def listed(paths: Sequence[str], labels: Tensor, errors: Sequence[str | None]) -
     return "".join(f"{path}\0{label}\0{error or ''}\0" for path, label, error in rows).encode()
 
 
-def _blank(count: int, width: int) -> bytes:
-    """What a dataset has for images that could not be read."""
-    return np.full((count, width), np.nan, dtype=np.float32).tobytes()
-
-
 class CacheWriter:
     """Appends blocks of N rows in turn; unreadable images keep a row of NaN and their error.
-    Checksums are taken as the rows pass, and are in the file once all ``count`` are.
+    The checksum of the list is taken as the rows pass, and is in the file once all ``count`` are.
 
     Raises ValueError when a block records something else than the first one did.
     """
@@ -65,10 +68,11 @@ class CacheWriter:
         text = h5py.string_dtype("utf-8")
         self._path = file.create_dataset("path", (count,), text)
         self._error = file.create_dataset("error", (count,), text)
-        self._label = file.create_dataset("label", (count,), "int64", fillvalue=-1)
+        self._label = file.create_dataset(
+            "label", (count,), "int64", fillvalue=-1, **checked((count,), 8)
+        )
         self._rows: dict[str, h5py.Dataset] = {}
         self._list = hashlib.sha256()
-        self._contents: dict[str, hashlib._Hash] = {}
 
     def append(self, rows: Rows) -> None:
         start, stop = self._row, self._row + len(rows.paths)
@@ -85,10 +89,6 @@ class CacheWriter:
                 values = np.full((len(rows.paths), tensor.shape[1]), np.nan, dtype=np.float32)
                 values[good] = tensor.float().cpu().numpy()
                 self._rows[name][start:stop] = values
-                self._contents[name].update(values.data)
-        else:
-            for name, content in self._contents.items():
-                content.update(_blank(stop - start, self._rows[name].shape[1]))
         self._path[start:stop] = list(rows.paths)
         self._error[start:stop] = [error or "" for error in rows.errors]
         self._label[start:stop] = rows.labels.cpu().numpy()
@@ -107,28 +107,17 @@ class CacheWriter:
     def _sum_up(self) -> None:
         if self._row == self._count:
             self._file.attrs[ROWS_SHA256] = self._list.hexdigest()
-            for name, content in self._contents.items():
-                self._rows[name].attrs[SHA256] = content.hexdigest()
 
     def _constant(self, name: str, value: Tensor | float) -> None:
         values = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
-        # By assignment, HDF5 would write the time into the group that it makes on the way.
-        dataset = self._file.create_dataset(name, data=values)
-        dataset.attrs[SHA256] = hashlib.sha256(values.tobytes()).hexdigest()
+        write_constant(self._file, name, values)
 
     def _create(self, features: Features, named: dict[str, Tensor]) -> None:
         for name, rows in named.items():
-            width = rows.shape[1]
-            chunk = (max(1, min(self._count, CHUNK_BYTES // (4 * width))), width)
+            shape = (self._count, rows.shape[1])
             self._rows[name] = self._file.create_dataset(
-                name,
-                (self._count, width),
-                "float32",
-                chunks=chunk if self._count else None,
-                fillvalue=np.nan,
+                name, shape, "float32", fillvalue=np.nan, **checked(shape, 4)
             )
-            # Of the rows before, not one could be read.
-            self._contents[name] = hashlib.sha256(_blank(self._row, width))
         for order, (name, layer) in enumerate(features.layers.items()):
             group = self._file.require_group(f"layers/{name}")
             group.attrs["kind"], group.attrs["order"] = layer.kind, order

@@ -15,7 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodcli.files.hdf5 import ROWS_SHA256, SHA256, Provenance, damage, dataset, group_of, reading
+from oodcli.files.hdf5 import (
+    ROWS_SHA256,
+    Provenance,
+    checked,
+    damage,
+    dataset,
+    group_of,
+    reading,
+    write_constant,
+)
 
 BLOCK_ROWS = 256
 FORMAT = "oodcli-virtual"
@@ -30,8 +39,8 @@ def listed(images: NDArray[np.float16], labels: NDArray[np.int64]) -> Iterator[b
 
 class VirtualWriter:
     """Datasets ``/images`` (N, C, H, W) float16 in normalised space, ``/label`` (N,) int64,
-    ``/layers/<name>/sensitivity`` (N, C) float32; batches are appended in turn. Checksums are taken
-    as they pass; ``finish`` writes them."""
+    ``/layers/<name>/sensitivity`` (N, C) float32; batches are appended in turn. The
+    checksum of the list is taken as they pass; ``finish`` writes it."""
 
     def __init__(
         self, file: h5py.File, provenance: Provenance, count: int, settings: Mapping[str, Any]
@@ -42,15 +51,10 @@ class VirtualWriter:
         height, width = provenance.preprocessing.input_size
         self._file = file
         self._row = 0
-        self._images = file.create_dataset(
-            "images",
-            (count, channels, height, width),
-            "float16",
-            chunks=(1 if height * width > 10_000 else min(count, 64), channels, height, width),
-        )
-        self._label = file.create_dataset("label", (count,), "int64")
+        shape = (count, channels, height, width)
+        self._images = file.create_dataset("images", shape, "float16", **checked(shape, 2))
+        self._label = file.create_dataset("label", (count,), "int64", **checked((count,), 8))
         self._list = hashlib.sha256()
-        self._contents: dict[str, hashlib._Hash] = {}
 
     def append(self, images: Tensor, label: Tensor, sensitivity: Mapping[str, Tensor]) -> None:
         start, stop = self._row, self._row + len(images)
@@ -62,12 +66,10 @@ class VirtualWriter:
         for order, (name, rows) in enumerate(sensitivity.items()):
             where = f"layers/{name}/sensitivity"
             if where not in self._file:
-                self._file.create_dataset(where, (len(self._label), rows.shape[1]), "float32")
+                shape = (len(self._label), rows.shape[1])
+                self._file.create_dataset(where, shape, "float32", **checked(shape, 4))
                 self._file[f"layers/{name}"].attrs["order"] = order
-                self._contents[where] = hashlib.sha256()
-            values = rows.float().contiguous().numpy()
-            self._file[where][start:stop] = values
-            self._contents[where].update(values.data)
+            self._file[where][start:stop] = rows.float().numpy()
         self._row = stop
 
     def finish(
@@ -79,11 +81,8 @@ class VirtualWriter:
             raise ValueError(f"{self._row} of {len(self._label)} images were made")
         self._file.attrs["quality"] = json.dumps(quality)
         for name, numbers in (sums or {}).items():
-            kept = self._file.create_dataset(f"quality/{name}", data=numbers)
-            kept.attrs[SHA256] = hashlib.sha256(numbers.tobytes()).hexdigest()
+            write_constant(self._file, f"quality/{name}", numbers)
         self._file.attrs[ROWS_SHA256] = self._list.hexdigest()
-        for where, content in self._contents.items():
-            self._file[where].attrs[SHA256] = content.hexdigest()
 
 
 class VirtualFile:

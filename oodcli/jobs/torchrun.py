@@ -4,17 +4,21 @@ tensor goes from one to another, so neither gloo nor nccl is needed."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from oodcli import notes
 from oodcli.errors import OodcliError, first_line
 from oodcli.jobs.shards import Share
 
 if TYPE_CHECKING:
     from oodcli.files.journal import Block, Journal, Record
+
+log = logging.getLogger(__name__)
 
 Listen = Callable[[int], None]
 """Raises what a signal has asked for: a progress callback, which is told of no progress."""
@@ -165,6 +169,7 @@ def part_of(shard: str | None, images: str | None = None) -> tuple[Share, Team |
     team = Team.assemble()
     if team is None:
         return share, None
+    notes.rank(log, team.rank, team.size)
     if shard is not None:
         raise OodcliError(
             f"--shard {shard} is for jobs without a launcher: torchrun's processes share the work "

@@ -32,7 +32,6 @@ EXCEPTIONS = {
         "oodcli.recording.recorder",
     },
     "tables.py": {"oodcli.report.tables"},
-    "torchrun.py": {"oodcli.jobs.torchrun"},  # which rank prints
     "versions.py": {"oodcli.networks.devices", "torch"},  # what --version reports
 }
 LONGEST = 60

@@ -226,6 +226,12 @@ def test_what_is_none_of_these_is_one_sentence(made, tmp_path):
 # ---------------------------------------------------------------------------- checksums
 
 
+def assert_checked(file, but=()):
+    """HDF5 has a checksum for every chunk of every dataset that is more than one number."""
+    for name in listed_datasets(file):
+        assert not file[name].shape or file[name].fletcher32 or name in but, name
+
+
 @pytest.mark.parametrize("name", CACHES)
 def test_the_list_of_images_has_a_hash(made, name):
     with h5py.File(made / name) as file:
@@ -234,8 +240,9 @@ def test_the_list_of_images_has_a_hash(made, name):
         )
         text = "".join(f"{path}\0{label}\0{error}\0" for path, label, error in rows)
         assert file.attrs["rows_sha256"] == sha256(text.encode())
-        for dataset in ("logits", "layers/bn1/mean", "head/weight", "batchnorm/bn1/eps"):
-            assert file[dataset].attrs["sha256"] == sha256(file[dataset][()].tobytes())
+        eps = file["batchnorm/bn1/eps"]
+        assert eps.attrs["sha256"] == sha256(eps[()].tobytes())
+        assert_checked(file, but=("path", "error"))  # which the hash is of
 
 
 def test_virtual_images_have_a_hash(made):
@@ -243,8 +250,7 @@ def test_virtual_images_have_a_hash(made):
         rows = zip(file["images"][()], file["label"][()], strict=True)
         data = b"".join(image.tobytes() + label.tobytes() for image, label in rows)
         assert file.attrs["rows_sha256"] == sha256(data)
-        values = file["layers/bn1/sensitivity"]
-        assert values.attrs["sha256"] == sha256(values[()].tobytes())
+        assert_checked(file)
 
 
 def test_the_hash_does_not_depend_on_batches(made, tmp_path):
@@ -321,27 +327,31 @@ def listed_datasets(file):
     return found
 
 
-def with_nan(file):
-    changed("logits", (1, 2), np.nan)(file)
-    file["logits"].attrs["sha256"] = sha256(file["logits"][()].tobytes())
+def changed_since(name, index, value):
+    """Of an older file, where every dataset has its SHA-256."""
+
+    def change(file):
+        file[name].attrs["sha256"] = sha256(file[name][()].tobytes())
+        changed(name, index, value)(file)
+
+    return change
 
 
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("photos.h5", changed("logits", (1, 2), 0.5), "/logits was written with the sha256"),
-        ("photos.h5", changed("layers/bn1/mean", (4, 0), 0.5), "/layers/bn1/mean was written"),
-        ("photos.h5", changed("head/weight", (3, 3), 0.5), "/head/weight was written"),
+        ("photos.h5", changed_since("logits", (1, 2), 0.5), "/logits was written with the sha256"),
+        ("photos.h5", changed_since("head/weight", (3, 3), 0.5), "/head/weight was written"),
         ("photos.h5", changed("batchnorm/bn1/eps", (), 0.5), "/batchnorm/bn1/eps was written"),
         ("photos.h5", changed("path", 2, "other.png"), "paths, labels and errors give"),
         ("photos.h5", changed("label", 2, 7), "paths, labels and errors give"),
         ("photos.h5", changed("error", 3, ""), "paths, labels and errors give"),
-        ("photos.h5", with_nan, "/logits holds nan in row 1"),
+        ("photos.h5", changed("logits", (1, 2), np.nan), "/logits holds nan in row 1"),
         ("photos.h5", without_row("logits"), "/logits has 4 rows, but /path has 5"),
         ("photos.h5", without_row(), "paths, labels and errors give"),
         ("v.h5", changed("images", (3, 0, 4, 4), 0.5), "images and labels give"),
         ("v.h5", changed("label", 3, 7), "images and labels give"),
-        ("v.h5", changed("layers/bn1/sensitivity", (3, 3), 0.5), "/layers/bn1/sensitivity was"),
+        ("v.h5", changed_since("layers/bn1/sensitivity", (3, 3), 0.5), "sensitivity was written"),
     ],
 )
 def test_a_changed_file_is_refused(copy, name, change, says):
@@ -369,16 +379,28 @@ def test_a_flipped_bit_in_a_detector_is_refused(copy, name, place):
     fails("inspect", "--verify", path, says=(recorded[:12], found[:12]))
 
 
-@pytest.mark.parametrize("dataset", ["logits", "layers/bn1/std", "batchnorm/bn1/var"])
-def test_a_flipped_bit_in_a_cache_is_refused(copy, dataset):
+def flipped(path: Path, dataset: str) -> None:
+    with h5py.File(path) as file:
+        chunk = file[dataset].id.get_chunk_info(0)
+    flip(path, chunk.byte_offset + chunk.size // 2)
+
+
+@pytest.mark.parametrize("dataset", ["logits", "label", "head/weight", "batchnorm/bn1/running_var"])
+def test_a_flipped_bit_in_a_cache_is_refused(made, copy, dataset):
     path = copy("id.h5")
-    with h5py.File(path) as file:
-        offset = file[dataset].id.get_chunk_info(0).byte_offset
-        recorded = file[dataset].attrs["sha256"]
-    flip(path, offset + 101)
-    with h5py.File(path) as file:
-        found = sha256(file[dataset][()].tobytes())
-    fails("inspect", "--verify", path, says=(f"/{dataset}", recorded[:12], found[:12]))
+    flipped(path, dataset)
+    fails("inspect", "--verify", path, says=(str(path), "a checksum does not hold"))
+    words = ("score", path, "-d", "energy", "-d", made / "real" / "knn.safetensors")
+    fails(*words, says=(str(path), "a checksum does not hold"))
+
+
+@pytest.mark.parametrize("dataset", ["images", "label", "layers/bn1/sensitivity"])
+def test_a_flipped_bit_in_virtual_images_is_refused(made, copy, tmp_path, dataset):
+    path = copy("v.h5")
+    flipped(path, dataset)
+    fails("inspect", "--verify", path, says=(str(path), "a checksum does not hold"))
+    words = ("extract", made / "digits.pt", path, "-o", tmp_path / "x.h5")
+    fails(*words, says=(str(path), "damaged", "make it again"))
 
 
 @pytest.mark.parametrize("name", VERIFIABLE)
@@ -400,7 +422,9 @@ def test_files_of_before_are_still_read(made, copy, tmp_path):
     with h5py.File(path, "r+") as file:
         del file.attrs["rows_sha256"]
         for name in listed_datasets(file):
-            file[name].attrs.pop("sha256", None)
+            values, kind = file[name][()], file[name].dtype
+            del file[name]
+            file.create_dataset(name, data=values, dtype=kind)
     result = oodcli("inspect", "--verify", path)
     assert result.status == 0, result.err
     assert result.out.count("not checked: no checksum was stored") == 2

@@ -21,8 +21,8 @@ from oodcli.errors import DetectorError, FileError
 from oodcli.features import Rows, concatenate
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
 from oodcli.files.atomic import atomic, make_folder, refuse_existing
-from oodcli.files.cache import CHUNK_BYTES, CacheWriter, open_cache
-from oodcli.files.hdf5 import Provenance, format_of, writing
+from oodcli.files.cache import CacheWriter, open_cache
+from oodcli.files.hdf5 import CHUNK_BYTES, Provenance, format_of, writing
 from oodcli.files.virtual import VirtualWriter, read_provenance, read_sensitivity
 from oodcli.recording.recorder import Recorder, recordable
 from oodcli.stages.record import provenance
