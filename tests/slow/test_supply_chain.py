@@ -36,6 +36,7 @@ FETCHES = step("score net.pt torchvision:MNIST?root=data&download=true -d msp", 
 
 RUN = """
 import json, os, pickle, sys
+import jinja2  # makes a constant by pickle when it is imported
 
 reached, pickled = [], []
 
