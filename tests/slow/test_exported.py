@@ -57,9 +57,10 @@ def test_a_program_is_an_ordinary_network(
     save(network, tmp_path / "net.pt2", batch, dynamic)
     found = load_classifier(tmp_path / "net.pt2")
     plain = assemble(network, arch="plain", preprocessing=PREPROCESSING)
-    images = torch.randn(4, 3, 32, 32, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 32, 32, generator=generator).requires_grad_()
     logits = found.network(images)
-    torch.testing.assert_close(logits, network(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, network(images), rtol=1e-4, atol=1e-4)
     (gradient,) = torch.autograd.grad(logits[:, 0].sum(), images)  # ODIN and MGI need one
     assert gradient.abs().sum() > 0
     assert found.preprocessing.input_size == (32, 32)
