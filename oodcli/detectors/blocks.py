@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oodcli.errors import DetectorError, first_line
 from oodcli.features import Features
-from oodcli.memory import halving, ran_out
+from oodcli.out_of_memory import halving, ran_out
 
 Blocks = Features | Iterable[Features]
 """Rows to fit on: whole, or in blocks that can be iterated more than once."""

@@ -22,7 +22,7 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.hyperparameters import hyperparameters
 from oodcli.errors import DetectorError, OodcliError, first_line
 from oodcli.features import Features
-from oodcli.memory import ran_out
+from oodcli.out_of_memory import ran_out
 from oodcli.records import KNOWN_RECORDS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")

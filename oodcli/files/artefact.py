@@ -16,10 +16,10 @@ from torch import Tensor
 
 from oodcli import detectors
 from oodcli._version import __version__
-from oodcli.calibration import Calibration
 from oodcli.detectors import serial
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
+from oodcli.detectors.calibration import Calibration
 from oodcli.errors import FileError, OodcliError, first_line
 from oodcli.networks.preprocessing import Preprocessing
 

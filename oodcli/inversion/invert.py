@@ -19,9 +19,9 @@ from oodcli.errors import CheckpointError, OodcliError, first_line
 from oodcli.inversion.mgi import Sensitivity
 from oodcli.inversion.objective import OBJECTIVES, Objective, multiscale_start
 from oodcli.inversion.step import Step
-from oodcli.memory import halving, too_short
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.outputs import as_logits
+from oodcli.out_of_memory import halving, too_short
 
 log = logging.getLogger(__name__)
 

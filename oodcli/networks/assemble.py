@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.errors import CheckpointError, OodcliError, first_line
 from oodcli.features import LinearHead
-from oodcli.memory import ran_out, too_short
 from oodcli.networks.classifier import Classifier, Tap
 from oodcli.networks.heads import RetrainedHead
 from oodcli.networks.outputs import (
@@ -27,6 +26,7 @@ from oodcli.networks.outputs import (
     sparing_input,
 )
 from oodcli.networks.preprocessing import Preprocessing
+from oodcli.out_of_memory import ran_out, too_short
 
 
 def assemble(

@@ -17,9 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from oodcli.detectors.gram import gram_sums
 from oodcli.errors import DetectorError, OodcliError
 from oodcli.features import INPUT, BatchNorm, Features, Layer, OdinStep, concatenate
-from oodcli.memory import halving, too_short
 from oodcli.networks.classifier import Classifier, Tap
 from oodcli.networks.outputs import as_logits, copy_input
+from oodcli.out_of_memory import halving, too_short
 from oodcli.recording.channels_last import in_channels_last
 from oodcli.records import CONSTANTS, ROW_RECORDS, impossible
 

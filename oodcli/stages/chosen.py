@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from oodcli import detectors
-from oodcli.calibration import Calibration
 from oodcli.detectors import serial
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
+from oodcli.detectors.calibration import Calibration
 from oodcli.detectors.hyperparameters import parse
 from oodcli.errors import DetectorError
 from oodcli.features import Features, OdinStep

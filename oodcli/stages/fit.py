@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from oodcli import detectors
-from oodcli.calibration import Calibration, calibrate, labelled_threshold
 from oodcli.detectors.base import Detector
+from oodcli.detectors.calibration import Calibration, calibrate, labelled_threshold
 from oodcli.errors import DetectorError, FileError, OodcliError
 from oodcli.features import Features, recorded
 from oodcli.files.artefact import Artefact, write_artefact

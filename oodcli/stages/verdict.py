@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oodcli import notes
-from oodcli.calibration import Calibration, contamination_threshold, split_threshold
+from oodcli.detectors.calibration import Calibration, contamination_threshold, split_threshold
 from oodcli.errors import DetectorError, OodcliError
 from oodcli.images.words import printable
 from oodcli.stages.chosen import Chosen

@@ -17,8 +17,8 @@ from optional import SUFFIXES
 from PIL import Image
 from torch import nn
 
-from oodcli.calibration import calibrate
 from oodcli.detectors import get
+from oodcli.detectors.calibration import calibrate
 from oodcli.features import Features
 from oodcli.files.artefact import read_artefact, write_artefact
 from oodcli.files.scores import read_scores

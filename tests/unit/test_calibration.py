@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from oodcli.calibration import (
+from oodcli.detectors.calibration import (
     calibrate,
     contamination_threshold,
     labelled_threshold,
