@@ -56,8 +56,8 @@ def _after_commas(incomplete: str, known: Iterable[str]) -> list[str]:
 
 
 def without_heavy_imports() -> None:
-    """Before typer completes. Typer converts the values before the word to be completed and ignores
-    what fails; nobody reads them, and to import pydantic, which converts them, takes longer than
+    """Before typer completes. Typer converts the values before the word to be completed, does not
+    use them, and ignores what fails; importing pydantic, which converts them, takes longer than
     everything else. The same holds for rich, which typer imports for the help of an option."""
     for name in ("pydantic", "rich"):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
