@@ -1340,6 +1340,7 @@ def test_a_signal_in_the_last_step_is_not_forgotten(handlers):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
 def test_signals_leave_nothing_behind(fitted, tmp_path, number, status):
     words = ["invert", str(fitted / "digits.pt"), "--steps", "1000000", "-q", "-o", "v.h5"]
@@ -1356,7 +1357,7 @@ def test_signals_leave_nothing_behind(fitted, tmp_path, number, status):
             _, err = process.communicate(timeout=400)
         finally:
             process.kill()
-    assert process.returncode == status
+    assert process.returncode == status, err
     assert err == ("oodcli: interrupted\n" if number == signal.SIGINT else "")
     assert os.listdir(tmp_path) == []
 
