@@ -23,7 +23,7 @@ def default_detector(opened: Opened, checkpoint: Path | None) -> str:
     but the checkpoint, for a cache nothing but the logits. checkpoint: None for a cache.
 
     peak-energy is stronger than 1c-sum on residual networks, but no better than chance on the
-    demo's, and nothing here can tell which it is (docs/protocol.md)."""
+    demo's, and nothing here can tell which it is (docs/research/protocol.md)."""
     for name, artefact in _artefacts(checkpoint):
         reason = _why_not(artefact, name, opened)
         if reason is None:
