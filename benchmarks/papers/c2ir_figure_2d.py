@@ -47,7 +47,7 @@ def mgi_beats_some(figures: Figures) -> Verdict:
 TABLE = Table(
     paper="C2IR",
     place="figure 2d",
-    about="Our `uniform` is the paper's mean. `batchnorm` takes the layers' running averages for "
+    about="Our `uniform` is the paper's mean. `batchnorm` uses the layers' running averages for "
     "every class. The figure prints no numbers.",
     records=("c2ir",),
     metrics=METRICS,
