@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.papers.runs import Rows
-from benchmarks.papers.table import Figures, Table, Verdict
+from benchmarks.papers.table import Claim, Figures, Table, Verdict
 from benchmarks.papers.tables import TABLES
 
 HERE = Path(__file__).parent
@@ -104,22 +104,22 @@ Measured = Mapping[Table, Mapping[str, Any]]
 """Table → network → its entry in results.json."""
 
 
-def _tested(measured: Measured) -> Iterator[tuple[Table, int, dict[str, Verdict]]]:
-    """Every claim, by its table and number, with its verdict on each network."""
+def _tested(measured: Measured) -> Iterator[tuple[Table, Claim, dict[str, Verdict]]]:
+    """Every claim with its verdict on each network."""
     for table, entries in measured.items():
         found = {name: Figures(entry["rows"]) for name, entry in entries.items()}
-        for number, claim in enumerate(table.claims):
-            yield table, number, {name: claim.test(each) for name, each in found.items()}
+        for claim in table.claims:
+            yield table, claim, {name: claim.test(each) for name, each in found.items()}
 
 
 def _summary(measured: Measured, papers: Iterable[str]) -> str:
     rows = []
     for paper in papers:
         mine = {table: each for table, each in measured.items() if table.paper == paper}
-        counts = Counter(verdict(found).split(",")[0] for *_, found in _tested(mine))
-        some = sum(counts.values()) - counts["yes"] - counts["no"] - counts["not tested"]
-        values = (sum(counts.values()), counts["yes"], some, counts["no"], counts["not tested"])
-        rows.append([paper, *map(str, values)])
+        counts = Counter(verdict(found) for *_, found in _tested(mine))
+        yes, no, untested = (counts.pop(each, 0) for each in ("yes", "no", "not tested"))
+        some = counts.total()
+        rows.append([paper, *map(str, (yes + some + no + untested, yes, some, no, untested))])
     heads = ["paper", "claims", "hold", "on some networks", "do not hold", "not tested"]
     return _lines(heads, rows)
 
@@ -127,14 +127,13 @@ def _summary(measured: Measured, papers: Iterable[str]) -> str:
 def _claims(measured: Measured) -> str:
     networks = list(dict.fromkeys(name for each in measured.values() for name in each))
     rows = []
-    for table, number, found in _tested(measured):
-        claim = table.claims[number]
-        reasons = {said for holds, said in found.values() if holds is None}
-        if len(reasons) == 1 and len(found) == sum(holds is None for holds, _ in found.values()):
-            cells = [reasons.pop(), *[""] * len(networks)]
+    for table, claim, found in _tested(measured):
+        said = [found[name][1] if name in found else "" for name in networks]
+        if not claim.figures:  # the reason why it was not tested, once
+            said = [next(filter(None, said)), *[""] * len(said)]
         else:
-            cells = [claim.figures, *(found[n][1] if n in found else "" for n in networks)]
-        rows.append([table.place, claim.text, *cells, verdict(found)])
+            said = [claim.figures, *said]
+        rows.append([table.place, claim.text, *said, verdict(found)])
     heads = ["where", "claim", "figures", *networks, "holds"]
     if len(measured) == 1:
         heads, rows = heads[1:], [row[1:] for row in rows]
