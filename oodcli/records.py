@@ -86,6 +86,8 @@ CONSTANTS: Mapping[str, Record] = {
 """What else a detector can need, or ``score`` with ``--mirror``: nothing records it by its word."""
 
 ROW_RECORDS = tuple(RECORDS)
+ON_REQUEST = tuple(word for word in RECORDS if word != "layers.sensitivity")
+"""Words of ``extract --record``; invert measures the sensitivities."""
 CHEAP = frozenset(word for word, record in RECORDS.items() if record.cheap)
 KNOWN_RECORDS = frozenset(RECORDS) | (frozenset(CONSTANTS) - {"mirror"})
 """What a detector can need."""

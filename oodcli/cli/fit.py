@@ -25,7 +25,8 @@ def command(
         Path | None,
         typer.Argument(
             metavar="CACHE.h5",
-            help="Made by extract. Not needed to calibrate detectors that need no fitting.",
+            help="Cache written by extract. Leave it out to calibrate detectors that need no "
+            "fitting.",
             show_default=False,
         ),
     ] = None,
@@ -35,8 +36,8 @@ def command(
             "--detector",
             "-d",
             metavar="NAME|FILE",
-            help="A detector's name, an artefact's path, or FILE.py:CLASS, one of your own; 'all' "
-            "for every one that can be fitted on CACHE.h5. Repeatable.",
+            help="Detector: a name, an artefact's path, or FILE.py:CLASS for your own; 'all' for "
+            "every detector that CACHE.h5 can fit. Repeatable.",
             autocompletion=complete_detectors,
             show_default=False,
         ),
@@ -46,23 +47,24 @@ def command(
         list[Path] | None,
         typer.Option(
             metavar="F.h5",
-            help="Rows for the verdicts of score --fpr: real images, virtual ones matched to the "
-            "published accuracy, or (repeated) both.",
-            show_default="every fifth row (at most 5,000), where CACHE.h5 holds real images",
+            help="Cache to calibrate 'score --fpr' on: real images, accuracy-matched virtual "
+            "images (extract --match-accuracy), or both. Repeatable.",
+            show_default="every fifth row of CACHE.h5, at most 5,000, if it holds real images",
         ),
     ] = None,
     ood: Annotated[
         Path | None,
         typer.Option(
-            metavar="F.h5", help="OOD rows, for detectors that learn from them.", show_default=False
+            metavar="F.h5",
+            help="Cache of OOD images, for detectors that learn from them.",
+            show_default=False,
         ),
     ] = None,
     noise: Annotated[
         Path | None,
         typer.Option(
             metavar="F.h5",
-            help="Rows of noise, for 1c-sum, c2ir-peak, duo and trio; the others are fitted on "
-            "CACHE.h5.",
+            help="Cache of noise images, for 1c-sum, c2ir-peak, duo and trio.",
             show_default=False,
         ),
     ] = None,
@@ -70,12 +72,12 @@ def command(
         Path | None,
         typer.Option(
             metavar="F.csv",
-            help="Columns path and ood (0 or 1): rows of CACHE.h5 that somebody marked.",
+            help="Labels of rows of CACHE.h5: a table with the columns path and ood (0 or 1).",
             show_default=False,
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the artefacts go.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the artefacts.")
     ] = Path("detectors"),
     json: Json = False,
     force: Force = False,

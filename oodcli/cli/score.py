@@ -37,7 +37,7 @@ def command(
         Path,
         typer.Argument(
             metavar="CHECKPOINT|CACHE.h5",
-            help="A checkpoint, followed by IMAGES; or a cache made by extract, alone.",
+            help="Checkpoint, followed by IMAGES; or a cache written by extract.",
             show_default=False,
         ),
     ],
@@ -45,8 +45,8 @@ def command(
         str | None,
         typer.Argument(
             metavar="IMAGES",
-            help="A folder, a text list, .npz, .tar, .zip, a virtual .h5, torchvision:DATASET?…, "
-            "noise:KIND?…, or - for a list on standard input.",
+            help="Images: a folder, a list of paths, an .npz, .tar or .zip file, the .h5 of "
+            "invert, torchvision:DATASET?…, noise:KIND?…, or - for a list on standard input.",
             show_default=False,
         ),
     ] = None,
@@ -57,7 +57,7 @@ def command(
         typer.Option(
             "--output",
             "-o",
-            help=".csv, .jsonl or .parquet; CSV on standard output without it.",
+            help="Scores file: .csv, .jsonl or .parquet. Without it, CSV on standard output.",
             show_default=False,
         ),
     ] = None,
@@ -67,8 +67,8 @@ def command(
             metavar="RATE",
             min=0,
             max=1,
-            help="Verdicts with this false-alarm rate, by the artefacts' calibration: adds NAME.p "
-            "and NAME.ood.",
+            help="False-alarm rate of the verdicts, by the artefacts' calibration. Adds NAME.p and "
+            "NAME.ood.",
             show_default=False,
             rich_help_panel=_VERDICT,
         ),
@@ -77,8 +77,9 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="NAME=NUMBER",
-            help="Scores above it are OOD: adds NAME.ood. Repeatable. Or 'split': two groups with "
-            "the least variance within; or 'labelled': as learnt by fit --labelled.",
+            help="Threshold above which a score is OOD. Adds NAME.ood. Repeatable. Or 'split' for "
+            "the two groups with the least variance within (Otsu), or 'labelled' for the "
+            "threshold of fit --labelled.",
             show_default=False,
             rich_help_panel=_VERDICT,
         ),
@@ -89,7 +90,7 @@ def command(
             metavar="SHARE",
             min=0,
             max=1,
-            help="The expected share of OOD images: the highest scores of the stream are OOD.",
+            help="Expected share of OOD images: the highest scores are OOD.",
             show_default=False,
             rich_help_panel=_VERDICT,
         ),
@@ -100,8 +101,8 @@ def command(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Exit with 4 when by any detector more than this share is OOD, without a verdict, "
-            "unreadable or left out.",
+            help="Gate: exit with 4 when any detector calls more than this share OOD. Images "
+            "without a verdict, unreadable or left out count as OOD.",
             show_default=False,
             rich_help_panel=_VERDICT,
         ),
@@ -110,11 +111,11 @@ def command(
         bool,
         typer.Option(
             "--mirror",
-            help="Add the score of the mirror image; not for classes that change under mirroring.",
+            help="Add the score of the mirrored image. Not for classes that mirroring changes.",
         ),
     ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Add NAME.why: what made the score, where known.")
+        bool, typer.Option("--explain", help="Explain scores in NAME.why, where the detector can.")
     ] = False,
     json: Json = False,
     force: Force = False,
@@ -125,8 +126,8 @@ def command(
         str | None,
         typer.Option(
             metavar="ray|ray://HOST:PORT",
-            help="Score over a Ray cluster; IMAGES may also be an address such as s3://…, a "
-            "pattern of .tar files, or Parquet.",
+            help="Ray cluster to score on. IMAGES may also be an address such as s3://…, a pattern "
+            "of .tar files, or Parquet.",
             show_default=False,
         ),
     ] = None,

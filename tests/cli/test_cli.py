@@ -41,7 +41,7 @@ FISH = {"_OODCLI_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get
 ORDINARY = [name for name in detectors.names() if name not in ("godin", "mos")]
 """Those that need no head trained to tell what is out of distribution."""
 ALL = ("c2ir", "c2ir-z", "msp", "energy", "odin")
-MODEL = "The model, where the model card and recognition do not say"
+MODEL = "Model (overrides the model card)"
 
 
 def chosen(fitted):
@@ -149,7 +149,7 @@ def test_help_fits_a_terminal_of_80_columns(monkeypatch):
     listed = pages["oodcli"].partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in listed] == list(COMMANDS)  # a line each
     headings = re.findall(r"^(\w.*):$", pages["score"], re.MULTILINE)
-    assert headings == ["Arguments", "Options", "Verdicts", MODEL, "How it runs", "Examples"]
+    assert headings == ["Arguments", "Options", "Verdicts", MODEL, "Execution", "Examples"]
 
 
 def test_version_and_usage():

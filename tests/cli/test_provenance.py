@@ -219,7 +219,7 @@ def test_what_is_none_of_these_is_one_sentence(made, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes((made / "real/knn.safetensors").read_bytes()[:-8])
     fails("inspect", cut, says=("cut.safetensors is damaged",))
-    fails("inspect", made / "v.h5", made / "digits.pt", says=("only looked at with --verify",))
+    fails("inspect", made / "v.h5", made / "digits.pt", says=("only used with --verify",))
     fails("inspect", made / "v.h5", "--write-card", says=("--write-card is for a checkpoint",))
 
 
