@@ -142,7 +142,7 @@ def command(
         if min_auroc is not None:
             _gate(evaluated, min_auroc)
     else:
-        raise typer.BadParameter("give scores with --id, or features with --layers")
+        raise typer.BadParameter("give scores with --id, or feature caches with --layers")
 
 
 def _refuse(mode: str, others: Mapping[str, object]) -> None:
@@ -150,8 +150,8 @@ def _refuse(mode: str, others: Mapping[str, object]) -> None:
     for option, value in others.items():
         if value is not None:
             raise OodcliError(
-                f"{option} does not go with {mode}: --id compares scores, --layers draws figures "
-                "of feature caches"
+                f"{option} cannot be used with {mode}: --id compares scores, --layers draws "
+                "figures of feature caches"
             )
 
 
@@ -182,7 +182,7 @@ def _compare(
     else:
         _print(evaluated.evaluation)
     if evaluated.files:
-        console.say(f"wrote {len(evaluated.files)} files into {output}: report.html shows them")
+        console.say(f"wrote {len(evaluated.files)} files to {output}: open report.html")
     return evaluated
 
 
@@ -198,7 +198,7 @@ def _draw(
     from oodcli import api
 
     if output is None:
-        raise OodcliError("--layers draws figures: say where they go, with -o DIR")
+        raise OodcliError("--layers draws figures: give a folder for them with -o DIR")
     if len(artefacts) > 1:
         raise OodcliError("--layers draws the transitions of one artefact: give -d once")
     lsgm = Path(artefacts[0]) if artefacts else None
@@ -214,7 +214,7 @@ def _draw(
                 "ablation": report.ablation or None,
             }
         )
-    console.say(f"wrote {len(report.paths)} files into {output}")
+    console.say(f"wrote {len(report.paths)} files to {output}")
 
 
 def _named(ood: list[str]) -> dict[str, Path]:
@@ -224,7 +224,7 @@ def _named(ood: list[str]) -> dict[str, Path]:
         if not (name and equals and path):
             raise OodcliError(f"--ood {text}: expected NAME=FILE, such as textures=textures.csv")
         if name in named:
-            raise OodcliError(f"--ood {name} is given twice: every set has one name")
+            raise OodcliError(f"--ood {name} is given twice: use a different name for each set")
         named[name] = Path(path)
     return named
 

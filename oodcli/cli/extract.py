@@ -110,16 +110,11 @@ def command(
     if json:
         console.emit_json(vars(extracted))
     accuracy = extracted.accuracy
-    console.say(
-        f"wrote {extracted.file}: {extracted.images} images, {extracted.unreadable} unreadable"
-        + (
-            ""
-            if accuracy is None
-            else f"; the network is right on {accuracy:.2%} of those labelled"
-        )
-    )
+    unreadable = verdicts.counted((extracted.unreadable, "unreadable"), before=", ")
+    right = "" if accuracy is None else f"; accuracy {accuracy:.2%} on the labelled ones"
+    console.say(f"wrote {extracted.file}: {extracted.images} images{unreadable}{right}")
     verdicts.say_left_out(extracted.left_out)
-    if extracted.unreadable and not console.who:  # torchrun would take it for a crash
+    if extracted.unreadable and not console.who:  # torchrun reports it as a crash
         raise typer.Exit(3)
 
 

@@ -123,9 +123,10 @@ def _sentence(artefact: Mapping[str, Any]) -> str:
     if artefact["calibrated_on"]:
         low, high = artefact["achieved_at_0.05"]
         words.append(
-            f"calibrated on {artefact['calibrated_on']} (p-values from "
-            f"{artefact['resolution']:.2g}; a nominal 5 % achieves {low:.1%} to {high:.1%})"
+            f"calibrated on {artefact['calibrated_on']} (smallest p-value "
+            f"{artefact['resolution']:.2g}; expect {100 * low:.1f}–{high:.1%} false alarms at "
+            "--fpr 0.05)"
         )
     if artefact["threshold"] is not None:
-        words.append(f"labelled rows part at {artefact['threshold']:.6g}")
+        words.append(f"threshold from labels {artefact['threshold']:.6g}")
     return ": ".join([words[0], ", ".join(words[1:])]) if len(words) > 1 else words[0]

@@ -166,7 +166,7 @@ def _print(found: dict[str, Any]) -> None:
         "other taps": others or "none",
         "head": f"{head['name']}, {head['width']} features"
         if head
-        else found["retrained_head"] or "none: last layer not linear",
+        else found["retrained_head"] or "none: the last layer is not linear",
         "sha256": found["sha256"],
     }
     console.emit_table(facts_table(facts))
@@ -174,7 +174,7 @@ def _print(found: dict[str, Any]) -> None:
     for column in ("detector", "possible", "how"):
         verdicts.add_column(column, overflow="fold")
     for detector in found["detectors"]:
-        how = "fit it on a cache first" if detector["fitted"] else "needs no fitting"
+        how = "fit it first" if detector["fitted"] else "needs no fitting"
         if not detector["allowed"]:
             how = f"lacks {', '.join(detector['lacks'])}"
         verdicts.add_row(detector["name"], "yes" if detector["allowed"] else "no", how)

@@ -120,8 +120,8 @@ def command(
     gaps = inverted.batchnorm_gap
     worst = max(gaps, key=lambda name: gaps[name])
     console.say(
-        f"cross entropy {inverted.cross_entropy:.3g} nats; the network agrees with the target "
-        f"class on {inverted.agreement:.1%}; BatchNorm gap (KL, nats) "
-        f"{sum(gaps.values()) / len(gaps):.3f} on average, {gaps[worst]:.3f} at worst ({worst})"
+        f"the network predicts the target class on {inverted.agreement:.1%}, cross entropy "
+        f"{inverted.cross_entropy:.3g} nats; BatchNorm gap (KL, nats) mean "
+        f"{sum(gaps.values()) / len(gaps):.3f}, worst {gaps[worst]:.3f} ({worst})"
     )
     console.say(f"wrote {inverted.file} and {inverted.contact_sheet}")

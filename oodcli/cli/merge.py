@@ -53,10 +53,8 @@ def command(
         )
     if json:
         console.emit_json(merged.about)
-    console.say(
-        f"wrote {output}: {merged.rows} rows of {merged.shards} shards, {merged.unreadable} "
-        "unreadable"
-    )
+    unreadable = verdicts.counted((merged.unreadable, "unreadable"), before=", ")
+    console.say(f"wrote {output}: {merged.rows} rows of {merged.shards} shards{unreadable}")
     for name, share in merged.ood_fraction.items():
         console.say(f"{name}: {share:.1%} OOD{verdicts.without(merged.unjudged.get(name, 0))}")
     verdicts.say_left_out(merged.left_out)

@@ -140,7 +140,9 @@ def command(
     from oodcli import api
 
     if json and output is None:
-        raise OodcliError("--json prints the summary on standard output: name a file with -o")
+        raise OodcliError(
+            "--json prints the summary on standard output: write the scores to a file with -o"
+        )
     decides = fpr is not None or bool(threshold) or contamination is not None
     if max_ood_fraction is not None and not decides:
         raise OodcliError(
@@ -174,7 +176,7 @@ def command(
     _say(scored)
     if verdicts.gate_failed(scored.doubts, max_ood_fraction):
         raise typer.Exit(4)
-    if scored.unreadable and not console.who:  # torchrun would take it for a crash
+    if scored.unreadable and not console.who:  # torchrun reports it as a crash
         raise typer.Exit(3)
 
 
@@ -185,16 +187,16 @@ def _summary(scored: Scored) -> dict[str, Any]:
 
 
 def _say(scored: Scored) -> None:
-    # A column such as knn[real] says on what it was fitted.
+    # The name of a column such as knn[real] contains what it was fitted on.
     names = ", ".join(
         f"{name} ({rows})" if rows and not name.endswith(f"[{rows}]") else name
         for name, rows in scored.fitted_on.items()
     )
-    console.say(
-        f"{scored.rows} images scored by {names}; "
-        f"{scored.unreadable} unreadable, {scored.infinite} with an infinite score (OOD)"
-        + (f"; wrote {scored.output}" if scored.output else "")
+    faults = verdicts.counted(
+        (scored.unreadable, "unreadable"), (scored.infinite, "with an infinite score (OOD)")
     )
+    written = f"; wrote {scored.output}" if scored.output else ""
+    console.say(f"{scored.rows} images scored by {names}{faults}{written}")
     for name, data in scored.saw_ood.items():
         console.say(f"{name} has learnt from {data}")
     for name, part in scored.ood_fraction.items():

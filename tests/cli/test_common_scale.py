@@ -507,7 +507,7 @@ def test_it_is_the_default_where_it_is_at_hand(place, tmp_path, monkeypatch):
         result = oodcli(*score)
         assert result.status == 0, result.err
         assert f"note: no -d, so {path}: the strongest that needs no real images" in result.err
-        assert "scored by duo (virtual);" in result.err
+        assert "scored by duo (virtual)\n" in result.err
         assert result.out == expected
     assert list(scores(oodcli(*score, "-d", "msp").out)[0])[4:] == ["msp", "error"]
     cached = oodcli("score", place / "id.h5")

@@ -152,7 +152,7 @@ def score(fitted, images, *words):
 def test_summary_json_and_what_lies_beside_scores(fitted, mixed, tmp_path):
     result = score(fitted, mixed, "-o", tmp_path / "s.csv", "--json")
     assert result.status == 3
-    assert "7 files left out, not images by their suffix (.txt 2, .mp4 1, " in result.err
+    assert "7 files left out: no suffix of an image (.txt 2, .mp4 1, " in result.err
     assert json.loads(result.out)["left_out"] == COUNTED
     assert json.loads((tmp_path / "s.csv.json").read_text())["left_out"] == COUNTED
     plain = tmp_path / "plain"

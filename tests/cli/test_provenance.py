@@ -220,7 +220,7 @@ def test_what_is_none_of_these_is_one_sentence(made, tmp_path):
     cut.write_bytes((made / "real/knn.safetensors").read_bytes()[:-8])
     fails("inspect", cut, says=("cut.safetensors is damaged",))
     fails("inspect", made / "v.h5", made / "digits.pt", says=("only used with --verify",))
-    fails("inspect", made / "v.h5", "--write-card", says=("--write-card is for a checkpoint",))
+    fails("inspect", made / "v.h5", "--write-card", says=("--write-card needs a checkpoint",))
 
 
 # ---------------------------------------------------------------------------- checksums
@@ -565,7 +565,7 @@ def test_averaged_weights_are_said(averages, end):
         path = averages / f"{name}.{end}"
         found = json.loads(oodcli("inspect", path, "--json").out)
         assert found["made"]["averaged"] == (name == "ema")
-        assert ("the averaged ones" in oodcli("inspect", path).out) == (name == "ema")
+        assert ("averaged (--ema)" in oodcli("inspect", path).out) == (name == "ema")
 
 
 def test_what_does_not_say_which_weights_is_of_plain_ones(averages, tmp_path, monkeypatch):

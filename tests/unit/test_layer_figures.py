@@ -620,9 +620,9 @@ def test_nothing_is_cut_off(count):
 @pytest.mark.parametrize(
     ("sentence", "options"),
     [
-        ("say where they go, with -o DIR", ()),
-        ("--id does not go with --layers", ("--id", "id.csv", "-o", "new")),
-        ("--min-auroc does not go with --layers", ("--min-auroc", "0.9", "-o", "new")),
+        ("give a folder for them with -o DIR", ()),
+        ("--id cannot be used with --layers", ("--id", "id.csv", "-o", "new")),
+        ("--min-auroc cannot be used with --layers", ("--min-auroc", "0.9", "-o", "new")),
         ("--map spiral: expected pca or tsne", ("--map", "spiral", "-o", "new")),
         ("none.h5 does not exist", ("--virtual", "none.h5", "-o", "new")),
         ("far.h5 holds features of real images", ("--virtual", "far.h5", "-o", "new")),
@@ -651,10 +651,10 @@ def test_scores_take_no_option_of_the_layers(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = oodcli("evaluate", "--id", "a.csv", "--ood", "b=b.csv", option, "pca")
     assert result.status == 1
-    assert f"{option} does not go with --id" in result.err
+    assert f"{option} cannot be used with --id" in result.err
     result = oodcli("evaluate", "--ood", "b=b.csv")
     assert result.status == 2
-    assert "give scores with --id, or features with --layers" in result.err
+    assert "give scores with --id, or feature caches with --layers" in result.err
 
 
 def test_caches_of_other_checkpoints_are_refused(folder, tmp_path):
