@@ -276,7 +276,7 @@ def test_where_things_go_without_output(fitted, tmp_path, monkeypatch):
 
 def test_results_on_standard_output_and_nothing_else(fitted):
     result = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3")
-    assert "no -d, so 1c-sum" in result.err
+    assert "no -d: using 1c-sum" in result.err
     assert [row["path"] for row in rows(result.out)] == [f"noise:uniform[{i}]" for i in range(3)]
     silent = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "--quiet")
     assert silent.err == ""
@@ -308,7 +308,7 @@ def test_all_detectors(fitted):
     again = ("fit", fitted / "v.features.h5", "-p", "knn.k=9999", "-o", fitted / "some", "--json")
     left = oodcli(*again, "-d", "all")
     assert [a["detector"] for a in json.loads(left.out)] == [name for name in made if name != "knn"]
-    assert "note: knn is left out: knn.k=9999, but there are only 100 rows" in left.err
+    assert "note: knn skipped: knn.k=9999, but there are only 100 rows" in left.err
     fails("there are only 100 rows", *again, "-d", "knn", "--force")
     # Nor is there an artefact for what this network cannot give.
     godin = ("fit", fitted / "v.features.h5", "-d", "godin", "-o", fitted / "none")
@@ -329,7 +329,7 @@ def test_real_rows_calibrate_what_is_fitted_on_the_others(fitted, tmp_path, monk
     monkeypatch.setattr("oodcli.stages.fit.LONG", 0.0)
     result = oodcli(*fit, "-o", tmp_path / "fewer")
     assert "calibrated on 21 real images" in result.err
-    assert "note: knn: fitted again without every 29th row" in result.err
+    assert "note: knn: fitting again without every 29th row" in result.err
     # Those held out have other neighbours than themselves.
     calibration = read_artefact(tmp_path / "fewer" / "knn.safetensors").calibrations["plain"]
     with open_cache(cache) as opened:
@@ -444,7 +444,7 @@ def pool(fitted):
         path,
     )
     assert made.status == 0, made.err
-    assert "bring the network down to 95.00%" in made.err
+    assert "virtual images down to 95.00%" in made.err
     return path
 
 
@@ -597,7 +597,7 @@ def test_verdicts_that_rest_on_nothing_are_refused(fitted, pool, tmp_path):
     )
     fails("exclude each other", *score, "-d", "energy", "--fpr", "0.1", "--contamination", "0.1")
     fails(
-        "for virtual images, made by invert",
+        "needs virtual images from invert",
         "extract",
         fitted / "digits.pt",
         fitted / "test.npz",
@@ -607,7 +607,7 @@ def test_verdicts_that_rest_on_nothing_are_refused(fitted, pool, tmp_path):
         tmp_path / "p.h5",
         leaves=tmp_path,
     )
-    fails("nothing to fit on", "fit", "-d", "energy", "-o", tmp_path / "x", leaves=tmp_path)
+    fails("no rows to fit on", "fit", "-d", "energy", "-o", tmp_path / "x", leaves=tmp_path)
     fails(
         "c2ir must be fitted",
         "fit",
@@ -720,7 +720,7 @@ def test_learning_from_marks(fitted, tmp_path):
         "error",
     ]
     fails(
-        "no path of --labelled is among",
+        "none of the paths in --labelled is in",
         "fit",
         tmp_path / "noise.h5",
         "-d",
@@ -886,7 +886,7 @@ def test_real_images_can_be_fitted_too(fitted, tmp_path):
     assert json.loads(made.out)[0]["fitted_on"]["kind"] == "real"
     refused = oodcli("fit", tmp_path / "real.h5", "-d", "c2ir", "-o", tmp_path / "more")
     assert refused.status == 1
-    assert "virtual images only" in refused.err
+    assert "only for virtual images" in refused.err
     assert not (tmp_path / "more").exists()
 
 
@@ -978,14 +978,14 @@ def test_columns_that_share_a_detector_have_their_own_verdicts(both):
 def test_one_detector_is_not_given_twice_otherwise(both, tmp_path):
     virtual, real = (artefact_of(both, kind, "react") for kind in ("virtual", "real"))
     score = ("score", both / "id.h5", *virtual)
-    possible = "one artefact was fitted on virtual images and the other on real ones"
+    possible = "one fitted on virtual and one on real images"
     fails(
-        f"react is given twice: a detector has one column, or two where {possible}",
+        f"react is given twice: give it once, or as two artefacts, {possible}",
         *score,
         *virtual,
     )
     fails(
-        f"react is given 3 times: a detector has one column, or two where {possible}",
+        f"react is given 3 times: give it once, or as two artefacts, {possible}",
         *score,
         *real,
         *real,
@@ -1150,7 +1150,7 @@ def test_faults_of_checkpoints(fitted, tmp_path, plain):
     batchless, headless = plain
     fails("no BatchNorm layer", "invert", *batchless, *output, leaves=tmp_path)
     images = "noise:uniform?n=2"
-    fails("no linear layer at its end", "extract", *headless, images, *output, leaves=tmp_path)
+    fails("does not end in a linear layer", "extract", *headless, images, *output, leaves=tmp_path)
     made = oodcli("extract", *headless, images, *output, "--record", "logits")
     assert made.status == 0, made.err
     os.remove(tmp_path / "out.h5")
@@ -1229,7 +1229,7 @@ def test_faults_of_caches_and_artefacts(fitted, tmp_path):
         leaves=tmp_path,
     )
     fails(
-        "name detectors with -d",
+        "name them with -d",
         "fit",
         fitted / "v.features.h5",
         "-o",
@@ -1246,7 +1246,7 @@ def test_faults_of_caches_and_artefacts(fitted, tmp_path):
         leaves=tmp_path,
     )
     fails(
-        "give IMAGES after a checkpoint",
+        "after a checkpoint, give IMAGES",
         "score",
         fitted / "digits.pt",
         "-d",
@@ -1299,7 +1299,7 @@ def test_interrupting_loses_nothing(fitted, tmp_path, monkeypatch):
     result = oodcli(*words, tmp_path / "v.h5")
     assert result.status == 0, result.err
     assert "going on after the 10 images that" in result.err
-    assert "for the 0 that are left" in result.err
+    assert "for the remaining 0" in result.err
     assert (tmp_path / "v.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
     assert (tmp_path / "v.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
     assert len(os.listdir(tmp_path)) == 4

@@ -70,7 +70,7 @@ def test_edited_scores_are_noticed(folder):
     assert "scores_sha256 is " in refused("inspect", "--verify", "s.csv")
     os.remove("s.csv.json")
     assert "not checked" in oodcli("inspect", "--verify", "s.csv").out
-    assert "there is no file beside it" in oodcli("inspect", "s.csv").out
+    assert "its metadata file is missing" in oodcli("inspect", "s.csv").out
     assert "does not say which checkpoint" in refused("inspect", "--verify", "s.csv", "digits.pt")
 
 

@@ -181,8 +181,8 @@ def test_a_name_in_an_artefact_is_never_a_file(folder):
 
 def test_one_that_must_be_fitted_says_how(folder):
     said = complaint("score", "ckpt.pt", NOISE, "-d", "centre.py:Centre")
-    assert "'oodcli fit CACHE.h5 -d centre.py:Centre' makes centre.safetensors" in said
-    assert said.endswith("whose path -d takes beside -d centre.py:Centre")
+    assert "'oodcli fit CACHE.h5 -d centre.py:Centre' writes centre.safetensors" in said
+    assert said.endswith("give its path to -d with -d centre.py:Centre")
 
 
 def test_what_was_not_recorded_is_said_with_the_file(folder):
@@ -213,7 +213,7 @@ def test_a_cluster_does_not_have_the_code(folder):
     )
     assert said == (
         "oodcli: --engine ray: the cluster's hosts do not have the code of margin.py:Margin: leave "
-        "--engine or this detector out"
+        "out --engine or this detector"
     )
 
 

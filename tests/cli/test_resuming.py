@@ -385,8 +385,8 @@ def test_inspect_says_what_a_partial_file_is(small, tmp_path, monkeypatch):
         patch.setattr("oodcli.files.cache.CacheWriter.append", interrupt)
         assert oodcli(*command).status == 130
     page = oodcli("inspect", tmp_path / "f.h5.partial").out
-    assert "what is done of a job that was interrupted" in page
-    assert "give that command again" in page
+    assert "partial results of an interrupted job" in page
+    assert "run the same command again" in page
     found = json.loads(oodcli("inspect", tmp_path / "f.h5.partial", "--json").out)
     assert (found["kind"], found["rows"], found["complete"]) == ("partial", 3, False)
     assert found["job"]["--batch-size"] == 3

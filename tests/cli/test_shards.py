@@ -457,7 +457,7 @@ def test_a_team_agrees_on_what_one_finds_out(team, whole, fitted, folder, tmp_pa
         if name == "decisions":
             same(whole(job), tmp_path / job)
         else:
-            assert "patches of 0.500 of the side" in result.err
+            assert "patches with 0.500 of the image side" in result.err
 
 
 def test_a_team_goes_on_where_it_was(team, whole, fitted, folder, tmp_path, monkeypatch):

@@ -125,9 +125,9 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
     says(
         told.err,
         r"fit on: .*v\.features\.h5, 20 virtual images of .*v\.h5, with .*logits",
-        r"c2ir: to be fitted it needs .*layers\.sensitivity.*; default parameters$",
-        r"knn: to be fitted it needs .*embedding.*; k=3$",
-        r"calibration: none: without --calibrate it takes real rows$",
+        r"c2ir: fitting needs .*layers\.sensitivity.*; default parameters$",
+        r"knn: fitting needs .*embedding.*; k=3$",
+        r"calibration: none: without --calibrate it needs real rows$",
         r"took .*: caches .* s, fitting .* s, the rest",
     )
     chosen = ("-d", tmp_path / "fitted" / "knn.safetensors", "-d", "energy")
@@ -155,13 +155,13 @@ def test_what_a_calibration_rests_on(fitted, tmp_path):
     cache = tmp_path / "real.h5"
     oodcli("extract", fitted / "digits.pt", fitted / "test.npz", "-o", cache)
     told = oodcli("fit", cache, "-d", "energy", "-o", tmp_path / "fifth", "-v")
-    says(told.err, r"calibration: on rows held out of those to fit on$")
+    says(told.err, r"calibration: on held-out rows of the cache$")
     again = ("fit", "-d", tmp_path / "fifth" / "energy.safetensors", "--calibrate", cache)
     told = oodcli(*again, "-o", tmp_path / "again", "-v")
     says(
         told.err,
         r"calibrate on: .*real\.h5, 597 images of .*test\.npz, with ",
-        r"energy: fitted already, by .*fifth/energy\.safetensors$",
+        r"energy: already fitted, .*fifth/energy\.safetensors$",
         r"calibration: on the rows of .*real\.h5$",
     )
 

@@ -176,7 +176,9 @@ def test_blocks_must_record_the_same(tmp_path, features, made):
 def test_what_is_lacking_is_named(cache):
     with open_cache(cache) as opened:
         opened.require({"logits"}, "energy")
-        with pytest.raises(DetectorError, match=r"needs layers\.sensitivity.*virtual images only"):
+        with pytest.raises(
+            DetectorError, match=r"needs layers\.sensitivity.*only for virtual images"
+        ):
             opened.require({"layers.sensitivity"}, "c2ir")
 
 

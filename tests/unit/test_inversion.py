@@ -213,7 +213,7 @@ def test_batches_are_halved_until_they_fit(network, monkeypatch, caplog):
     assert [len(labels) for labels in plan.batches()] == [3] * 4
     assert "out of memory at batch size 6; retrying with 3" in caplog.text
     largest = 0
-    with pytest.raises(OodcliError, match="too short for one image"):
+    with pytest.raises(OodcliError, match="out of memory on cpu with a single image"):
         prepare(network, PLAN)
 
     def wrong(step, plan):

@@ -166,7 +166,7 @@ def test_log_probabilities_are_logits_up_to_a_constant():
     torch.testing.assert_close(msp.score(seen), msp.score(expected))
     for name in ("energy", "mls", "peak-energy"):
         assert not detectors.get(name).needs <= recordable(found)
-    with pytest.raises(DetectorError, match="return the logits to have it"):
+    with pytest.raises(DetectorError, match="return logits instead"):
         detectors.get("energy")().score(seen)
     with pytest.raises(DetectorError, match="log-probabilities"):
         Recorder(found, detectors.get("energy").needs)
