@@ -94,7 +94,7 @@ def _prepare(output: Path) -> None:
 
 
 def _run(story: str, words: list[str], volume: list[str]) -> None:
-    """Runs a command as a user would, after printing it."""
+    """Print a command, then run it as a user would."""
     from oodcli.cli import app
 
     console.say(f"\n# {story}\n$ {shlex.join(['oodcli', *words])}")

@@ -101,7 +101,7 @@ def test_peak_counts_where_noise_has_the_lower_peaks(three, test, caplog, times,
     caplog.set_level("INFO")
     made = C2IRPeak.fit(**{**three, "noise": with_peaks(three["pool"], times)})
     assert made.with_peak is counts
-    assert ("peak is left out, for noise has the higher peaks" in caplog.text) is not counts
+    assert ("peak is left out: noise has higher peaks" in caplog.text) is not counts
     assert [part.name for part in made.parts] == ["energy", "c2ir-z", "peak"][: 2 + counts]
     layers = {name: replace(layer, peak=None) for name, layer in test.layers.items()}
     without = replace(test, layers=layers)
@@ -117,12 +117,12 @@ def test_peak_counts_where_noise_has_the_lower_peaks(three, test, caplog, times,
 
 def test_two_that_contradict_each_other_are_refused(three, monkeypatch):
     monkeypatch.setattr(LogDeviation, "_score", lambda self, block: -LogEnergy()._score(block))
-    with pytest.raises(DetectorError, match="say opposite things of the 41 rows of the pool"):
+    with pytest.raises(DetectorError, match="contradict each other on the 41 rows of the pool"):
         C2IRPeak.fit(**three)
 
 
 def test_noise_without_a_row_is_refused(three):
-    with pytest.raises(DetectorError, match="c2ir-peak: there is no row to fit on"):
+    with pytest.raises(DetectorError, match="c2ir-peak: no rows to fit on"):
         C2IRPeak.fit(**{**three, "noise": []})
 
 
@@ -185,7 +185,7 @@ def test_a_pool_without_spread_is_refused(three):
         Duo.fit(**{**three, "pool": same})
     # A few that are alike leave a scale.
     Duo.fit(**{**three, "pool": pool.select(torch.tensor([5] * 10 + list(range(41))))})
-    with pytest.raises(DetectorError, match="duo: there is no row to fit on"):
+    with pytest.raises(DetectorError, match="duo: no rows to fit on"):
         Duo.fit(**{**three, "pool": []})
 
 

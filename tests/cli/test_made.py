@@ -71,7 +71,7 @@ def test_edited_scores_are_noticed(folder):
     os.remove("s.csv.json")
     assert "not checked" in oodcli("inspect", "--verify", "s.csv").out
     assert "its metadata file is missing" in oodcli("inspect", "s.csv").out
-    assert "does not say which checkpoint" in refused("inspect", "--verify", "s.csv", "digits.pt")
+    assert "does not name its checkpoint" in refused("inspect", "--verify", "s.csv", "digits.pt")
 
 
 def test_evaluate_refuses_a_mixture(folder):
@@ -135,7 +135,7 @@ def test_values_of_the_wrong_kind_are_refused(folder, change):
 
 def test_a_file_of_somebody_elses_is_not_written_over(folder):
     Path("s.csv.json").write_text("my notes")
-    assert "s.csv.json does not say how s.csv was made: move it away" in refused(
+    assert "s.csv.json does not describe s.csv: move it away" in refused(
         "score", "digits.pt", NOISE, "-d", "msp", "-o", "s.csv", "--force"
     )
     assert Path("s.csv.json").read_text() == "my notes"

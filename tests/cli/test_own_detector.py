@@ -154,10 +154,10 @@ def test_an_artefact_alone_runs_no_code(folder, monkeypatch):
     state = "detectors/centre.safetensors"
     expected = (
         "oodcli: detectors/centre.safetensors holds a 'centre', which this oodcli does not have: "
-        "if it is a detector of your own, name its code in the same command, with -d FILE.py:CLASS"
+        "if it is your own detector, give its code in the same command with -d FILE.py:CLASS"
     )
     assert complaint("score", "ckpt.pt", NOISE, "-d", state) == expected
-    with pytest.raises(FileError, match="name its code in the same command"):
+    with pytest.raises(FileError, match="give its code in the same command"):
         read_artefact(folder / state)
     shown = json.loads(oodcli("inspect", state, "--json").out)
     assert shown["detector"] == "centre"

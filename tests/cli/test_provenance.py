@@ -400,7 +400,7 @@ def test_a_flipped_bit_in_virtual_images_is_refused(made, copy, tmp_path, datase
     flipped(path, dataset)
     fails("inspect", "--verify", path, says=(str(path), "a checksum does not hold"))
     words = ("extract", made / "digits.pt", path, "-o", tmp_path / "x.h5")
-    fails(*words, says=(str(path), "damaged", "make it again"))
+    fails(*words, says=(str(path), "damaged", "create it again"))
 
 
 @pytest.mark.parametrize("name", VERIFIABLE)

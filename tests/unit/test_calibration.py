@@ -126,7 +126,7 @@ def test_marks(tmp_path):
     for text, sentence in (
         ("path,label\na,1\n", "expected the columns path and ood"),
         ("path,ood\na,yes\n", "line 2: ood is 'yes'"),
-        ("path,ood\n", "marks no row"),
+        ("path,ood\n", "labels no row"),
         ("", "expected the columns"),
     ):
         path.write_text(text)

@@ -519,7 +519,7 @@ def test_a_figure_takes_some_record(folder, tmp_path):
         del file["logits"]
     result = oodcli("evaluate", "--layers", bare, "--ood", f"a={bare}", "-o", tmp_path / "new")
     assert result.status == 1
-    assert "nothing can be drawn" in result.err
+    assert "no figure can be drawn" in result.err
     assert "no figure 'indicators': " in result.err
     assert not (tmp_path / "new").exists()
 
@@ -630,8 +630,8 @@ def test_nothing_is_cut_off(count):
         ("is of mds, but only lsgm has transitions", ("-d", "mds.safetensors", "-o", "new")),
         ("msp does not exist", ("-d", "msp", "-o", "new")),
         ("give -d once", ("-d", "lsgm.safetensors", "-d", "lsgm.safetensors", "-o", "new")),
-        ("--ood ID: the figures mean something else", ("--ood", "ID=far.h5", "-o", "new")),
-        ("--ood mean: the figures mean something else", ("--ood", "mean=far.h5", "-o", "new")),
+        ("--ood ID: the figures use this name", ("--ood", "ID=far.h5", "-o", "new")),
+        ("--ood mean: the figures use this name", ("--ood", "mean=far.h5", "-o", "new")),
         ("given twice", ("--ood", "far=far.h5", "-o", "new")),
         ("some.npz is a file, expected a folder", ("-o", "some.npz")),
     ],

@@ -308,7 +308,7 @@ def test_layers_by_regular_expression():
     assert not any(tap.kind in ("block", "stage") for tap in chosen.taps)
     with pytest.raises(CheckpointError, match="matches no module"):
         networks.classifier(networks.Residual(), layers="nothing")
-    with pytest.raises(CheckpointError, match="no regular expression"):
+    with pytest.raises(CheckpointError, match="not a regular expression"):
         networks.classifier(networks.Residual(), layers="(")
 
 
