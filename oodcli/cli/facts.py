@@ -14,7 +14,7 @@ WHAT = {
     "detector": "a fitted or calibrated detector",
     "scores": "scores",
     "metrics": "metrics",
-    "partial": "partial results of an interrupted job",
+    "partial": "finished batches of an interrupted job",
 }
 
 
@@ -198,7 +198,7 @@ def _partial(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "rows": found["rows"],
         "started by": found["command"],
-        "to resume": "run the same command again, or add --restart to discard these rows",
+        "to resume": "re-run that command; --restart discards what is stored",
         **found["job"],
         "decided": _pairs(found["decided"]),
     }

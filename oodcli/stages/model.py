@@ -82,7 +82,7 @@ class Model:
         return classifier
 
     def job(self) -> dict[str, Any]:
-        """Settings that decide the network, for a journal."""
+        """Settings that decide the network."""
         given = self.checkpoint
         if isinstance(given, Classifier):
             return {"--layers": [tap.name for tap in given.taps], "--ema": given.averaged}

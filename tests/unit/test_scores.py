@@ -347,7 +347,9 @@ def test_what_a_summary_counts(tmp_path: Path) -> None:
     features = Features(3, label=torch.full((3,), -1), logits=logits)
     rows = Rows(("a", "b", "c", "d"), torch.full((4,), -1), (None, None, None, "gone"), features)
     chosen = [Chosen(detectors.get(name)()) for name in ("msp", "energy")]
-    found = score_to_file(lambda: [rows, rows], chosen, ("0", "1"), tmp_path / "s.csv")
+    found = score_to_file(
+        lambda start, stop: [rows, rows], 8, 4, chosen, ("0", "1"), tmp_path / "s.csv"
+    )
     assert (found.rows, found.unreadable, found.infinite) == (8, 2, 2)
 
 
@@ -385,7 +387,10 @@ HEADER = "path,label,predicted,confidence,msp,error\n"
         ("path,label,predicted,confidence,error\na,,,,\n", "line 1: no column of a detector"),
         ("path,label,predicted,confidence,msp.p,error\n", "line 1: no column of a detector"),
         ("path,msp\na,1\n", "line 1: no column label, predicted, confidence, error"),
-        ("path,path,label,predicted,confidence,msp,error\n", "line 1: column 'path' occurs .* once"),
+        (
+            "path,path,label,predicted,confidence,msp,error\n",
+            "line 1: column 'path' occurs .* once",
+        ),
         (",path,label,predicted,confidence,msp,error\n", "line 1: a column has no name"),
         (HEADER + "a,,c,1,0.5,\nb,,c,1,x,\n", "line 3: msp is 'x', expected a number"),
         (HEADER + '"a\nb",,c,1,0.5,\nb,,c,1,,\n', "line 4: msp is empty, expected a number"),
