@@ -245,7 +245,7 @@ FITTED = '    needs = frozenset({"logits"})', '    needs = frozenset({"logits"})
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        (None, r"mine.py:Mine: there is no file mine.py \(in .*/\)"),
+        (None, r"mine.py:Mine: no file mine.py \(in .*/\)"),
         ("x = 1\n", "mine.py:Mine: mine.py has no class 'Mine'$"),
         (HEAD + "class Other: pass", "mine.py has no class 'Mine': it has Other$"),
         ("class Mine: pass", "mine.py:Mine is not a detector: derive it from oodcli.Detector"),
@@ -310,7 +310,7 @@ def test_a_class_must_be_named(folder):
         said = complaint("score", "ckpt.pt", NOISE, "-d", word)
         assert said == f"oodcli: {word}: name the class as well, as margin.py:CLASS"
     said = complaint("extract", "ckpt.pt", NOISE, "--for", "nowhere.py:Margin")
-    assert "nowhere.py:Margin: there is no file nowhere.py" in said
+    assert "nowhere.py:Margin: no file nowhere.py" in said
 
 
 @pytest.mark.parametrize(

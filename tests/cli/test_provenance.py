@@ -389,16 +389,16 @@ def flipped(path: Path, dataset: str) -> None:
 def test_a_flipped_bit_in_a_cache_is_refused(made, copy, dataset):
     path = copy("id.h5")
     flipped(path, dataset)
-    fails("inspect", "--verify", path, says=(str(path), "a checksum does not hold"))
+    fails("inspect", "--verify", path, says=(str(path), "a checksum does not match"))
     words = ("score", path, "-d", "energy", "-d", made / "real" / "knn.safetensors")
-    fails(*words, says=(str(path), "a checksum does not hold"))
+    fails(*words, says=(str(path), "a checksum does not match"))
 
 
 @pytest.mark.parametrize("dataset", ["images", "label", "layers/bn1/sensitivity"])
 def test_a_flipped_bit_in_virtual_images_is_refused(made, copy, tmp_path, dataset):
     path = copy("v.h5")
     flipped(path, dataset)
-    fails("inspect", "--verify", path, says=(str(path), "a checksum does not hold"))
+    fails("inspect", "--verify", path, says=(str(path), "a checksum does not match"))
     words = ("extract", made / "digits.pt", path, "-o", tmp_path / "x.h5")
     fails(*words, says=(str(path), "damaged", "create it again"))
 

@@ -74,7 +74,7 @@ def test_where_each_value_comes_from(fitted, tmp_path):
         r"resized straight to it, by default$",
         r"bilinear interpolation, by default$",
         r"EXIF orientation: turn, by default$",
-        r"images of more than 8 bits scaled from the range of their type, by default$",
+        r"images of more than 8 bits scaled from their type's range, by default$",
         r"13 layers tapped \(7 batchnorm: bn1 .*; 3 block: .*; 3 stage: layer1 .*\), by default$",
         r"device cpu, by --device cpu; threads of torch: \d+; seed 3$",
         r"took [\d.]+ s: checkpoint [\d.]+ s, the rest [\d.]+ s$",
@@ -100,7 +100,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
     assert "detail" not in told.out
     says(
         told.err,
-        r"precision (float32|bfloat16, which the device multiplies in hardware), by default$",
+        r"precision (float32|bfloat16, which this device multiplies in hardware), by default$",
         r"objective name=kl, .*mirror=False",
         r"2 images of each of 10 classes, in batches of at most 100, 3 steps each$",
         r"stored in .*v\.h5\.partial; there now: 0$",
