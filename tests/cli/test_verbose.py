@@ -146,7 +146,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
     says(
         told.err,
         r"5 images of noise:blob\?n=5, without labels; decoding processes: \d+, 30 s an image$",
-        r"odin: needs no fitting; epsilon=.*; verdicts by the stream$",
+        r"odin: needs no fitting; epsilon=.*; verdicts by a threshold from the stream$",
         r"records logits, odin\.logits; passes of a batch: 2 forward, 1 backward$",
     )
 
