@@ -170,8 +170,11 @@ def main() -> None:
     # Before torch is imported: threads that wait for work and spin slow down whatever runs beside.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     interrupts.listen()
+    completions.complete_at_the_first_tab()
     if "_OODCLI_COMPLETE" in os.environ:
         completions.without_heavy_imports()
+    if os.environ.get("_OODCLI_COMPLETE") == "complete_bash":
+        completions.join_words_of_bash()
     try:
         app()
     except KeyboardInterrupt:
