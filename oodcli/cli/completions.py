@@ -1,8 +1,8 @@
-"""What the shell completes beside commands, options and files, which typer and the shell know.
+"""Completion of values. Typer completes commands and options, and the shell completes files.
 
     _OODCLI_COMPLETE=source_bash oodcli
 
-prints typer's script for bash; those in ``completions/`` are printed that way.
+prints typer's script for bash. The scripts in ``completions/`` are printed this way.
 """
 
 from __future__ import annotations
@@ -13,28 +13,14 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 
-RECORDS = (
-    "logits",
-    "embedding",
-    "layers.mean",
-    "layers.std",
-    "layers.gram",
-    "layers.peak",
-    "layers.gradient",
-    "batchnorm.mean",
-    "batchnorm.var",
-    "odin.logits",
-    "deconf.h",
-    "mos.others",
-)
-"""Kept apart from the module that records them, which takes long to import."""
+from oodcli.records import ON_REQUEST
 
 before_colon = ""
-"""The start of the word to be completed that bash passes as a word of its own: ``torchvision:``."""
+"""The start of the completed word, such as ``torchvision:``, where bash splits it off."""
 
 
 def words(*known: str) -> Callable[[str], list[str]]:
-    """Completes one of these words."""
+    """Complete one of these values."""
 
     def complete(incomplete: str) -> list[str]:
         return [word for word in known if word.startswith(incomplete)]
@@ -43,14 +29,14 @@ def words(*known: str) -> Callable[[str], list[str]]:
 
 
 def complete_detectors(incomplete: str) -> list[str]:
-    """What ``-d`` accepts, apart from files."""
+    """Complete ``-d``: a detector's name. The shell completes files."""
     from oodcli import detectors
 
     return words(*detectors.names(), "all")(incomplete)
 
 
 def complete_architectures(incomplete: str) -> list[str]:
-    """Built-in architectures."""
+    """Complete ``--arch``: the built-in architectures."""
     from oodcli.networks import architectures
 
     known = words(*architectures.names())(before_colon + incomplete)
@@ -58,28 +44,28 @@ def complete_architectures(incomplete: str) -> list[str]:
 
 
 def complete_detector_list(incomplete: str) -> list[str]:
-    """What ``--for`` accepts: names separated by commas."""
+    """Complete ``--for``: names separated by commas."""
     from oodcli import detectors
 
     return _after_commas(incomplete, detectors.names())
 
 
 def complete_records(incomplete: str) -> list[str]:
-    """What ``--record`` accepts: ``all``, or words separated by commas."""
-    return [*_after_commas(incomplete, RECORDS), *words("all")(incomplete)]
+    """Complete ``--record``: ``all``, or words separated by commas."""
+    return [*_after_commas(incomplete, ON_REQUEST), *words("all")(incomplete)]
 
 
 def _after_commas(incomplete: str, known: Iterable[str]) -> list[str]:
-    """The last of several words; none that is there already."""
+    """Complete the last of several words, leaving out those already given."""
     before, comma, last = incomplete.rpartition(",")
     given = before.split(",")
     return [before + comma + word for word in known if word.startswith(last) and word not in given]
 
 
 def join_words_of_bash() -> None:
-    """bash splits words at ``=`` and ``:``, and typer does not join them. Removes each ``=``, and
-    moves what precedes ``:`` in the word to be completed to ``before_colon``: bash replaces only
-    what follows it."""
+    """Join the words that bash splits at ``=`` and ``:``; typer does not. Remove each ``=``, and move
+    the part before ``:`` of the word to be completed to ``before_colon``, because bash replaces only
+    the part after it."""
     global before_colon
     last = int(os.environ["COMP_CWORD"])
     line = "\n".join(os.environ["COMP_WORDS"].split("\n")[: last + 1])
@@ -87,13 +73,13 @@ def join_words_of_bash() -> None:
     split = re.search(r"(?<=\n)([^\n]+)\n:\n?(?=[^\n]*$)", line)
     if split:
         before_colon = f"{split[1]}:"
-        line = line.replace(split[0], "")
+        line = line[: split.start()] + line[split.end() :]
     os.environ.update(COMP_WORDS=line, COMP_CWORD=str(line.count("\n")))
 
 
 def complete_at_the_first_tab() -> None:
-    """zsh reads the script at the first Tab. Typer's script only defines the function then, so that
-    nothing is offered before the second Tab; this one calls it, as click's does."""
+    """Call the function in zsh's script. zsh reads the script at the first Tab; typer's script only
+    defines the function then, and completes nothing before the second Tab."""
     defines = "\ncompdef %(complete_func)s %(prog_name)s\n"
     calls = f"""
 if [ "$funcstack[1]" = "_%(prog_name)s" ]; then
@@ -111,8 +97,8 @@ fi
 
 
 def without_heavy_imports() -> None:
-    """Before typer completes. Typer converts the values before the word to be completed, does not
-    use them, and ignores what fails; importing pydantic, which converts them, takes longer than
-    everything else. The same holds for rich, which typer imports for the help of an option."""
+    """Block imports that slow completion down. Typer converts the values before the completed
+    word with pydantic, does not use them, and ignores failures; importing pydantic takes longer
+    than the rest. Typer imports rich for the help of an option, which is as slow."""
     for name in ("pydantic", "rich"):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
