@@ -63,9 +63,9 @@ def _after_commas(incomplete: str, known: Iterable[str]) -> list[str]:
 
 
 def join_words_of_bash() -> None:
-    """Join the words that bash splits at ``=`` and ``:``; typer does not. Remove each ``=``, and move
-    the part before ``:`` of the word to be completed to ``before_colon``, because bash replaces only
-    the part after it."""
+    """Join the words that bash splits at ``=`` and ``:``; typer does not. Remove each ``=``, and
+    move the part before ``:`` of the completed word to ``before_colon``, because bash replaces
+    only the part after it."""
     global before_colon
     last = int(os.environ["COMP_CWORD"])
     line = "\n".join(os.environ["COMP_WORDS"].split("\n")[: last + 1])
