@@ -87,10 +87,20 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
     members = zip_members(path)
     check_unpacked(path, members)
     if any(name.endswith("/constants.pkl") for name in members):
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, which oodcli does not run: save the state dict of "
-            "the Python model, or export it with torch.export.save to a .pt2 file"
-        )
+        from oodcli.networks.torchscript import load_torchscript
+
+        module, note = load_torchscript(path, trust=trust_pickle)
+        check_finite(module.state_dict(), path)
+        return Network(module, "TorchScript", guess_inputs(module), (note,))
+    if path.suffix == ".onnx":
+        from oodcli.networks.onnx_graph import load_onnx
+
+        module, size, note = load_onnx(path)
+        check_finite(module.state_dict(), path)
+        inputs = guess_inputs(module, size)
+        if size is not None:
+            inputs = replace(inputs, size_source="that of the graph's input")
+        return Network(module, "ONNX", inputs, (note,))
     if path.suffix == ".pt2" or any(
         name.endswith(("archive_format", "serialized_exported_program.json")) for name in members
     ):

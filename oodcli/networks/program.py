@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oodcli.errors import CheckpointError, first_line
+from oodcli.networks.layers import batch_norm, convolution, linear
 
 aten = torch.ops.aten
 REEXPORT = (
@@ -439,11 +440,11 @@ def _layer(module: nn.Module, graph: torch.fx.Graph) -> nn.Module | None:
     arguments = [value(node) for node in calls[0].args[1:]]
     target = calls[0].target
     if target is aten.linear.default:
-        return _linear(*arguments)
+        return linear(*arguments)
     if target is aten.conv2d.default:
-        return _convolution(*arguments)
+        return convolution(*arguments)
     if target is aten.batch_norm.default and arguments[2] is not None:
-        return _batch_norm(4 if example is None else example.ndim, *arguments)
+        return batch_norm(4 if example is None else example.ndim, *arguments)
     return None
 
 
@@ -458,58 +459,3 @@ def _sequence(
         children[name] = module.get_submodule(name)
         value = node
     return nn.Sequential(children)
-
-
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    return _with(layer, weight=weight, bias=bias)
-
-
-def _convolution(
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> nn.Module:
-    def pair(number: Any) -> tuple[int, int]:
-        numbers = [number] if isinstance(number, int) else list(number)
-        return (numbers[0], numbers[-1])
-
-    layer = nn.Conv2d(
-        weight.shape[1] * groups,
-        weight.shape[0],
-        (weight.shape[2], weight.shape[3]),
-        pair(stride),
-        pair(padding),
-        pair(dilation),
-        groups,
-        bias is not None,
-        device="meta",
-    )
-    return _with(layer, weight=weight, bias=bias)
-
-
-def _batch_norm(
-    ndim: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    training: bool,
-    momentum: float,
-    eps: float,
-    *_: Any,
-) -> nn.Module:
-    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[ndim]
-    layer = kind(len(mean), eps, momentum, affine=weight is not None, device="meta")
-    count = torch.tensor(0)
-    tensors = {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
-    return _with(layer, weight=weight, bias=bias, **tensors)
-
-
-def _with(layer: nn.Module, **tensors: Tensor | None) -> nn.Module:
-    state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    layer.load_state_dict(state, assign=True)
-    return layer

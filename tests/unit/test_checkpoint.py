@@ -238,17 +238,6 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, state: dict[str, Tensor]) 
     fails(path, "epoch, loss")
 
 
-def test_torchscript_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "net.pt"
-    import zipfile
-
-    with zipfile.ZipFile(path, "w") as archive:  # torch.jit itself is deprecated
-        archive.writestr("net/data.pkl", b"")
-        archive.writestr("net/constants.pkl", b"")
-        archive.writestr("net/code/__torch__.py", b"")
-    fails(path, "TorchScript", "torch.export")
-
-
 @pytest.mark.parametrize(
     "content",
     [
