@@ -22,7 +22,7 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="Checkpoint: a .pt, .pth, .th, .bin, .safetensors or .pt2 file.",
+        help="Checkpoint: a .pt, .pth, .th, .bin, .safetensors, .pt2 or .onnx file.",
         show_default=False,
     ),
 ]

@@ -27,7 +27,11 @@ Kind: TypeAlias = Literal[
     "partial",
 ]
 
-CHECKPOINTS = (".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2")
+CHECKPOINTS = (".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2", ".onnx")
+FOREIGN = (".keras", ".pb", ".tflite", ".meta", ".index")
+"""Files of other frameworks, for which the loader of checkpoints tells the way."""
+
+SAVED_MODEL = "saved_model.pb"
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 START_BYTES = 1 << 16
@@ -41,6 +45,8 @@ def kind_of(path: Path) -> Kind:
     none of these, or cannot be read."""
     if (path / JOB).is_file():
         return "partial"
+    if path.suffix in FOREIGN or (path / SAVED_MODEL).is_file():
+        return "checkpoint"
     try:
         with path.open("rb") as file:
             start = file.read(START_BYTES)
@@ -84,7 +90,11 @@ def _of_hdf5(path: Path) -> Kind | None:
     found = format_of(path)
     if found is None:
         raise FileError(f"{path} is a truncated or damaged HDF5 file: make it again")
-    kinds: dict[str, Kind] = {virtual.FORMAT: "virtual", cache.FORMAT: "features"}
+    kinds: dict[str, Kind] = {
+        virtual.FORMAT: "virtual",
+        cache.FORMAT: "features",
+        "": "checkpoint",  # Keras's
+    }
     return kinds.get(found)
 
 

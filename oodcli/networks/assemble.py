@@ -103,6 +103,13 @@ def assemble(
     )
 
 
+FAILURES = (
+    *(RuntimeError, MemoryError, ValueError, AssertionError, TypeError),
+    *(LookupError, AttributeError, ArithmeticError),
+)
+"""Exceptions of a network that cannot run on an image."""
+
+
 @contextmanager
 def _one_sentence(image: Tensor, sentence: str) -> Iterator[None]:
     """Runs a network without gradients. Raises CheckpointError with the sentence, whose ``%s`` is
@@ -110,7 +117,7 @@ def _one_sentence(image: Tensor, sentence: str) -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
-    except (RuntimeError, MemoryError, ValueError, AssertionError, IndexError, TypeError) as error:
+    except FAILURES as error:
         if ran_out(error):
             height, width = image.shape[2:]
             raise OodcliError(too_short(image.device, (height, width))) from error

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from oodcli.errors import CheckpointError, first_sentence
 from oodcli.networks.state_dict import AVERAGED, PLAIN
 
-SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".safetensors", ".pt2")
+SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".safetensors", ".pt2", ".onnx")
 
 UNPACKED = 20, 1 << 28
 """Factor and bytes from which an archive is a decompression bomb; torch.save does not compress."""

@@ -22,6 +22,7 @@ from oodcli.networks.contents import (
     read_torch,
     zip_members,
 )
+from oodcli.networks.foreign import check_foreign
 from oodcli.networks.inputs import guess_inputs, preprocessing_of
 from oodcli.networks.recognition import SLICES, Network, network_of, require_classes
 from oodcli.networks.state_dict import check_finite, check_values, find_state
@@ -44,6 +45,7 @@ def load_classifier(
     anything does not fit.
     """
     path = Path(path)
+    check_foreign(path)
     check_file(path)
     card = card_of(path, overrides, trust=trust_pickle)
     fill = {key: value for key, value in card.items() if getattr(overrides, key) is None}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.errors import CheckpointError, first_line
 from oodcli.networks.layers import Flat, batch_norm, convolution, linear
@@ -44,30 +45,31 @@ def load_onnx(path: Path) -> tuple[nn.Module, tuple[int, int] | None, str]:
     name, shape = _image(model, path)
     channels_last = shape[1] not in (1, 3) and shape[3] in (1, 3)
     batch, size = shape[0], (shape[1:3] if channels_last else shape[2:])
-    try:
-        network = _Graph(model, name, channels_last, batch).network()
-    except _UnknownError as error:
-        raise CheckpointError(
-            f"{path} has the operation {error}, which oodcli cannot read from ONNX: save the "
-            "network from torch, as a state dict or with torch.export.save"
-        ) from error
-    except Exception as error:  # a damaged graph can raise almost anything
-        raise _damaged(path, error) from error
+
+    def converted(freed: int | None) -> nn.Module:
+        try:
+            return _Graph(model, name, channels_last, freed).network()
+        except _UnknownError as error:
+            raise CheckpointError(
+                f"{path} has the operation {error}, which oodcli cannot read from ONNX: save the "
+                "network from torch, as a state dict or with torch.export.save"
+            ) from error
+        except Exception as error:  # a damaged graph can raise almost anything
+            raise _damaged(path, error) from error
+
+    network = converted(batch)
     fixed = None if None in size else (int(size[0] or 0), int(size[1] or 0))
     if fixed is not None:
-        channels = shape[3] if channels_last else shape[1]
-        exported = _Graph(model, name, channels_last, None).network()
-        _check_batches(network, exported, (batch or 1, int(channels or 3), *fixed), path)
-    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
-    return (
-        network,
-        fixed,
-        (
-            "ONNX: a list of operations without modules, so layers have other names, and activations "
-            "or convolutions take the place of blocks"
-            + ("" if norms else "; exporters fold BatchNorm into convolutions, and none is left")
-        ),
+        channels = int((shape[3] if channels_last else shape[1]) or 3)
+        exported = network if batch is None else converted(None)
+        _check_batches(network, exported, batch, (channels, *fixed), path)
+    note = (
+        "ONNX: a list of operations without modules, so layers have other names, and activations "
+        "or convolutions take the place of blocks"
     )
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        note += "; no BatchNorm is left, as exporters fold it into convolutions"
+    return network, fixed, note
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -107,7 +109,7 @@ def _image(model: Any, path: Path) -> tuple[str, tuple[int | None, ...]]:
     """The name and shape of the one input, None for lengths that are open."""
     known = {tensor.name for tensor in model.graph.initializer}
     inputs = [each for each in model.graph.input if each.name not in known]
-    kind = inputs[0].type.tensor_type if inputs else None
+    kind: Any = inputs[0].type.tensor_type if inputs else None
     lengths = [
         d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None
         for d in (kind.shape.dim if kind is not None else ())
@@ -123,27 +125,27 @@ def _image(model: Any, path: Path) -> tuple[str, tuple[int | None, ...]]:
 
 
 def _check_batches(
-    network: nn.Module, exported: nn.Module, shape: Sequence[int], path: Path
+    network: nn.Module, exported: nn.Module, batch: int | None, shape: Sequence[int], path: Path
 ) -> None:
-    """Raises CheckpointError where three images together give other outputs than in batches of the
-    size that the graph was exported for."""
-    images = torch.randn((3, *shape[1:]), generator=torch.Generator().manual_seed(0))
-    rows = []
+    """Raises CheckpointError where three images together give other outputs than each does in a
+    batch of the size that the graph was exported for. shape: of an image."""
+    images = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            for image in images:
-                rows.append(_first(exported(image.expand(shape[0], -1, -1, -1)))[:1])
+            each = [_first(exported(i.expand(batch or 1, -1, -1, -1)))[:1] for i in images]
+        expected = torch.cat(each)
     except Exception as error:
         raise _damaged(path, error) from error
+    failure: Exception | None = None
     try:
         with torch.no_grad():
             found = _first(network(images))
-        expected = torch.cat(rows)
         same = found.shape == expected.shape and torch.allclose(found, expected, 1e-3, 1e-4)
-    except Exception as error:
-        raise CheckpointError(f"{path} works on batches of {shape[0]} only: {REEXPORT}") from error
+    except Exception as error:  # as many kinds as there are operations
+        same, failure = False, error
     if not same:
-        raise CheckpointError(f"{path} mixes the images of a batch: {REEXPORT}")
+        size = "its own size" if batch is None else batch
+        raise CheckpointError(f"{path} works on batches of {size} only: {REEXPORT}") from failure
 
 
 def _first(output: Any) -> Tensor:
@@ -169,6 +171,8 @@ class _Graph:
         self.proto = model.graph
         self.to_array = numpy_helper.to_array
         self.constants = {t.name: self._tensor(t) for t in model.graph.initializer}
+        self.added: dict[str, str] = {}
+        """Sums that a layer has computed, by their names: the name of its output."""
         self.uses: dict[str, int] = {}
         for node in model.graph.node:
             for name in node.input:
@@ -196,7 +200,9 @@ class _Graph:
         constant = {
             name: self.constants[name] for name in inputs if name and name in self.constants
         }
-        if node.op_type in ("Identity", "Dropout"):
+        if node.output[0] in self.added:
+            self.values[node.output[0]] = self.values[self.added[node.output[0]]]
+        elif node.op_type in ("Identity", "Dropout"):
             self._skip(node, constant)
         elif node.op_type == "Constant":
             value = next(iter(given.values()))
@@ -274,14 +280,15 @@ class _Graph:
         self, node: Any, given: Mapping[str, Any], constant: Mapping[str, Tensor]
     ) -> nn.Module | None:
         """The module of ``torch.nn`` for an operation whose weights are constants."""
-        kind, weights = node.op_type, [constant.get(name) for name in node.input[1:]]
+        kind = node.op_type
         if kind in MODULES:
             return MODULES[kind](given)
-        if not weights or any(w is None for w in weights) or node.input[0] in constant:
+        weights = [constant[name] for name in node.input[1:] if name in constant]
+        if not weights or len(weights) + 1 < len(node.input) or node.input[0] in constant:
             return None
         if kind == "Conv" and weights[0].ndim == 4 and _symmetric(given):
             return convolution(
-                *weights[:1],
+                weights[0],
                 weights[1] if len(weights) > 1 else None,
                 given.get("strides", 1),
                 given.get("pads", [0, 0])[:2],
@@ -291,12 +298,14 @@ class _Graph:
         if kind == "BatchNormalization" and len(weights) == 4:
             if given.get("training_mode"):
                 raise ValueError("BatchNorm in training mode: call model.eval() before the export")
-            return batch_norm(None, *weights, False, 0.1, given.get("epsilon", 1e-5))
+            scale, bias, mean, var = weights
+            return batch_norm(None, scale, bias, mean, var, False, 0.1, given.get("epsilon", 1e-5))
         if kind == "Gemm" and not given.get("transA") and weights[0].ndim == 2:
             weight = weights[0] if given.get("transB") else weights[0].T
-            bias = weights[1].reshape(-1).expand(len(weight)) if len(weights) > 1 else None
-            bias = None if bias is None else bias * given.get("beta", 1.0)
-            return linear((weight * given.get("alpha", 1.0)).contiguous(), bias)
+            added = None
+            if len(weights) > 1:
+                added = weights[1].reshape(-1).expand(len(weight)) * given.get("beta", 1.0)
+            return linear((weight * given.get("alpha", 1.0)).contiguous(), added)
         if kind == "MatMul" and weights[0].ndim == 2:
             return linear(weights[0].T.contiguous(), self._bias_after(node, weights[0].shape[1]))
         return None
@@ -311,9 +320,7 @@ class _Graph:
         bias = self.constants.get(others[0]) if others else None
         if after.op_type != "Add" or bias is None or bias.shape != (width,):
             return None
-        after.op_type = "Identity"
-        del after.input[:]
-        after.input.append(output)
+        self.added[after.output[0]] = output
         return bias
 
 
@@ -356,7 +363,7 @@ def _together(*tensors: Any) -> list[Any]:
     return [t if device is None else t.to(device) for t in tensors]
 
 
-def _pointwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _pointwise(function: Any) -> Callable[..., Tensor]:
     def call(given: Mapping[str, Any], *tensors: Tensor) -> Tensor:
         return function(*_together(*tensors))
 
@@ -381,7 +388,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.div(a, b, rounding_mode="trunc" if whole else None)
 
 
-def _modulo(given: Mapping[str, Any], a: Tensor, b: Tensor) -> Tensor:
+def _modulo(given: Mapping[str, Any], a: Tensor, b: Tensor) -> Any:
     return (torch.fmod if given.get("fmod") else torch.remainder)(*_together(a, b))
 
 
@@ -389,7 +396,7 @@ def _reshape(given: Mapping[str, Any], x: Tensor, shape: Any) -> Tensor:
     sizes = _ints(shape)
     if not given.get("allowzero"):
         sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
-    return x.reshape(sizes)
+    return torch.reshape(x, sizes)
 
 
 def _flatten(given: Mapping[str, Any], x: Tensor) -> Tensor:
@@ -424,11 +431,11 @@ def _concat(given: Mapping[str, Any], *tensors: Tensor) -> Tensor:
     return torch.cat(parts, axis)
 
 
-def _split(given: Mapping[str, Any], x: Tensor, sizes: Any = None) -> Sequence[Tensor]:
+def _split(given: Mapping[str, Any], x: Tensor, sizes: Any = None) -> Any:
     axis = given.get("axis", 0)
     found = given.get("split") if sizes is None else _ints(sizes)
     length = math.ceil(x.shape[axis] / given["outputs"])
-    return x.split(length if found is None else found, axis)
+    return torch.split(x, length if found is None else found, axis)
 
 
 def _slice(
@@ -456,7 +463,7 @@ def _gather(given: Mapping[str, Any], x: Tensor, indices: Tensor) -> Tensor:
     axis = given.get("axis", 0) % x.ndim
     places = torch.where(indices < 0, indices + x.shape[axis], indices).to(x.device)
     taken = x.index_select(axis, places.reshape(-1).long())
-    return taken.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return torch.reshape(taken, (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def _shape(given: Mapping[str, Any], x: Tensor) -> Tensor:
@@ -464,7 +471,11 @@ def _shape(given: Mapping[str, Any], x: Tensor) -> Tensor:
 
 
 def _expand(given: Mapping[str, Any], x: Tensor, shape: Any) -> Tensor:
-    return x.expand(_limited(torch.broadcast_shapes(x.shape, tuple(_ints(shape)))))
+    sizes = _ints(shape)
+    lengths = [1] * (len(sizes) - x.ndim) + list(x.shape)
+    sizes = [1] * (x.ndim - len(sizes)) + sizes
+    pairs = zip(lengths, sizes, strict=True)
+    return x.expand(_limited([b if a == 1 else a for a, b in pairs]))
 
 
 def _filled(given: Mapping[str, Any], shape: Any) -> Tensor:
@@ -504,15 +515,14 @@ def _cast(given: Mapping[str, Any], x: Tensor) -> Tensor:
     )
 
 
-def _where(given: Mapping[str, Any], condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _where(given: Mapping[str, Any], condition: Tensor, a: Tensor, b: Tensor) -> Any:
     return torch.where(*_together(condition, a, b))
 
 
-def _clip(given: Mapping[str, Any], x: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    return x.clamp(
-        given.get("min") if low is None else low.item(),
-        given.get("max") if high is None else high.item(),
-    )
+def _clip(given: Mapping[str, Any], x: Tensor, low: Any = None, high: Any = None) -> Any:
+    least = given.get("min") if low is None else low.item()
+    most = given.get("max") if high is None else high.item()
+    return x.clamp(least, most)
 
 
 def _reduced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -540,7 +550,8 @@ def _normalised(function: Callable[..., Tensor], given: Mapping[str, Any], x: Te
     if given["opset"] >= 13:
         return function(x, given.get("axis", -1))
     axis = given.get("axis", 1) % x.ndim  # of all axes from this one on
-    return function(x.flatten(axis), axis).reshape(x.shape)
+    whole: Tensor = function(x.flatten(axis), axis)
+    return whole.reshape(x.shape)
 
 
 def _padded(given: Mapping[str, Any], x: Tensor, value: float) -> Tensor:
@@ -624,22 +635,22 @@ def _instance_norm(given: Mapping[str, Any], x: Tensor, scale: Tensor, bias: Ten
     return F.instance_norm(x, weight=scale, bias=bias, eps=given.get("epsilon", 1e-5))
 
 
-def _gemm(given: Mapping[str, Any], a: Tensor, b: Tensor, c: Any = None) -> Tensor:
+def _gemm(given: Mapping[str, Any], a: Tensor, b: Tensor, c: Any = None) -> Any:
     a, b = (a.T if given.get("transA") else a), (b.T if given.get("transB") else b)
     product = given.get("alpha", 1.0) * (a @ b)
     return product if c is None else product + given.get("beta", 1.0) * c
 
 
-def _lrn(given: Mapping[str, Any], x: Tensor) -> Tensor:
+def _lrn(given: Mapping[str, Any], x: Tensor) -> Any:
     alpha, beta, k = given.get("alpha", 1e-4), given.get("beta", 0.75), given.get("bias", 1.0)
     return F.local_response_norm(x, given["size"], alpha, beta, k)
 
 
-def _hard_sigmoid(given: Mapping[str, Any], x: Tensor) -> Tensor:
+def _hard_sigmoid(given: Mapping[str, Any], x: Tensor) -> Any:
     return (given.get("alpha", 0.2) * x + given.get("beta", 0.5)).clamp(0, 1)
 
 
-def _prelu(given: Mapping[str, Any], x: Tensor, slope: Tensor) -> Tensor:
+def _prelu(given: Mapping[str, Any], x: Tensor, slope: Tensor) -> Any:
     return torch.where(x < 0, slope * x, x)
 
 

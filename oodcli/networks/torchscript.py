@@ -289,7 +289,8 @@ def _layer(kind: str, given: list[Any]) -> nn.Module | None:
     if kind == "aten::conv2d" and not isinstance(tensors[4], str):
         return convolution(*tensors[1:])
     if kind == "aten::_convolution" and tensors[1].ndim == 4 and not tensors[6]:
-        return convolution(*tensors[1:6], tensors[8])
+        _, weight, bias, stride, padding, dilation, _, _, groups = tensors[:9]
+        return convolution(weight, bias, stride, padding, dilation, groups)
     if kind == "aten::batch_norm" and isinstance(tensors[3], Tensor):
         return batch_norm(None, *tensors[1:])
     return None

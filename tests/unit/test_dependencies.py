@@ -18,13 +18,14 @@ DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 """Module → what it is installed as, where the names differ."""
 OPTIONAL = {
     "fsspec": "ray",
+    "onnx": "onnx",
     "pillow_heif": "heic",
     "pyarrow": "parquet",
     "ray": "ray",
     "timm": "timm",
 }
 """Module → the extra that installs it. All others come with oodcli."""
-TESTED = ("parquet", "heic", "ray", "timm", "test")
+TESTED = ("parquet", "heic", "onnx", "ray", "timm", "test")
 """Extras whose packages the tests use."""
 
 
