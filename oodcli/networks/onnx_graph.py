@@ -363,8 +363,8 @@ def _together(*tensors: Any) -> list[Any]:
     return [t if device is None else t.to(device) for t in tensors]
 
 
-def _pointwise(function: Any) -> Callable[..., Tensor]:
-    def call(given: Mapping[str, Any], *tensors: Tensor) -> Tensor:
+def _pointwise(function: Any) -> Callable[..., Any]:
+    def call(given: Mapping[str, Any], *tensors: Tensor) -> Any:
         return function(*_together(*tensors))
 
     call.__name__ = f"pointwise_{getattr(function, '__name__', 'function')}"

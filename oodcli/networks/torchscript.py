@@ -1,52 +1,50 @@
 """Programs saved by ``torch.jit.save``, made to look like ordinary networks.
 
-``torch.jit.load`` unpickles in C++ and compiles TorchScript, not Python, so no Python code in the
-file is run. TorchScript is code nevertheless: its operations can write files (``torch.save``), and
-``__setstate__`` methods run while the file is loaded. PyTorch's security policy
+TorchScript is code: its operations can write files, methods run while ``torch.jit.load`` reads a
+file, and a crafted or damaged file can crash the process. PyTorch's security policy
 (https://github.com/pytorch/pytorch/blob/main/SECURITY.md) asks to treat a TorchScript file from
-others as code. Here the operations are checked before any of them runs, and files with
-``__setstate__`` methods or C++ objects are not loaded, unless the file is trusted. Nothing limits
-the time or the memory that a program uses.
+others as code. So ``torch.jit`` does not read the file unless it is trusted. Instead, the tensors
+are unpickled without any class, and the code, which is written in Python's syntax, is parsed, never
+run: each call of a tensor operation becomes a layer or a call of torch. Branches that depend on the
+image, and loops, cannot be listed like this. Nothing limits the time or the memory that the
+operations use.
 """
 
 from __future__ import annotations
 
 import ast
+import io
+import math
 import operator
-import pickletools
+import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from oodcli.errors import CheckpointError, first_line
 from oodcli.networks.layers import Flat, batch_norm, convolution, linear
-from oodcli.networks.program import NAMESPACES
 
 TRUST = "give --trust-pickle if you trust its author"
-RESAVE = "save it again with torch.jit.save"
-FORBIDDEN = re.compile(r"file|save|load|rpc|fork|python|call", re.IGNORECASE)
+FORBIDDEN = re.compile(r"file|save|load|print|warn", re.IGNORECASE)
 """In the names of operations that do more than compute."""
-PYTHON: dict[str, Callable[..., Any]] = {
-    "aten::__getitem__": operator.getitem,
-    "aten::len": len,
-    "aten::Int": int,
-    "aten::ScalarImplicit": int,
-    "prim::NumToTensor": torch.as_tensor,
-    "prim::dtype": operator.attrgetter("dtype"),
-    "prim::device": operator.attrgetter("device"),
-}
-"""What stands for operations that exist in the interpreter of TorchScript alone."""
+LONGEST = 100_000
+"""Expressions in a program."""
+
+FLAT = (
+    "TorchScript: a list of operations without modules, so layers have other names, and "
+    "activations or convolutions take the place of blocks"
+)
 
 
 class Scripted(nn.Module):
-    """A program whose graph has branches or loops that depend on the image; only what it returns
-    can be seen."""
+    """A program that torch.jit runs as it is; only what it returns can be seen."""
 
     def __init__(self, program: nn.Module) -> None:
         super().__init__()
@@ -63,216 +61,408 @@ class Scripted(nn.Module):
         yield from self.program.named_parameters()
 
 
+class UnlistedError(Exception):
+    """Names what a program has that no list of operations can have."""
+
+
 def load_torchscript(path: Path, *, trust: bool = False) -> tuple[nn.Module, str]:
     """The network in a TorchScript archive, and a note on what the file does not tell.
 
-    Raises CheckpointError when the file is damaged, was traced in training mode, takes anything but
-    one batch of images, or does more than compute with tensors (and is not trusted).
+    Raises CheckpointError when the file is damaged, was traced in training mode, or has more than
+    a list of tensor operations (and is not trusted).
     """
-    if not trust:
-        _check_archive(path)
+    try:
+        return _Program(path).network(), FLAT
+    except UnlistedError as error:
+        if not trust:
+            raise CheckpointError(
+                f"{path} is TorchScript with {error}, which oodcli does not run: save "
+                f"torch.jit.trace(model.eval(), image) or the state dict, or {TRUST}"
+            ) from error
+        reason = str(error)
+    except CheckpointError:
+        raise
+    except Exception as error:  # zip, pickle, syntax and graph errors of every kind
+        raise CheckpointError(
+            f"{path} is not a TorchScript archive that oodcli can read ({first_line(error)[:160]}):"
+            " save it again with torch.jit.save"
+        ) from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit is deprecated; its files are not
-            program: Any = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
-            graph = program.inlined_graph
+            program: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     except Exception as error:  # a damaged archive can raise almost anything
         raise CheckpointError(
-            f"{path} is not a TorchScript program that this torch ({torch.__version__}) can load "
-            f"({first_line(error)[:160]}): {RESAVE}"
+            f"{path} cannot be loaded by torch.jit ({first_line(error)[:160]}): save it again"
         ) from error
-    if not trust:
-        _check_operations(graph, path)
-    _check_tensors(program, graph, path)
-    if len(list(graph.inputs())) != 2:
-        raise CheckpointError(
-            f"{path} takes {len(list(graph.inputs())) - 1} inputs: trace the classifier with one "
-            "batch of images"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if hasattr(program, "training"):  # a file that was frozen has lost it
-                graph = torch.jit.freeze(program, optimize_numerics=False).graph
-        _check_evaluation(graph, path)
-        network = _flat(graph)
-    except (_NotFlatError, RuntimeError) as error:
-        return Scripted(program.float()), (
-            f"TorchScript: this program is run as it is ({first_line(error)[:120]}), so only its "
-            "logits are used: detectors that need the embedding or layers are left out"
-        )
-    return network, (
-        "TorchScript: a list of operations without modules, so layers have other names, and "
-        "activations or convolutions take the place of blocks"
+    return Scripted(program.eval().float()), (
+        f"TorchScript: torch.jit runs this program as it is ({reason}), so only its logits are "
+        "used: detectors that need the embedding or layers are left out"
     )
 
 
-def _check_archive(path: Path) -> None:
-    """Raises CheckpointError where loading the archive would run a part of it."""
-    objects: list[str] = []
-    try:
+# --- the tensors ------------------------------------------------------------------------------
+
+
+class _Object:
+    """An object of the program: its class's name, and its attributes."""
+
+    kind = ""
+    path = ""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise UnlistedError(f"a __setstate__ method of {self.kind}, as quantised programs have")
+        self.state = state
+
+
+class _Weight(NamedTuple):
+    """A tensor of the file and its name, ``layer1.0.conv1.weight``."""
+
+    tensor: Tensor
+    name: str
+
+
+class _Unpickler(pickle._Unpickler):  # in Python, so that no index in the file takes memory
+    """Reads tensors, numbers, texts and ``_Object``s; nothing else."""
+
+    def __init__(self, content: bytes, storages: dict[str, bytes]) -> None:
+        super().__init__(io.BytesIO(content))
+        self.storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        whole = f"{module}.{name}"
+        if whole.startswith("__torch__.torch.classes"):
+            raise UnlistedError(f"a C++ object ({whole.removeprefix('__torch__.')})")
+        if module.startswith("__torch__"):
+            return type("_Object", (_Object,), {"kind": whole})
+        if whole == "torch._utils._rebuild_tensor_v2":
+            return _strided
+        if whole == "collections.OrderedDict":
+            return OrderedDict
+        if module == "torch" and name in torch.storage._dtype_to_storage_type_map().values():
+            return name
+        if module == "torch.jit._pickle" and name.startswith("build_"):
+            return list
+        raise UnlistedError(f"a pickled {whole}")
+
+    def persistent_load(self, saved: Any) -> Tensor:
+        _, kind, key, _, _ = saved
+        dtype = torch.storage._storage_type_to_dtype_map()[kind]
+        content = bytearray(self.storages[key])
+        return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+
+
+def _strided(flat: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    """Raises RuntimeError beyond the bytes of the file."""
+    if min((offset, *size, *stride), default=0) < 0 or len(size) != len(stride):
+        raise ValueError("a tensor of negative size")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if math.prod(size) and last >= len(flat):
+        raise ValueError("a tensor lacks bytes")
+    found = torch.as_strided(flat, size, stride, offset).clone()
+    return found.float() if found.is_floating_point() else found
+
+
+# --- the code ---------------------------------------------------------------------------------
+
+CONSTANT: dict[str, Callable[..., Any]] = {
+    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "add")},
+    **{name: getattr(operator, name) for name in ("sub", "mul", "floordiv", "neg")},
+    "__is__": operator.is_,
+    "__isnot__": operator.is_not,
+    "__not__": operator.not_,
+    "__and__": operator.and_,
+    "__or__": operator.or_,
+    "__getitem__": operator.getitem,
+    "len": len,
+}
+"""What the code may do with numbers, texts and lists of them before any image is there."""
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return x.dtype
+
+
+def _device(x: Tensor) -> torch.device:
+    return x.device
+
+
+PYTHON: dict[str, Callable[..., Any]] = {
+    "torch.__getitem__": operator.getitem,
+    "torch.len": len,
+    "torch.Int": int,
+    "torch.ScalarImplicit": int,
+    "int": int,
+    "bool": bool,
+    "float": float,
+    "ops.prim.NumToTensor": torch.as_tensor,
+    "ops.prim.dtype": _dtype,
+    "ops.prim.device": _device,
+}
+"""What stands for operations that exist in the interpreter of TorchScript alone."""
+
+
+class _Program:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.flat = Flat()
+        self.steps = 0
+        self.files: dict[str, ast.Module] = {}
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(".py"):
-                    for node in ast.walk(ast.parse(archive.read(name))):
-                        if isinstance(node, ast.FunctionDef) and node.name == "__setstate__":
-                            objects.append(node.name)
-                elif name.endswith(".pkl"):
-                    for opcode, argument, _ in pickletools.genops(archive.read(name)):
-                        words = str(argument).replace(" ", ".")
-                        if opcode.name == "GLOBAL" and "torch.classes" in words:
-                            objects.append(words.removeprefix("__torch__."))
-    except Exception as error:  # zip, pickle and syntax errors of every kind
-        raise CheckpointError(
-            f"{path} is not a complete TorchScript archive ({first_line(error)[:160]}): {RESAVE}"
-        ) from error
-    if objects:
-        raise CheckpointError(
-            f"{path} runs {objects[0]} while it is loaded, as quantised programs do: save the "
-            f"float network, or {TRUST}"
-        )
-
-
-def _nodes(block: Any) -> Iterator[Any]:
-    for node in block.nodes():
-        yield node
-        for inner in node.blocks():
-            yield from _nodes(inner)
-
-
-def _check_operations(graph: Any, path: Path) -> None:
-    for node in _nodes(graph):
-        namespace, _, name = node.kind().partition("::")
-        if namespace not in NAMESPACES or FORBIDDEN.search(name):
-            raise CheckpointError(
-                f"{path} calls {node.kind()}, which is not a tensor operation of torch: {TRUST}"
+            names = archive.namelist()
+            (root,) = (
+                n.removesuffix("constants.pkl") for n in names if n.endswith("/constants.pkl")
             )
+            for name in names:
+                if name.startswith(f"{root}code/") and name.endswith(".py"):
+                    module = name.removeprefix(f"{root}code/").removesuffix(".py").replace("/", ".")
+                    self.files[module] = ast.parse(archive.read(name))
 
+            def unpickled(kind: str) -> Any:
+                folder = f"{root}{kind}/"
+                storages = {
+                    n.removeprefix(folder): archive.read(n) for n in names if n.startswith(folder)
+                }
+                return _Unpickler(archive.read(f"{root}{kind}.pkl"), storages).load()
 
-def _check_tensors(program: nn.Module, graph: Any, path: Path) -> None:
-    """Raises CheckpointError where a tensor would reach beyond its bytes in the file, which the
-    loader does not check."""
-    constants = (n.output().toIValue() for n in _nodes(graph) if n.kind() == "prim::Constant")
-    tensors = [*program.parameters(), *program.buffers(), *constants]
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.numel():
-            continue
-        pairs = zip(tensor.shape, tensor.stride(), strict=True)
-        last = tensor.storage_offset() + sum((size - 1) * step for size, step in pairs)
-        if (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{path} is damaged (a tensor lacks bytes): {RESAVE}")
+            self.constants = unpickled("constants")
+            self.top = unpickled("data")
+        if not isinstance(self.top, _Object):
+            raise ValueError("no module")
 
+    def network(self) -> nn.Module:
+        forward = self._definition(f"{self.top.kind}.forward")
+        if len(forward.args.args) != 2:
+            raise UnlistedError(f"{len(forward.args.args) - 1} inputs")
+        images = self.flat.graph.placeholder("images")
+        returned = self._call(forward, [self.top, images], {})
+        if isinstance(returned, dict):
+            raise UnlistedError("a dictionary of outputs")
+        return self.flat.network(returned)
 
-def _check_evaluation(graph: Any, path: Path) -> None:
-    """Raises CheckpointError when BatchNorm or dropout would do what they do in training."""
-    places = {"aten::batch_norm": 5, "aten::dropout": 2, "aten::dropout_": 2}
-    for node in _nodes(graph):
-        place = places.get(node.kind())
-        if place is not None and list(node.inputs())[place].toIValue() is True:
+    def _definition(self, name: str) -> ast.FunctionDef:
+        """A function, or a method as ``CLASS.METHOD``, by its whole name."""
+        parts = name.split(".")
+        for cut in range(len(parts) - 1, 0, -1):
+            tree: Any = self.files.get(".".join(parts[:cut]))
+            for part in parts[cut:] if tree is not None else ():
+                kinds = (ast.FunctionDef, ast.ClassDef)
+                found = [n for n in tree.body if isinstance(n, kinds) and n.name == part]
+                if not found:
+                    break
+                tree = found[0]
+            else:
+                if isinstance(tree, ast.FunctionDef):
+                    return tree
+        raise UnlistedError(f"a call of {name}")
+
+    def _call(self, function: ast.FunctionDef, given: Sequence[Any], named: dict[str, Any]) -> Any:
+        names = [argument.arg for argument in function.args.args]
+        defaults = function.args.defaults
+        local = {n: self._value(d, {}) for n, d in zip(names[::-1], defaults[::-1], strict=False)}
+        local |= dict(zip(names, given, strict=False)) | named
+        return self._run(function.body, local)[1]
+
+    def _run(self, body: Sequence[ast.stmt], local: dict[str, Any]) -> tuple[bool, Any]:
+        """Whether the statements return, and what."""
+        for statement in body:
+            if isinstance(statement, ast.Return):
+                return True, None if statement.value is None else self._value(
+                    statement.value, local
+                )
+            if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+                self._assign(statement.targets[0], self._value(statement.value, local), local)
+            elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+                self._assign(statement.target, self._value(statement.value, local), local)
+            elif isinstance(statement, ast.Expr):
+                self._value(statement.value, local)
+            elif isinstance(statement, ast.If):
+                done, returned = self._run(self._branch(statement, local), local)
+                if done:
+                    return True, returned
+            elif not isinstance(statement, ast.Pass):
+                raise UnlistedError(f"a statement {type(statement).__name__.lower()}")
+        return False, None
+
+    def _branch(self, statement: ast.If, local: dict[str, Any]) -> Sequence[ast.stmt]:
+        """The branch that is taken: where an image decides, the one that raises no error."""
+        condition = self._value(statement.test, local)
+        if isinstance(condition, bool):
+            return statement.body if condition else statement.orelse
+        quiet = [body for body in (statement.body, statement.orelse) if not _raises(body)]
+        if len(quiet) != 1:
+            raise UnlistedError("a branch that depends on the image")
+        return quiet[0]
+
+    def _assign(self, target: ast.expr, value: Any, local: dict[str, Any]) -> None:
+        if isinstance(target, ast.Name):
+            local[target.id] = value
+        elif isinstance(target, ast.Tuple | ast.List):
+            for index, part in enumerate(target.elts):
+                item = self._emit(operator.getitem, value, index) if _open(value) else value[index]
+                self._assign(part, item, local)
+        else:
+            raise UnlistedError("an attribute that it sets")
+
+    def _value(self, node: ast.expr, local: dict[str, Any]) -> Any:
+        self.steps += 1
+        if self.steps > LONGEST:
+            raise UnlistedError(f"over {LONGEST} expressions")
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            if node.id in ("inf", "nan"):
+                return float(node.id)
+            return local[node.id]
+        if isinstance(node, ast.List):
+            return [self._value(each, local) for each in node.elts]
+        if isinstance(node, ast.Tuple):
+            return tuple(self._value(each, local) for each in node.elts)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -self._value(node.operand, local)
+        if isinstance(node, ast.Subscript):
+            return self._apply("torch.__getitem__", [node.value, node.slice], {}, local)
+        if isinstance(node, ast.Attribute):
+            return self._attribute(node, local)
+        if isinstance(node, ast.Call):
+            named = {k.arg: self._value(k.value, local) for k in node.keywords if k.arg}
+            return self._apply(node.func, node.args, named, local)
+        raise UnlistedError(f"an expression {ast.unparse(node)[:40]}")
+
+    def _attribute(self, node: ast.Attribute, local: dict[str, Any]) -> Any:
+        whole = ast.unparse(node)
+        if whole.startswith("CONSTANTS.c"):
+            return _weighed(self.constants[int(whole.removeprefix("CONSTANTS.c"))], "constant.0")
+        if whole.startswith("__torch__."):
+            return self._definition(whole)
+        return self._member(self._value(node.value, local), node.attr)
+
+    def _member(self, value: Any, name: str) -> Any:
+        if not isinstance(value, _Object):
+            raise UnlistedError(f"an attribute {name} of a tensor")
+        if name == "training":
+            return False
+        found = value.state[name] if name in value.state else self._final(value.kind, name)
+        path = f"{value.path}.{name}".lstrip(".")
+        if isinstance(found, _Object):
+            found.path = path
+        return _weighed(found, path)
+
+    def _final(self, kind: str, name: str) -> Any:
+        """A constant of a class."""
+        module, _, own = kind.rpartition(".")
+        for node in self.files[module].body:
+            for each in node.body if isinstance(node, ast.ClassDef) and node.name == own else ():
+                if not isinstance(each, ast.AnnAssign) or each.value is None:
+                    continue
+                if getattr(each.target, "id", "") == name:
+                    return self._value(each.value, {})
+        raise UnlistedError(f"no attribute {name}")
+
+    def _apply(
+        self,
+        function: ast.expr | str,
+        arguments: Sequence[ast.expr],
+        named: dict[str, Any],
+        local: dict[str, Any],
+    ) -> Any:
+        name = function if isinstance(function, str) else ast.unparse(function)
+        if name in ("annotate", "unchecked_cast"):
+            return self._value(arguments[1], local)
+        if name in ("uninitialized", "torch.format", "ops.prim.RaiseException"):
+            return None  # for errors that are not raised
+        given = [self._value(each, local) for each in arguments]
+        if name == "getattr":
+            return self._member(given[0], given[1])
+        if isinstance(function, ast.Name) and isinstance(local.get(name), ast.FunctionDef):
+            return self._call(local[name], given, named)
+        if isinstance(function, ast.Attribute) and not re.match(r"(torch|ops|__torch__)\.", name):
+            value = self._value(function.value, local)
+            if not isinstance(value, _Object):
+                raise UnlistedError(f"a call of {name[:40]}")
+            method = self._definition(f"{value.kind}.{function.attr}")
+            return self._call(method, [value, *given], named)
+        if name.startswith("__torch__."):
+            return self._call(self._definition(name), given, named)
+        return self._operation(name, given, named)
+
+    def _operation(self, name: str, given: list[Any], named: dict[str, Any]) -> Any:
+        short = name.removeprefix("torch.")
+        if short in ("__is__", "__isnot__") and any(each is None for each in given):
+            return CONSTANT[short](*given)  # a tensor is not None
+        if short in CONSTANT and not _open([given, named]):
+            return CONSTANT[short](*given)
+        self._check_evaluation(name, given)
+        layer = _layer(short, given)
+        if layer is not None:
+            weights = [each for each in given if isinstance(each, _Weight)]
+            label = weights[0].name.rpartition(".")[0] if weights else short
+            return self.flat.add(label, layer, given[0])
+        if name in PYTHON:
+            return self._emit(PYTHON[name], *given)
+        if not name.startswith("torch.") or "." in short or FORBIDDEN.search(short):
+            raise UnlistedError(f"a call of {name[:40]}")
+        packet = getattr(torch.ops.aten, short, None)
+        if packet is None:
+            raise UnlistedError(f"a call of {name[:40]}")
+        return self._emit(packet, *given, **named)
+
+    def _check_evaluation(self, name: str, given: list[Any]) -> None:
+        """Raises CheckpointError when BatchNorm or dropout would do what they do in training."""
+        place = {"torch.batch_norm": 5, "torch.dropout": 2, "torch.dropout_": 2}.get(name)
+        if place is not None and given[place] is True:
             raise CheckpointError(
-                f"{path} was traced in training mode ({node.kind()}): call model.eval() before "
+                f"{self.path} was traced in training mode ({name}): call model.eval() before "
                 "torch.jit.trace"
             )
 
+    def _emit(self, function: Callable[..., Any], *given: Any, **named: Any) -> fx.Node:
+        arguments = tuple(self._node(each) for each in given)
+        keywords = {name: self._node(each) for name, each in named.items()}
+        return self.flat.graph.call_function(function, arguments, keywords)
 
-class _NotFlatError(Exception):
-    """Says what a program has that no list of operations can have."""
-
-
-def _flat(graph: Any) -> nn.Module:
-    """The network that computes a frozen graph. Raises _NotFlatError."""
-    flat = Flat()
-    program, images = graph.inputs()
-    values: dict[str, Any] = {
-        program.debugName(): None,
-        images.debugName(): flat.graph.placeholder("images"),
-    }
-    _append(flat, graph, values)
-    outputs = [values[output.debugName()] for output in graph.outputs()]
-    return flat.network(outputs[0] if len(outputs) == 1 else tuple(outputs))
+    def _node(self, value: Any) -> Any:
+        if isinstance(value, _Weight):
+            return self.flat.constant(value.tensor)
+        if isinstance(value, list | tuple):
+            return type(value)(self._node(each) for each in value)
+        if not isinstance(value, fx.Node | int | float | str | None):
+            raise UnlistedError(f"an argument {type(value).__name__}")
+        return value
 
 
-def _append(flat: Flat, block: Any, values: dict[str, Any]) -> None:
-    for node in block.nodes():
-        kind = node.kind()
-        given = [values[each.debugName()] for each in node.inputs()]
-        names = [each.debugName() for each in node.outputs()]
-        if kind == "prim::If":
-            _append_branch(flat, node, names, values)
-        elif kind in ("prim::ListUnpack", "prim::TupleUnpack"):
-            for index, name in enumerate(names):
-                values[name] = flat.graph.call_function(operator.getitem, (given[0], index))
-        elif len(names) == 1:
-            values[names[0]] = _value(flat, node, given, values)
-        elif kind != "prim::RaiseException":
-            raise _NotFlatError(f"it has {kind}")
+def _weighed(value: Any, name: str) -> Any:
+    return _Weight(value, name) if isinstance(value, Tensor) else value
 
 
-def _append_branch(flat: Flat, node: Any, names: list[str], values: dict[str, Any]) -> None:
-    """The branch of an ``if`` that raises no error, where the other one does."""
-    branches = [
-        block
-        for block in node.blocks()
-        if not any(inner.kind() == "prim::RaiseException" for inner in block.nodes())
-    ]
-    if len(branches) != 1:
-        raise _NotFlatError("it has prim::If")
-    _append(flat, branches[0], values)
-    for name, output in zip(names, branches[0].outputs(), strict=True):
-        values[name] = values[output.debugName()]
+def _open(value: Any) -> bool:
+    """Whether a value depends on the image or on a tensor."""
+    if isinstance(value, _Weight):
+        return True
+    if isinstance(value, dict):
+        return any(map(_open, value.values()))
+    return isinstance(value, fx.Node) or (
+        isinstance(value, list | tuple) and any(map(_open, value))
+    )
 
 
-def _value(flat: Flat, node: Any, given: list[Any], values: dict[str, Any]) -> Any:
-    """The node or constant that a TorchScript node's one output becomes."""
-    kind = node.kind()
-    if kind == "prim::Constant":
-        constant = node.output().toIValue()
-        if isinstance(constant, Tensor):
-            return _Weight(constant.detach(), node.output().debugName())
-        if not isinstance(constant, int | float | str | list | tuple | None | torch.device):
-            raise _NotFlatError(f"it has a constant {type(constant).__name__}")
-        return constant
-    if kind == "prim::ListConstruct":
-        return [_node(flat, each) for each in given]
-    if kind == "prim::TupleConstruct":
-        return tuple(_node(flat, each) for each in given)
-    if kind == "aten::format":  # the text of an error that is not raised
-        return ""
-    if kind in ("prim::unchecked_cast", "prim::Uninitialized"):
-        return given[0] if given else None
-    layer = _layer(kind, given)
-    if layer is not None:
-        weights = [each for each in given if isinstance(each, _Weight)]
-        name = weights[0].layer if weights else kind.removeprefix("aten::")
-        return flat.add(name, layer, given[0])
-    given = [_node(flat, each) for each in given]
-    if kind in PYTHON:
-        return flat.graph.call_function(PYTHON[kind], tuple(given[:2]))
-    if not kind.startswith("aten::"):
-        raise _NotFlatError(f"it has {kind}")
-    schema = torch._C.parse_schema(node.schema())
-    packet = getattr(torch.ops.aten, kind.removeprefix("aten::"))
-    named = [argument.name for argument in schema.arguments]
-    keywords = {
-        argument.name: value
-        for argument, value in zip(schema.arguments, given, strict=True)
-        if argument.kwarg_only
-    }
-    positional = tuple(v for n, v in zip(named, given, strict=True) if n not in keywords)
-    overload = getattr(packet, schema.overload_name or "default")
-    return flat.graph.call_function(overload, positional, keywords)
+def _plain(value: Any) -> bool:
+    """Whether a value is a tensor of the file, or numbers and texts."""
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return isinstance(value, Tensor | int | float | str | None)
 
 
-class _Weight:
-    """A tensor of the file and its name, ``self.layer1.0.conv1.weight``."""
-
-    def __init__(self, tensor: Tensor, name: str) -> None:
-        self.tensor = tensor
-        self.layer = name.removeprefix("self.").rpartition(".")[0]
-
-
-def _node(flat: Flat, value: Any) -> Any:
-    return flat.constant(value.tensor) if isinstance(value, _Weight) else value
+def _raises(body: Sequence[ast.stmt]) -> bool:
+    return any(
+        isinstance(each, ast.Raise)
+        or (isinstance(each, ast.Expr) and "prim.RaiseException" in ast.unparse(each))
+        for each in body
+    )
 
 
 def _layer(kind: str, given: list[Any]) -> nn.Module | None:
@@ -280,17 +470,17 @@ def _layer(kind: str, given: list[Any]) -> nn.Module | None:
     tensors: list[Any] = [each.tensor if isinstance(each, _Weight) else each for each in given]
     if not given or not isinstance(given[0], fx.Node):
         return None
-    if kind in ("aten::relu", "aten::relu_"):
+    if kind in ("relu", "relu_"):
         return nn.ReLU(inplace=kind.endswith("_"))
-    if any(isinstance(each, fx.Node) for each in tensors[1:]):
+    if not all(map(_plain, tensors[1:])):
         return None
-    if kind == "aten::linear":
+    if kind == "linear":
         return linear(*tensors[1:])
-    if kind == "aten::conv2d" and not isinstance(tensors[4], str):
+    if kind == "conv2d" and not any(isinstance(each, str) for each in tensors):
         return convolution(*tensors[1:])
-    if kind == "aten::_convolution" and tensors[1].ndim == 4 and not tensors[6]:
+    if kind == "_convolution" and tensors[1].ndim == 4 and not tensors[6]:
         _, weight, bias, stride, padding, dilation, _, _, groups = tensors[:9]
         return convolution(weight, bias, stride, padding, dilation, groups)
-    if kind == "aten::batch_norm" and isinstance(tensors[3], Tensor):
+    if kind == "batch_norm" and isinstance(tensors[3], Tensor):
         return batch_norm(None, *tensors[1:])
     return None
