@@ -228,7 +228,13 @@ def deconf_state(backbone, form, prefix=PREFIXES[0]):
 
 def layout(name: str, classes: int = 10) -> dict[str, Tensor]:
     """The keys in which the checkpoints of a built-in network are usually published."""
-    state = skeleton(name, classes).state_dict()
+    return published(name, skeleton(name, classes).state_dict())
+
+
+def published(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of a built-in network with those keys."""
+    if "-weiaicunzai" in name and not name.startswith(("vgg", "seresnet")):
+        return of_weiaicunzai(name, state)
     if re.fullmatch(r"resnet\d+-kuangliu.*", name):
         return rekeyed(state, (r"^fc\.", "linear."), (r"\.downsample\.", ".shortcut."))
     if name.startswith("densenet") and "kuangliu" in name:
@@ -251,3 +257,41 @@ def layout(name: str, classes: int = 10) -> dict[str, Tensor]:
             (r"^linear\.", "fc."),
         )
     return rekeyed(state)
+
+
+MOBILE_STAGES = ("stem.1", *(f"conv{stage}.{block}" for stage in (1, 2) for block in (0, 1)))
+MOBILE_STAGES += (*(f"conv3.{block}" for block in range(6)), "conv4.0", "conv4.1")
+"""weiaicunzai's names of MobileNet's thirteen blocks."""
+
+
+def of_weiaicunzai(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of weiaicunzai/pytorch-cifar100."""
+    if name.startswith("preactresnet"):
+        parts = (("bn1", 0), ("conv1", 2), ("bn2", 3), ("conv2", 5), ("bn3", 6), ("conv3", 8))
+        inner = [(rf"^(layer.*)\.{part}\.", rf"\1.residual.{place}.") for part, place in parts]
+        outer = ((r"^conv1", "pre.0"), (r"^bn1", "pre.1"), (r"^layer", "stage"))
+        return rekeyed(state, *inner, *outer, (r"shortcut\.0", "shortcut"))
+    if name.startswith("densenet"):
+        parts = (("bn1", 0), ("conv1", 2), ("bn2", 3), ("conv2", 5))
+        found = {}
+        for key, tensor in rekeyed(state, (r"^bn\.", "features.bn.")).items():
+            if match := re.match(r"block(\d)\.(\d+)\.(\w+)\.", key):
+                block = (
+                    "dense_block3" if match[1] == "4" else f"dense_block_layer_{int(match[1]) - 1}"
+                )
+                inner = f"bottle_neck_layer_{match[2]}.bottle_neck.{dict(parts)[match[3]]}"
+                key = f"features.{block}.{inner}.{key[match.end() :]}"
+            if match := re.match(r"trans(\d)\.(bn|conv)\.", key):
+                part = ("bn", "conv").index(match[2])
+                block = f"transition_layer_{int(match[1]) - 1}.down_sample.{part}"
+                key = f"features.{block}.{key[match.end() :]}"
+            found[key] = tensor
+        return found
+    blocks = [
+        (rf"^layers\.{place}\.{layer}{number}\.", f"{stage}.{kind}wise.{part}.")
+        for place, stage in enumerate(MOBILE_STAGES)
+        for number, kind in ((1, "depth"), (2, "point"))
+        for part, layer in enumerate(("conv", "bn"))
+    ]
+    stem = ((r"^(conv|bn)1\.(?!\d)", r"stem.0.\1."), (r"^linear", "fc"))
+    return rekeyed(state, *stem, *blocks)

@@ -13,7 +13,10 @@ from oodcli.networks import architectures
 from oodcli.networks.architectures import names, recognise, skeleton
 from oodcli.networks.architectures.weightless import Weightless
 
-BUILT_IN = [name for name in names() if not name.startswith("torchvision:")]
+SAME_KEYS = architectures.AMBIGUOUS.values()
+BUILT_IN = [
+    name for name in names() if not name.startswith("torchvision:") and name not in SAME_KEYS
+]
 TORCHVISION = [name for name in names() if name.startswith("torchvision:")]
 SOME = [
     name if place % 8 == 0 else pytest.param(name, marks=pytest.mark.slow)
@@ -32,6 +35,7 @@ VARIANTS = [
     "torchvision:resnet18+cifar-stem",
     "torchvision:resnext50_32x4d+cifar-stem+grey",
     "torchvision:densenet121+cifar-stem",
+    "vgg16-weiaicunzai",
     "torchvision:resnet50+grey",
 ]
 
