@@ -271,6 +271,14 @@ def of_weiaicunzai(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         inner = [(rf"^(layer.*)\.{part}\.", rf"\1.residual.{place}.") for part, place in parts]
         outer = ((r"^conv1", "pre.0"), (r"^bn1", "pre.1"), (r"^layer", "stage"))
         return rekeyed(state, *inner, *outer, (r"shortcut\.0", "shortcut"))
+    if name.startswith("googlenet"):
+        return rekeyed(state, (r"^pre_layers", "prelayer"))
+    if name.startswith("wrn"):
+        parts = (("bn1", 0), ("conv1", 2), ("bn2", 3), ("conv2", 6))
+        inner = [(rf"(\d)\.{part}\.", rf"\1.residual.{place}.") for part, place in parts]
+        stem = ((r"^conv1", "init_conv"), (r"^bn1", "bn"), (r"\.shortcut\.", ".shortcut.0."))
+        stages = [(rf"^block{number}\.", f"conv{number + 1}.") for number in (3, 2, 1)]
+        return rekeyed(state, *stem, *inner, *stages)
     if name.startswith("densenet"):
         parts = (("bn1", 0), ("conv1", 2), ("bn2", 3), ("conv2", 5))
         found = {}

@@ -16,8 +16,11 @@ from networks import published, randomised, rekeyed
 from torch import Tensor, nn
 from torchvision import models
 
+from oodcli.errors import CheckpointError
 from oodcli.networks import architectures
-from oodcli.networks.architectures import build, recognise
+from oodcli.networks.architectures import build, recognise, skeleton
+from oodcli.networks.card import Overrides
+from oodcli.networks.load import load_classifier
 
 POOL = 0
 
@@ -330,7 +333,11 @@ def googlenet(s: Layers, x: Tensor, name: str) -> Tensor:
     def layer(key: str, place: int, x: Tensor) -> Tensor:
         return F.relu(s.bn(f"{key}.{place + 1}", s.conv(f"{key}.{place}", x)))
 
-    x = layer("pre_layers", 0, x)
+    stem, places = ("prelayer", (0, 3, 6)) if "weiaicunzai" in name else ("pre_layers", (0,))
+    for place in places:
+        x = layer(stem, place, x)
+    if "weiaicunzai" in name:
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
     for p in ("a3", "b3", "a4", "b4", "c4", "d4", "e4", "a5", "b5"):
         if p in ("a4", "a5"):
             x = F.max_pool2d(x, 3, stride=2, padding=1)
@@ -339,7 +346,19 @@ def googlenet(s: Layers, x: Tensor, name: str) -> Tensor:
         three = layer(f"{p}.b3", 6, layer(f"{p}.b3", 3, layer(f"{p}.b3", 0, x)))
         four = layer(f"{p}.b4", 1, F.max_pool2d(x, 3, stride=1, padding=1))
         x = torch.cat([one, two, three, four], 1)
-    return s.linear("linear", F.avg_pool2d(x, 8, 1).flatten(1))
+    return s.linear("linear", mean(x))
+
+
+def wrn_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = s.conv("init_conv", x)
+    for stage in ("conv2", "conv3", "conv4"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            stride = 2 if block == 0 and stage != "conv2" else 1
+            out = s.conv(f"{p}.residual.2", F.relu(s.bn(f"{p}.residual.0", x)), stride)
+            out = s.conv(f"{p}.residual.6", F.relu(s.bn(f"{p}.residual.3", out)))
+            x = out + (s.conv(f"{p}.shortcut.0", x, stride) if f"{p}.shortcut.0.weight" in s else x)
+    return s.linear("linear", mean(F.relu(s.bn("bn", x))))
 
 
 def dla(s: Layers, x: Tensor, name: str) -> Tensor:
@@ -356,6 +375,7 @@ def dla(s: Layers, x: Tensor, name: str) -> Tensor:
     def paper(p: str, x: Tensor, stride: int, deep: bool) -> Tensor:
         maps = []
         if deep:
+            maps.append(block(f"{p}.prev_root", x, stride))
             maps.append(paper(f"{p}.level_1", x, stride, False))
         maps.append(block(f"{p}.left_node", maps[-1] if deep else x, 1 if deep else stride))
         maps.append(block(f"{p}.right_node", maps[-1]))
@@ -490,7 +510,7 @@ FAST: dict[str, Reference] = {
     "senet18-kuangliu": preact,
     "preactresnet18-weiaicunzai": preact_weiaicunzai,
     "seresnet18-weiaicunzai": seresnet,
-    "densenet121-weiaicunzai": densenet_weiaicunzai,
+    "densenet121-weiaicunzai-k8": densenet_weiaicunzai,
     "resnext29_32x4d-kuangliu": bottlenecks,
     "regnetx_200mf-kuangliu": bottlenecks,
     "dpn26-kuangliu": dpn,
@@ -501,6 +521,8 @@ FAST: dict[str, Reference] = {
     "shufflenetg2-kuangliu": shufflenet,
     "shufflenetv2_x0_5-kuangliu": shufflenetv2,
     "googlenet-kuangliu": googlenet,
+    "googlenet-weiaicunzai": googlenet,
+    "wrn-16-2-weiaicunzai": wrn_weiaicunzai,
     "dla-kuangliu": dla,
     "simpledla-kuangliu": dla,
     "pnasneta-kuangliu": pnasnet,
@@ -593,3 +615,71 @@ def test_resnets_of_weiaicunzai_are_those_of_kuangliu(depth: int) -> None:
     theirs = rekeyed(state, *stem, *inner, *stages)
     assert recognise(theirs).name == f"resnet{depth}-kuangliu"
     compare(theirs, resnet_weiaicunzai, f"resnet{depth}-kuangliu")
+
+
+def pooled(network: nn.Module, stem: str, pool: str) -> nn.Module:
+    """torchvision's network with huyvnphan's stem: 3x3 with stride 1; the max-pool is kept."""
+    parent, _, child = stem.rpartition(".")
+    width = network.get_submodule(stem).out_channels
+    setattr(network.get_submodule(parent), child, nn.Conv2d(3, width, 3, 1, 1, bias=False))
+    assert isinstance(network.get_submodule(pool), nn.MaxPool2d)
+    return network
+
+
+def test_the_max_pool_of_huyvnphan_is_named_by_arch() -> None:
+    stems = {"resnet18": ("conv1", "maxpool"), "densenet121": ("features.conv0", "features.pool0")}
+    for name, (stem, pool) in stems.items():
+        theirs = pooled(models.get_model(name, num_classes=10), stem, pool)
+        state = lively(theirs)
+        found = recognise(state)
+        assert found.name == f"torchvision:{name}+cifar-stem"
+        network = build(f"torchvision:{name}+cifar-stem+max-pool", 10).eval()
+        network.load_state_dict(state)
+        with torch.no_grad():
+            torch.testing.assert_close(network(images()), theirs.eval()(images()))
+    for unknown in ("torchvision:resnet18+max-pool", "torchvision:vgg11+cifar-stem+max-pool"):
+        assert not architectures.known(unknown)
+
+
+def test_imagenets_repvgg_is_not_read_as_cifars() -> None:
+    assert recognise(skeleton("repvgg_a0-chenyaofo", 7).state_dict()) is not None
+    assert recognise(skeleton("repvgg_a0-chenyaofo", 1000).state_dict()) is None
+
+
+def test_the_normalisation_is_that_of_the_repository() -> None:
+    def std(name: str, classes: int = 10) -> tuple[float, ...]:
+        found = architectures.inputs(name, skeleton(name, classes))
+        return architectures.for_classes(found, classes).std
+
+    assert std("vgg16-kuangliu") == std("repvgg_a0-chenyaofo") == architectures.KUANGLIU_STD
+    assert std("resnext29_2x64d-kuangliu") == architectures.KUANGLIU_STD
+    assert std("resnet18-kuangliu") == std("densenet121-kuangliu") == architectures.CIFAR_STD
+    assert std("googlenet-huyvnphan") == std("wrn-28-10") == architectures.CIFAR_STD
+    for name in ("vgg16-kuangliu", "seresnet18-weiaicunzai", "wrn-28-10"):
+        assert std(name, 100) == architectures.CIFAR100_STD
+
+
+SAME_KEYS = architectures.AMBIGUOUS.items()
+
+
+@pytest.mark.parametrize(("large", "small"), [*SAME_KEYS][:3:2])
+def test_networks_with_the_same_keys_are_refused_with_both_names(large, small, tmp_path) -> None:
+    state = lively(build(small, 10))
+    torch.save(state, tmp_path / "ten.pt")
+    with pytest.raises(CheckpointError, match=rf"--arch {re.escape(large)} .* --arch {small} "):
+        load_classifier(tmp_path / "ten.pt")
+    found = load_classifier(tmp_path / "ten.pt", Overrides(arch=small))
+    assert (found.arch, found.preprocessing.input_size) == (small, (32, 32))
+    torch.save(build(large, 7).state_dict(), tmp_path / "seven.pt")
+    assert load_classifier(tmp_path / "seven.pt").arch == large
+
+
+@pytest.mark.parametrize("name", ["vgg11-kuangliu", "mobilenetv2-kuangliu", "repvgg_a0-chenyaofo"])
+def test_taps_head_and_last_map_are_found(name: str, tmp_path) -> None:
+    torch.save({"net": lively(build(name, 10)), "acc": 90.0}, tmp_path / "ckpt.pth")
+    found = load_classifier(tmp_path / "ckpt.pth")
+    norms = [m for m in found.network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(found.batchnorms) == len(norms)
+    assert found.head.weight.shape[0] == 10
+    assert found.last_map.spatial_size in (4, 16)
+    assert {"block", "stage"} <= {tap.kind for tap in found.taps}

@@ -34,6 +34,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "wide_resnet": (
         *(f"wrn-{size}" for size in ("16-4", "16-8", "28-2", "28-10", "34-10", "40-2", "40-4")),
         *(f"wrn-{size}-meliketoy" for size in ("28-10", "40-4")),
+        "wrn-40-10-weiaicunzai",
     ),
     "densenet": (
         *(f"densenet-bc-{size}" for size in ("100-12", "190-40", "250-24")),
@@ -62,7 +63,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         *(f"shufflenetg{n}-kuangliu" for n in (2, 3)),
         *(f"shufflenetv2_x{size}-kuangliu" for size in ("0_5", "1_0", "1_5", "2_0")),
     ),
-    "cifar_inception": ("googlenet-kuangliu",),
+    "cifar_inception": ("googlenet-kuangliu", "googlenet-weiaicunzai"),
     "cifar_dla": ("dla-kuangliu", "simpledla-kuangliu"),
     "cifar_pnasnet": ("pnasneta-kuangliu", "pnasnetb-kuangliu"),
     "cifar_repvgg": tuple(f"repvgg_a{n}-chenyaofo" for n in range(3)),

@@ -49,17 +49,21 @@ class Root(nn.Module):
 
 
 class Tree(nn.Module):
-    """Nodes one after another; the root sees the output of each of them."""
+    """Nodes one after another; the root sees the output of each of them, and of ``before``, which
+    sees the input."""
 
-    def __init__(self, nodes: Mapping[str, nn.Module], width: int) -> None:
+    def __init__(
+        self, nodes: Mapping[str, nn.Module], width: int, before: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.names = tuple(nodes)
         for name, node in nodes.items():
             self.add_module(name, node)
-        self.root = Root(len(nodes), width)
+        self.prev_root = before
+        self.root = Root(len(nodes) + (before is not None), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = []
+        maps = [] if self.prev_root is None else [self.prev_root(x)]
         for name in self.names:
             x = self.get_submodule(name)(x)
             maps.append(x)
@@ -68,7 +72,7 @@ class Tree(nn.Module):
 
 def _tree(width_in: int, width: int, levels: int, stride: int, simple: bool) -> Tree:
     """A tree of one or two levels. simple: both nodes of the upper level are trees, where the
-    paper's has one tree and two blocks."""
+    paper's has one tree, two blocks, and another beside them."""
     names = ("left_tree", "right_tree") if simple else ("left_node", "right_node")
     if levels == 1:
         left: nn.Module = Basic(width_in, width, stride)
@@ -78,7 +82,7 @@ def _tree(width_in: int, width: int, levels: int, stride: int, simple: bool) -> 
         pair = (first, _tree(width, width, 1, 1, simple))
         return Tree(dict(zip(names, pair, strict=True)), width)
     blocks = {name: Basic(width, width, 1) for name in names}
-    return Tree({"level_1": first, **blocks}, width)
+    return Tree({"level_1": first, **blocks}, width, Basic(width_in, width, stride))
 
 
 class DLA(nn.Module):

@@ -1,8 +1,13 @@
-"""GoogLeNet with BatchNorm for 32x32 pixels (Szegedy et al. 2015), as of kuangliu/pytorch-cifar:
-``googlenet-kuangliu``. Keys and widths: models/googlenet.py there."""
+"""GoogLeNet with BatchNorm for 32x32 pixels (Szegedy et al. 2015).
+
+``googlenet-kuangliu``; ``googlenet-weiaicunzai`` has three convolutions and a max-pool before the
+blocks. Keys and widths: models/googlenet.py of kuangliu/pytorch-cifar and
+weiaicunzai/pytorch-cifar100.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -12,6 +17,7 @@ from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
 
+_NAMES = ("googlenet-kuangliu", "googlenet-weiaicunzai")
 _WIDTHS = {
     "a3": (64, 96, 128, 16, 32, 32),
     "b3": (128, 128, 192, 32, 96, 64),
@@ -52,21 +58,24 @@ class Inception(nn.Module):
 
 
 class GoogLeNet(nn.Module):
-    def __init__(self, num_classes: int, channels: int) -> None:
+    def __init__(self, weiaicunzai: bool, num_classes: int, channels: int) -> None:
         super().__init__()
-        width = 192
-        self.pre_layers = nn.Sequential(
-            nn.Conv2d(channels, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU()
-        )
-        for name, widths in _WIDTHS.items():
-            self.add_module(name, Inception(width, widths))
-            width = widths[0] + widths[2] + widths[4] + widths[5]
+        widths = (channels, 64, 64, 192) if weiaicunzai else (channels, 192)
+        stem: list[nn.Module] = []
+        for before, width in pairwise(widths):
+            stem.append(nn.Conv2d(before, width, 3, 1, 1, bias=not weiaicunzai))
+            stem += [nn.BatchNorm2d(width), nn.ReLU()]
+        self.pre_layers = nn.Sequential(*stem)
+        self.pooled = ("a3", "a4", "a5") if weiaicunzai else ("a4", "a5")
+        for name, branches in _WIDTHS.items():
+            self.add_module(name, Inception(width, branches))
+            width = branches[0] + branches[2] + branches[4] + branches[5]
         self.linear = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pre_layers(x)
         for name in _WIDTHS:
-            if name in ("a4", "a5"):
+            if name in self.pooled:
                 x = F.max_pool2d(x, 3, 2, 1)
             x = self.get_submodule(name)(x)
         return self.linear(x.mean((2, 3)))  # type: ignore[no-any-return]
@@ -74,14 +83,16 @@ class GoogLeNet(nn.Module):
 
 def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
     """As of a Family."""
-    return GoogLeNet(num_classes, channels) if name == "googlenet-kuangliu" else None
+    return GoogLeNet(name == _NAMES[1], num_classes, channels) if name in _NAMES else None
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As of a Family. There is one layout."""
-    return dict(state)
+    """kuangliu's keys: weiaicunzai's ``prelayer`` → ``pre_layers``."""
+    return {re.sub(r"^prelayer\.", "pre_layers.", key): value for key, value in state.items()}
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """As of a Family."""
-    return named("googlenet-kuangliu", state, first="pre_layers.0.weight")
+    state = rename(state)
+    name = _NAMES["pre_layers.3.weight" in state]
+    return named(name, state, first="pre_layers.0.weight")
