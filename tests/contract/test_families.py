@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,18 @@ def test_every_family_keeps_to_the_contract(family: str) -> None:
             renamed = module.rename(published)
             assert not architectures.compare(state, renamed)
             assert module.rename(renamed).keys() == renamed.keys()
+
+
+def test_every_kind_of_built_in_network_is_in_the_guide() -> None:
+    page = Path(__file__, "../../../docs/checkpoints.md").resolve().read_text("utf-8")
+    listed = re.findall(r"`([a-z]+[\w-]*)`", page)
+
+    def kind(name: str) -> str:  # numbers aside
+        return re.sub(r"\d+|(?<=dla|net)[ab](?=-)", "#", name)
+
+    owners = ("-kuangliu", "-chenyaofo", "-weiaicunzai", "-huyvnphan")
+    kinds = {kind(name).split("x#")[0] for name in architectures.usual() if name.endswith(owners)}
+    assert kinds <= {kind(name).split("x#")[0] for name in listed}
 
 
 def test_names_are_torchvisions_own() -> None:
