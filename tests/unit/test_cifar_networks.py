@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import published, randomised, rekeyed
+from networks import layout, published, randomised, rekeyed
 from torch import Tensor, nn
 from torchvision import models
 
@@ -99,7 +99,7 @@ def vgg(s: Layers, x: Tensor, name: str) -> Tensor:
     x = x.flatten(1)
     if "classifier.weight" in s:
         return s.linear("classifier", x)
-    for layer in (0, 3):
+    for layer in (1, 4) if "chengyangfu" in name else (0, 3):
         x = F.relu(s.linear(f"classifier.{layer}", x))
     return s.linear("classifier.6", x)
 
@@ -504,36 +504,37 @@ FAST: dict[str, Reference] = {
     "vgg11-kuangliu": vgg,
     "vgg16-kuangliu": vgg,
     "vgg16_bn-chenyaofo": vgg,
-    "vgg13_bn-weiaicunzai": vgg,
     "vgg11-weiaicunzai": vgg,
+    "vgg13_bn-chengyangfu": vgg,
     "preactresnet18-kuangliu": preact,
     "senet18-kuangliu": preact,
-    "preactresnet18-weiaicunzai": preact_weiaicunzai,
     "seresnet18-weiaicunzai": seresnet,
     "densenet121-weiaicunzai-k8": densenet_weiaicunzai,
     "resnext29_32x4d-kuangliu": bottlenecks,
     "regnetx_200mf-kuangliu": bottlenecks,
     "dpn26-kuangliu": dpn,
     "mobilenet-kuangliu": mobilenet,
-    "mobilenet-weiaicunzai": mobilenet_weiaicunzai,
     "mobilenetv2-kuangliu": mobilenetv2,
     "efficientnetb0-kuangliu": efficientnet,
     "shufflenetg2-kuangliu": shufflenet,
     "shufflenetv2_x0_5-kuangliu": shufflenetv2,
     "googlenet-kuangliu": googlenet,
-    "googlenet-weiaicunzai": googlenet,
     "wrn-16-2-weiaicunzai": wrn_weiaicunzai,
     "dla-kuangliu": dla,
-    "simpledla-kuangliu": dla,
-    "pnasneta-kuangliu": pnasnet,
     "repvgg_a0-chenyaofo": repvgg,
-    "mobilenetv2_x0_5-chenyaofo": mobilenetv2_chenyaofo,
     "mobilenetv2_x1_0-chenyaofo": mobilenetv2_chenyaofo,
     "shufflenetv2_x0_5-chenyaofo": shufflenetv2_chenyaofo,
     "googlenet-huyvnphan": googlenet_huyvnphan,
-    "inception_v3-huyvnphan": inception_huyvnphan,
 }
 SLOW: dict[str, Reference] = {
+    "vgg13_bn-weiaicunzai": vgg,
+    "simpledla-kuangliu": dla,
+    "preactresnet18-weiaicunzai": preact_weiaicunzai,
+    "mobilenetv2_x0_5-chenyaofo": mobilenetv2_chenyaofo,
+    "googlenet-weiaicunzai": googlenet,
+    "inception_v3-huyvnphan": inception_huyvnphan,
+    "pnasneta-kuangliu": pnasnet,
+    "mobilenet-weiaicunzai": mobilenet_weiaicunzai,
     "preactresnet50-kuangliu": preact,
     "preactresnet50-weiaicunzai": preact_weiaicunzai,
     "seresnet50-weiaicunzai": seresnet,
@@ -641,6 +642,26 @@ def test_the_max_pool_of_huyvnphan_is_named_by_arch() -> None:
         assert not architectures.known(unknown)
 
 
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        *(("vgg11-kuangliu", head) for head in ("fc", "linear", "classifier.0", "classifier.1")),
+        *((name, "fc") for name in ("senet18-kuangliu", "dpn26-kuangliu", "dla-kuangliu")),
+        ("mobilenet-kuangliu", "classifier"),
+        ("googlenet-kuangliu", "fc"),
+    ],
+)
+def test_other_names_of_the_head(name: str, head: str) -> None:
+    state = rekeyed(layout(name), (r"^(linear|classifier)\.", f"{head}."))
+    assert f"{head}.weight" in state
+    assert recognise(state).name == name
+
+
+def test_a_data_parallel_part_of_vgg_is_recognised() -> None:
+    state = rekeyed(layout("vgg19_bn-chengyangfu"), (r"^features\.", "features.module."))
+    assert recognise(state).name == "vgg19_bn-chengyangfu"
+
+
 def test_imagenets_repvgg_is_not_read_as_cifars() -> None:
     assert recognise(skeleton("repvgg_a0-chenyaofo", 7).state_dict()) is not None
     assert recognise(skeleton("repvgg_a0-chenyaofo", 1000).state_dict()) is None
@@ -654,6 +675,7 @@ def test_the_normalisation_is_that_of_the_repository() -> None:
     assert std("vgg16-kuangliu") == std("repvgg_a0-chenyaofo") == architectures.KUANGLIU_STD
     assert std("resnext29_2x64d-kuangliu") == architectures.KUANGLIU_STD
     assert std("resnet18-kuangliu") == std("densenet121-kuangliu") == architectures.CIFAR_STD
+    assert std("vgg16_bn-chengyangfu") == architectures.IMAGENET_STD
     assert std("googlenet-huyvnphan") == std("wrn-28-10") == architectures.CIFAR_STD
     for name in ("vgg16-kuangliu", "seresnet18-weiaicunzai", "wrn-28-10"):
         assert std(name, 100) == architectures.CIFAR100_STD

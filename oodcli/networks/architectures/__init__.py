@@ -42,7 +42,11 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     ),
     "cifar_vgg": (
         *(f"vgg{n}-kuangliu" for n in (11, 13, 16, 19)),
-        *(f"vgg{n}_bn-{owner}" for owner in ("chenyaofo", "weiaicunzai") for n in (11, 13, 16, 19)),
+        *(
+            f"vgg{n}_bn-{owner}"
+            for owner in ("chenyaofo", "weiaicunzai", "chengyangfu")
+            for n in (11, 13, 16, 19)
+        ),
     ),
     "cifar_preact": (
         *(f"preactresnet{n}-kuangliu" for n in (18, 34, 50, 101, 152)),
@@ -297,6 +301,11 @@ def inputs(name: str, network: nn.Module) -> Inputs:
         if owner == "chenyaofo" or (owner == "kuangliu" and not _OTHERS_TOO.match(base)):
             source = f"{owner}'s for CIFAR-10,"
             found = replace(found, std=KUANGLIU_STD, normalisation_source=source)
+        elif owner == "chengyangfu":
+            source = "chengyangfu's, which is ImageNet's,"
+            found = replace(
+                found, mean=IMAGENET_MEAN, std=IMAGENET_STD, normalisation_source=source
+            )
     else:
         side = getattr(network, "image_size", None)
         weights, preset = _imagenet().transforms(base.partition(":")[2], side)

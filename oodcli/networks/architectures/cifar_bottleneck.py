@@ -21,6 +21,7 @@ from oodcli.networks.architectures.trunk import (
     Trunk,
     depths,
     projection,
+    with_linear,
 )
 
 
@@ -147,12 +148,13 @@ def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As of a Family. There is one layout."""
-    return dict(state)
+    """As of a Family. There is one layout, but for the name of the head."""
+    return with_linear(state)
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """As of a Family: by the blocks of each stage and the first grouped convolution."""
+    state = rename(state)
     grouped = state.get("layer1.0.conv2.weight")
     if grouped is None or grouped.ndim != 4 or "layer1.0.conv3.weight" not in state:
         return None

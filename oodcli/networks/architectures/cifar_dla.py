@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
-from oodcli.networks.architectures.trunk import projection
+from oodcli.networks.architectures.trunk import projection, with_linear
 
 _TREES = {"layer3": (64, 1, 1), "layer4": (128, 2, 2), "layer5": (256, 2, 2), "layer6": (512, 1, 2)}
 """Channels, levels and stride."""
@@ -110,11 +110,12 @@ def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As of a Family. There is one layout."""
-    return dict(state)
+    """As of a Family. There is one layout, but for the name of the head."""
+    return with_linear(state)
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """As of a Family."""
+    state = rename(state)
     simple = "layer3.left_tree.conv1.weight" in state
     return named(_NAMES[simple], state, first="base.0.weight")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
+from oodcli.networks.architectures.trunk import with_linear
 
 _NAMES = ("googlenet-kuangliu", "googlenet-weiaicunzai")
 _WIDTHS = {
@@ -88,7 +89,8 @@ def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """kuangliu's keys: weiaicunzai's ``prelayer`` → ``pre_layers``."""
-    return {re.sub(r"^prelayer\.", "pre_layers.", key): value for key, value in state.items()}
+    renamed = with_linear(state)
+    return {re.sub(r"^prelayer\.", "pre_layers.", key): value for key, value in renamed.items()}
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:

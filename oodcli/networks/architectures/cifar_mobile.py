@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
-from oodcli.networks.architectures.trunk import SqueezeExcitation, Trunk, projection
+from oodcli.networks.architectures.trunk import SqueezeExcitation, Trunk, projection, with_linear
 
 _SEPARABLE = (
     *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
@@ -135,8 +135,9 @@ _BEFORE = {"stem": -1, "conv1": 1, "conv2": 3, "conv3": 5, "conv4": 11}
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """kuangliu's keys, also from weiaicunzai's ``conv1.0.depthwise.0``."""
+    state = with_linear(state)
     if "stem.0.conv.weight" not in state:
-        return dict(state)
+        return state
     renamed = {}
     for key, value in state.items():
         key = key.replace("stem.0.conv.", "conv1.").replace("stem.0.bn.", "bn1.")
@@ -144,7 +145,7 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             place = _BEFORE.get(match[1], 0) + int(match[2])
             layer = ("conv", "bn")[int(match[4])] + ("1" if match[3] == "depth" else "2")
             key = f"layers.{place}.{layer}.{key[match.end() :]}"
-        renamed[re.sub(r"^fc\.", "linear.", key)] = value
+        renamed[key] = value
     return renamed
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
-from oodcli.networks.architectures.trunk import Trunk
+from oodcli.networks.architectures.trunk import Trunk, with_linear
 
 _WIDTHS = {"pnasneta-kuangliu": 44, "pnasnetb-kuangliu": 32}
 _CELLS = 6
@@ -84,12 +84,13 @@ def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As of a Family. There is one layout."""
-    return dict(state)
+    """As of a Family. There is one layout, but for the name of the head."""
+    return with_linear(state)
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """As of a Family."""
+    state = rename(state)
     if "layer2.sep_conv1.conv1.weight" not in state:
         return None
     letter = "b" if "layer2.sep_conv2.conv1.weight" in state else "a"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
-from oodcli.networks.architectures.trunk import LAYERS, Trunk, depths
+from oodcli.networks.architectures.trunk import LAYERS, Trunk, depths, with_linear
 
 _DEPTHS = {
     18: (2, 2, 2, 2),
@@ -113,7 +113,7 @@ _PARTS = {"0": "bn1", "2": "conv1", "3": "bn2", "5": "conv2", "6": "bn3", "8": "
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """kuangliu's keys, also from weiaicunzai's ``stage1.0.residual.0``."""
     renamed = {}
-    for key, value in state.items():
+    for key, value in with_linear(state).items():
         key = re.sub(r"^pre\.0\.", "conv1.", key)
         key = re.sub(r"^pre\.1\.", "bn1.", key)
         key = re.sub(r"^stage(\d)\.", r"layer\1.", key)

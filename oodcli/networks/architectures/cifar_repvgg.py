@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
+from oodcli.networks.architectures.trunk import with_linear
 
 _WIDTHS = {
     "repvgg_a0-chenyaofo": (48, 48, 96, 192, 1280),
@@ -70,12 +71,13 @@ def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As of a Family. There is one layout."""
-    return dict(state)
+    """As of a Family. There is one layout, but for the name of the head."""
+    return with_linear(state)
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """As of a Family: by the width of the stages."""
+    state = rename(state)
     for name, widths in _WIDTHS.items():
         key = "stage3.0.rbr_dense.conv.weight"
         if key in state and state[key].shape[0] == widths[3]:

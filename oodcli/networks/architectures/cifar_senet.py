@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
-from oodcli.networks.architectures.trunk import depths, projection
+from oodcli.networks.architectures.trunk import depths, projection, with_linear
 
 _DEPTHS = {
     18: (2, 2, 2, 2),
@@ -84,12 +84,13 @@ def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As of a Family. There is one layout."""
-    return dict(state)
+    """As of a Family. There is one layout, but for the name of the head."""
+    return with_linear(state)
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """As of a Family."""
+    state = rename(state)
     if "stage1.0.excitation.0.weight" not in state:
         return None
     bottleneck = "stage1.0.residual.6.weight" in state

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
-from oodcli.networks.architectures.trunk import LAYERS, Trunk
+from oodcli.networks.architectures.trunk import LAYERS, Trunk, with_linear
 
 _GROUPS = {"shufflenetg2-kuangliu": 2, "shufflenetg3-kuangliu": 3}
 _WIDTHS = {
@@ -129,12 +129,13 @@ def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As of a Family. There is one layout."""
-    return dict(state)
+    """As of a Family. There is one layout, but for the name of the head."""
+    return with_linear(state)
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """As of a Family: by the width of the last stage."""
+    state = rename(state)
     if "layer1.0.bn5.weight" in state and "conv2.weight" in state:
         for name, widths in _WIDTHS.items():
             if state["conv2.weight"].shape[1:2] == (widths[2],):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch.nn.functional as F
@@ -75,6 +76,14 @@ def depths(state: Mapping[str, Tensor], stages: Sequence[str]) -> tuple[int, ...
     return tuple(
         len({key.split(".")[1] for key in state if key.startswith(f"{stage}.")}) for stage in stages
     )
+
+
+def with_linear(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with its head called ``linear``, also where it is ``fc`` or ``classifier``."""
+    return {
+        re.sub(r"^(?:fc|classifier)\.(?=weight|bias)", "linear.", key): value
+        for key, value in state.items()
+    }
 
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
