@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 
 def complete_detectors(incomplete: str) -> list[str]:
-    """Detectors' names, for the shell."""
+    """Detectors' names and ``all``, for the shell."""
     from oodcli import detectors
 
     return [name for name in (*detectors.names(), "all") if name.startswith(incomplete)]
+
+
+def complete_names(incomplete: str) -> list[str]:
+    """Detectors' names, for the shell."""
+    return [name for name in complete_detectors(incomplete) if name != "all"]
 
 
 def complete_architectures(incomplete: str) -> list[str]:

@@ -21,6 +21,7 @@ class Act(LatentSpace):
     name = "act"
     source = "Begon & Geurts 2021, eq. 17"
     about = "minus the predicted class's logit without its bias"
+    formula = r"s = -w_k^\top u"
 
     indicator = staticmethod(activation)
 
@@ -32,4 +33,5 @@ class ActPlus(Act):
     name = "act+"
     source = "Begon & Geurts 2021, eq. 17"
     about = "act, over the components where the predicted class's weight is positive"
+    formula = r"s = -w_k^{+\top} u^+, \qquad u^+_j = u_j \, [w_{k,j} > 0]"
     positive = True

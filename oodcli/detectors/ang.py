@@ -22,6 +22,7 @@ class Ang(LatentSpace):
     name = "ang"
     source = "Begon & Geurts 2021, eq. 15"
     about = "cosine distance between the embedding and the predicted class's weights"
+    formula = r"s = 1 - \frac{w_k^\top u}{\lVert w_k \rVert \, \lVert u \rVert}"
 
     indicator = staticmethod(angularity)
 
@@ -33,4 +34,8 @@ class AngPlusPlus(Ang):
     name = "ang++"
     source = "Begon & Geurts 2021, eq. 15"
     about = "ang, over the components where the predicted class's weight is positive"
+    formula = r"""
+        s = 1 - \frac{w_k^{+\top} u^+}{\lVert w_k^+ \rVert \, \lVert u^+ \rVert},
+        \qquad u^+_j = u_j \, [w_{k,j} > 0]
+    """
     positive = True

@@ -17,6 +17,7 @@ class MLS(Detector):
     name = "mls"
     source = "Hendrycks et al. 2022"
     about = "minus the largest logit"
+    formula = r"s = -\max_c z_c"
     needs = frozenset({"logits", "logits.level"})
 
     def _score(self, test: Features) -> Tensor:

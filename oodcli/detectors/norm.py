@@ -21,6 +21,7 @@ class Norm(LatentSpace):
     name = "norm"
     source = "Begon & Geurts 2021, eq. 14"
     about = "minus the length of the embedding"
+    formula = r"s = -\lVert u \rVert"
 
     indicator = staticmethod(norm)
 
@@ -32,4 +33,5 @@ class NormPlus(Norm):
     name = "norm+"
     source = "Begon & Geurts 2021, eq. 14"
     about = "norm, over the components where the predicted class's weight is positive"
+    formula = r"s = -\lVert u^+ \rVert, \qquad u^+_j = u_j \, [w_{k,j} > 0]"
     positive = True
