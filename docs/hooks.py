@@ -18,7 +18,6 @@ import html
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,9 @@ DOCS = Path(__file__).parent
 GROUP: Any = typer.main.get_command(app)
 COMMANDS: Mapping[str, Any] = GROUP.commands
 FIGURES: Mapping[str, Any] = json.loads((DOCS / "detectors/figures.json").read_text("utf-8"))
+Row = Mapping[str, Sequence[float]]
+"""Set → AUROC and TNR95 in percent."""
+
 NOISE = "noise"
 """A set that is in no mean."""
 
@@ -97,26 +99,28 @@ def expanded(markdown: str) -> str:
 
 def detector_page(name: str) -> str:
     """The page of a detector that has none in docs/."""
-    about = detectors.get(name).about
+    parts = [
+        f"# {name}: {_plain(detectors.get(name).about)}",
+        f"<!-- detector {name} -->",
+        f"## Measured\n\n<!-- figures {name} -->",
+        f"## Example\n\n```sh\n{example(name)}```",
+    ]
     family = family_page(name)
-    more = (
-        f"\nWhen it works and when it fails, with the figures of its relatives: "
-        f"[{title(family)}]({family.name}).\n"
-        if family
-        else ""
-    )
-    return (
-        f"# {name}: {about}\n\n<!-- detector {name} -->\n\n## Measured\n\n<!-- figures {name} -->\n"
-        f"{more}\n## Example\n\n```sh\n{example(name)}```\n"
-    )
+    if family is not None:
+        link = f"[{title(family)}]({family.name})"
+        parts.insert(3, f"When it works and fails, with the figures of its relatives: {link}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def command_page(name: str) -> str:
     """The page of a command that has none in docs/."""
-    return (
-        f"# oodcli {name}\n\n{COMMANDS[name].help}\n\n## Examples\n\n```sh\n{EXAMPLES[name]}```\n\n"
-        f"<!-- options {name} -->\n"
-    )
+    parts = [
+        f"# oodcli {name}",
+        _plain(COMMANDS[name].help),
+        f"## Examples\n\n```sh\n{EXAMPLES[name]}```",
+        f"<!-- options {name} -->",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def example(name: str) -> str:
@@ -136,6 +140,7 @@ def example(name: str) -> str:
 
 
 def title(page: Path) -> str:
+    """The first heading of a file."""
     return page.read_text("utf-8").partition("\n")[0].removeprefix("# ")
 
 
@@ -171,7 +176,7 @@ def detector(name: str) -> Iterator[str]:
     yield "\n## Formula\n"
     for equation in facts.equations(kind):
         yield f"$$\n{equation}\n$$\n"
-    code = re.split("``", facts.explanation(kind))
+    code = facts.explanation(kind).split("``")
     yield "".join(f"`{part}`" if i % 2 else _escaped(part) for i, part in enumerate(code))
     yield "\n[Signs](index.md#words-and-signs) used on all pages.\n"
     settings = facts.settings(kind)
@@ -193,9 +198,9 @@ def detector(name: str) -> Iterator[str]:
 
 def figures(*names: str) -> Iterator[str]:
     """AUROC and TNR95 of detectors on each set, a row for each network and way of fitting."""
-    measured = [name for name in names if any(_rows(name))]
-    if measured:
-        sets = list(next(_rows(measured[0]))[2])
+    known = [name for name in names if rows_of(name)]
+    if known:
+        sets = list(rows_of(known[0])[0][2])
         rows = [
             [
                 _linked(name, way),
@@ -203,13 +208,13 @@ def figures(*names: str) -> Iterator[str]:
                 *(pair(row.get(set_)) for set_ in sets),
                 pair(mean(row)),
             ]
-            for name in measured
-            for network, way, row in _rows(name)
+            for name in known
+            for network, way, row in rows_of(name)
         ]
         yield "AUROC / TNR95 in percent; [how we measured](index.md#how-we-measured).\n"
         yield from table(["", "network", *sets, "mean without noise"], rows)
         yield ""
-    missing = [f"`{name}`" for name in names if name not in measured]
+    missing = [f"`{name}`" for name in names if name not in known]
     if missing:
         yield f"{', '.join(missing)}: {NOT_MEASURED}.\n"
 
@@ -221,7 +226,7 @@ def index() -> Iterator[str]:
     for name in detectors.names():
         kind = detectors.get(name)
         cells = dict.fromkeys(networks, "")
-        for network, way, row in _rows(name):
+        for network, way, row in rows_of(name):
             cells[network] += f"{'; ' * bool(cells[network])}{way} {pair(mean(row))}"
         means = [cell.strip() or NOT_MEASURED for cell in cells.values()]
         needs = " ".join(facts.records(kind))
@@ -232,7 +237,7 @@ def index() -> Iterator[str]:
 
 
 def measured() -> Iterator[str]:
-    """When, with what and by which commands the figures were measured."""
+    """When and with what the figures were measured."""
     versions = ", ".join(f"{name} {number}" for name, number in FIGURES["versions"].items())
     accuracies = " and ".join(
         f"{each['accuracy']:.1f} % ({network}, `{each['checkpoint']}`)"
@@ -258,9 +263,10 @@ def options(name: str) -> Iterator[str]:
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None:
-            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            is_argument = parameter.param_type_name == "argument"
+            usual = "Arguments" if is_argument else "Options"
             section = getattr(parameter, "rich_help_panel", None) or usual
-            words = re.sub(r" <\S+>", "", record[0])
+            words = re.sub(r" <([^>]+)>", "" if is_argument else _upper, record[0])
             sections.setdefault(section, []).append([f"`{words}`", _plain(record[1])])
     for section, rows in sections.items():
         yield f"## {section}\n"
@@ -285,6 +291,10 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def _upper(kind: re.Match[str]) -> str:
+    return f" {kind[1].split()[0].upper()}"
+
+
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     return _escaped(" ".join(text.split()))
@@ -298,25 +308,19 @@ def _linked(name: str, way: str) -> str:
     return f"[`{name}`]({name}.md)" + (f", {way}" if way else "")
 
 
-@cache
-def _rows_of(name: str) -> tuple[tuple[str, str, Mapping[str, Sequence[float]]], ...]:
-    found = []
-    for network, each in FIGURES["networks"].items():
-        for end, way in WAYS.items():
-            row = each["auroc and tnr95"].get(f"{name}{end}")
-            if row is not None:
-                found.append((network, way, row))
-    return tuple(found)
-
-
-def _rows(name: str) -> Iterator[tuple[str, str, Mapping[str, Sequence[float]]]]:
+def rows_of(name: str) -> list[tuple[str, str, Row]]:
     """Network, what a detector was fitted on, and its figures by set."""
-    return iter(_rows_of(name))
+    return [
+        (network, way, each["auroc and tnr95"][f"{name}{end}"])
+        for network, each in FIGURES["networks"].items()
+        for end, way in WAYS.items()
+        if f"{name}{end}" in each["auroc and tnr95"]
+    ]
 
 
-def mean(row: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+def mean(row: Row) -> tuple[float, float]:
     """Over the sets without the noise."""
-    pairs = [pair for name, pair in row.items() if name != NOISE]
+    pairs = [values for name, values in row.items() if name != NOISE]
     first, second = (sum(each[i] for each in pairs) / len(pairs) for i in (0, 1))
     return first, second
 

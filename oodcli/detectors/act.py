@@ -16,7 +16,7 @@ def activation(of: Products) -> Tensor:
 
 @dataclass(frozen=True)
 class Act(LatentSpace):
-    """−w_k·u."""
+    """−w_k·u, the predicted class's logit without its bias."""
 
     name = "act"
     source = "Begon & Geurts 2021, eq. 17"
@@ -28,7 +28,7 @@ class Act(LatentSpace):
 
 @dataclass(frozen=True)
 class ActPlus(Act):
-    """−w_k⁺·u⁺."""
+    """−w_k⁺·u⁺. Both have the components where w_k is positive, else 0."""
 
     name = "act+"
     source = "Begon & Geurts 2021, eq. 17"

@@ -17,7 +17,7 @@ def angularity(of: Products) -> Tensor:
 
 @dataclass(frozen=True)
 class Ang(LatentSpace):
-    """1 − cos(u, w_k)."""
+    """1 − cos(u, w_k), by the direction of the embedding alone."""
 
     name = "ang"
     source = "Begon & Geurts 2021, eq. 15"
@@ -29,7 +29,7 @@ class Ang(LatentSpace):
 
 @dataclass(frozen=True)
 class AngPlusPlus(Ang):
-    """1 − cos(u⁺, w_k⁺)."""
+    """1 − cos(u⁺, w_k⁺). Both have the components where w_k is positive, else 0."""
 
     name = "ang++"
     source = "Begon & Geurts 2021, eq. 15"

@@ -12,7 +12,7 @@ from oodcli.features import Features, recorded
 
 @dataclass(frozen=True)
 class MLS(Detector):
-    """−max z."""
+    """−max z, the largest logit."""
 
     name = "mls"
     source = "Hendrycks et al. 2022"

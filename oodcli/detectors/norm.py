@@ -16,7 +16,7 @@ def norm(of: Products) -> Tensor:
 
 @dataclass(frozen=True)
 class Norm(LatentSpace):
-    """−‖u‖."""
+    """−‖u‖, the length of the embedding."""
 
     name = "norm"
     source = "Begon & Geurts 2021, eq. 14"
@@ -28,7 +28,7 @@ class Norm(LatentSpace):
 
 @dataclass(frozen=True)
 class NormPlus(Norm):
-    """−‖u⁺‖."""
+    """−‖u⁺‖. u⁺ has the components of u where the predicted class's weight is positive, else 0."""
 
     name = "norm+"
     source = "Begon & Geurts 2021, eq. 14"

@@ -16,7 +16,7 @@ def projection(of: Products) -> Tensor:
 
 @dataclass(frozen=True)
 class Proj(LatentSpace):
-    """−w_k·u/‖w_k‖."""
+    """−w_k·u/‖w_k‖, the length of the embedding along the predicted class's weights."""
 
     name = "proj"
     source = "Begon & Geurts 2021, eq. 16"

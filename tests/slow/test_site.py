@@ -158,6 +158,19 @@ def test_a_detector_without_figures_is_not_measured():
     assert row.count("not measured") == 2
 
 
+def test_figures_measured_later_are_dated(monkeypatch):
+    later = {
+        "detectors": ["knn", "vim"],
+        "date": "2030-01-01",
+        "machine": "a machine",
+        "versions": {"oodcli": "9.0"},
+    }
+    monkeypatch.setattr(hooks, "FIGURES", hooks.FIGURES | {"later": [later]})
+    lines = list(hooks.measured())
+    assert hooks.FIGURES["date"] in lines[0]
+    assert "`knn`, `vim`: on 2030-01-01 on a machine, oodcli 9.0." in lines
+
+
 NEW = '''
 from __future__ import annotations
 
