@@ -19,15 +19,15 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="NAME",
-            help="Detectors to describe in full, with their settings; FILE.py:CLASS is one of your "
-            "own. By default all are listed.",
+            help="Detectors to describe with their settings: names, or FILE.py:CLASS for your own. "
+            "By default all are listed.",
             autocompletion=complete_names,
             show_default=False,
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Every detector: its source, what it needs, what it is fitted on."""
+    """List every detector with its source and its needs."""
     from oodcli import detectors
 
     kinds = [detectors.find(name) for name in names or detectors.names()]

@@ -22,7 +22,7 @@ class DMS(BatchNormIndicator):
 
     name = "dms"
     source = "Begon & Geurts 2021, eq. 27"
-    about = "squared departure of the channel means from BatchNorm's"
+    about = "squared deviation of the channel means from BatchNorm's"
     formula = r"s = \frac{1}{C} \sum M^2" + STANDARDISED
     needs = frozenset({"batchnorm.mean", "batchnorm.running"})
 

@@ -25,7 +25,7 @@ class DSS(BatchNormIndicator):
 
     name = "dss"
     source = "Begon & Geurts 2021, eq. 29"
-    about = "squared departure of the channels' standard deviations from BatchNorm's"
+    about = "squared deviation of the channels' standard deviations from BatchNorm's"
     formula = r"s = \frac{1}{C} \sum (S - 1)^2" + STANDARDISED
     needs = frozenset({"batchnorm.var", "batchnorm.running"})
 

@@ -21,7 +21,7 @@ class Duo(Summed):
 
     name = "duo"
     source = "this project, on C2IR and Begon & Geurts 2021"
-    about = "c2ir-z + 1c-sum, each by its median and quartiles on accuracy-matched virtual images"
+    about = "c2ir-z + 1c-sum, each scaled by its quartiles on accuracy-matched virtual images"
     formula = r"""
         s = r(s_\text{c2ir-z}) + r(s_\text{1c-sum}),
         \qquad r(s) = \frac{s - \operatorname{median}}{q_{75} - q_{25}}

@@ -30,7 +30,7 @@ class ExpGrad(LastLayerGradient):
 
     name = "expgrad"
     source = "RG, eq. 5"
-    about = "minus the log-length of the gradient of Σ exp z"
+    about = "minus the log-norm of the gradient of Σ exp z"
     formula = r"s = -\Bigl(\log \sum_c e^{z_c} + \log \lVert u \rVert_1\Bigr)"
 
     def _score(self, test: Features) -> Tensor:

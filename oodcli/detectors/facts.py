@@ -18,16 +18,16 @@ def records(kind: type[Detector]) -> list[str]:
 
 
 def fitted_on(kind: type[Detector]) -> str:
-    """In words, for a table."""
+    """The images that a detector is fitted on, for a table."""
     if not kind.fitted:
         return "nothing"
     if kind.reference_images is not None:
         return "noise"
     if kind.needs_pool:
-        return "virtual images, a pool of them, noise"
+        return "virtual images, a matched pool, noise"
     if kind.needs_ood:
         return "ID and OOD images"
-    if "layers.sensitivity" in kind.fit_needs():  # which is measured while images are inverted
+    if "layers.sensitivity" in kind.fit_needs():  # measured while images are inverted
         return "virtual images"
     return "virtual or real images" + (", OOD if given" if kind.uses_ood else "")
 

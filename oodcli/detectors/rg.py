@@ -33,7 +33,7 @@ class RG(Detector):
 
     name = "rg"
     source = "RG, eq. 8"
-    about = "free energy times the clipped length of the embedding"
+    about = "free energy times the clipped norm of the embedding"
     formula = r"s = -T \log \sum_c e^{z_c / T} \cdot \sum_j \min(u_j, k)"
     needs = frozenset({"logits", "embedding", "head"})
 

@@ -37,7 +37,7 @@ class RGAdd(Detector):
 
     name = "rg-add"
     source = "RG, eq. 12"
-    about = "free energy plus the clipped length of the embedding, balanced by their spreads"
+    about = "free energy plus the clipped norm of the embedding, scaled to equal spread"
     formula = r"""
         s = -\Bigl(\log \sum_c e^{z_c} + \alpha \sum_j \min(u_j, k)\Bigr)
 

@@ -53,7 +53,7 @@ class ThinkbackNorm(Detector):
 
     name = "thinkback-norm"
     source = "Thinkback, eq. 6 and 7"
-    about = "thinkback, each weight by its mean square in distribution"
+    about = "thinkback, each weight scaled by its mean square on ID rows"
     formula = r"""
         s = \sum_{i,j} \frac{e_i^2 u_j^2}{10^{-16} + E_{ij}},
         \qquad e = \frac{\operatorname{softmax}(z / T) - 1_k}{T}

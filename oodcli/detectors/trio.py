@@ -14,7 +14,7 @@ class Trio(Duo):
     images: ``duo`` and ``peak``."""
 
     name = "trio"
-    about = "c2ir-z + 1c-sum + peak, each by its median and quartiles on the accuracy-matched pool"
+    about = "c2ir-z + 1c-sum + peak, each scaled by its quartiles on the accuracy-matched pool"
     formula = r"""
         s = r(s_\text{c2ir-z}) + r(s_\text{1c-sum}) + r(s_\text{peak}),
         \qquad r(s) = \frac{s - \operatorname{median}}{q_{75} - q_{25}}

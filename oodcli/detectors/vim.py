@@ -44,7 +44,7 @@ class ViM(Detector):
 
     name = "vim"
     source = "Wang et al. 2022, eq. 4-7"
-    about = "residual off the principal space of the embedding, as a virtual logit"
+    about = "virtual logit from the embedding's residual outside its principal subspace"
     formula = r"s = \alpha \lVert R^\top (u - o) \rVert - \log \sum_c e^{z_c}"
     needs = frozenset({"logits", "embedding", "head"})
     fitted = True
