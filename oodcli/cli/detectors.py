@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oodcli.cli import console
+from oodcli.cli import completions, console
 from oodcli.cli.facts import facts_table
-from oodcli.cli.options import Json, complete_names
+from oodcli.cli.options import Json
 
 if TYPE_CHECKING:
     from oodcli.detectors.base import Detector
+
+
+def _complete(incomplete: str) -> list[str]:
+    from oodcli import detectors
+
+    return completions.words(*detectors.names())(incomplete)
 
 
 def command(
@@ -21,7 +27,7 @@ def command(
             metavar="NAME",
             help="Detectors to describe with their settings: names, or FILE.py:CLASS for your own. "
             "By default all are listed.",
-            autocompletion=complete_names,
+            autocompletion=_complete,
             show_default=False,
         ),
     ] = None,
