@@ -32,11 +32,12 @@ every_detector = pytest.mark.parametrize("name", detectors.names())
 
 
 def build(root: Path, target: Path) -> None:
-    """A strict build of the site, with the package that lies beside its docs/."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-d", str(target)]
-    quiet = {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    """A strict build of the site, with the package that lies beside its docs/. Raises
+    AssertionError when it fails. With --quiet, --strict would see no warning."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(target)]
+    settings = {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        command, cwd=root, env=os.environ | quiet, capture_output=True, text=True, check=False
+        command, cwd=root, env=os.environ | settings, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -219,3 +220,7 @@ def test_a_new_detector_needs_no_change_in_docs(tmp_path):
     assert "<math " in page
     index = (tmp_path / "site" / "detectors" / "index.html").read_text("utf-8")
     assert index.count('href="gen-trial/"') >= 2
+    with (tmp_path / "docs" / "detectors" / "vim.md").open("a") as file:
+        file.write("[broken](nowhere.md)\n")
+    with pytest.raises(AssertionError, match=r"nowhere\.md"):
+        build(tmp_path, tmp_path / "site")
