@@ -65,7 +65,7 @@ def killed(words: list[str], kills: int, random: Random) -> dict[str, Any]:
         expected = outputs(folder)
         for name in expected:
             (folder / name).unlink()
-        counts = {"seconds": round(seconds, 2), "kills": 0, "went_on": 0, "done": 0, "wrong": 0}
+        counts = {"seconds": round(seconds, 2), "kills": 0, "resumed": 0, "done": 0, "wrong": 0}
         while counts["kills"] < kills:
             process = started(words, folder)
             try:
@@ -83,15 +83,16 @@ def killed(words: list[str], kills: int, random: Random) -> dict[str, Any]:
                 whole = whole and done
                 for name in left:
                     (folder / name).unlink()
-            counts["went_on"] += b"going on after" in err
+            counts["resumed"] += b"resuming: " in err
             if not whole or process.returncode not in (0, -9):
                 counts["wrong"] += 1
                 print(f"{words}: {process.returncode} {err.decode()}", file=sys.stderr)
         return counts
 
 
-def leftovers(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.name not in outputs(folder)]
+def leftovers(folder: Path) -> list[Path]:
+    """Stored batches, and files at temporary names; not a folder that has just been emptied."""
+    return [*folder.glob(".*"), *folder.glob("*.partial/job.json")]
 
 
 def main() -> int:

@@ -63,7 +63,7 @@ def rows(images: Tensor, recorder: Recorder) -> Rows:
 
 def to_csv(blocks: Iterator[Rows], some: Sequence[Chosen], class_names: Sequence[str]) -> None:
     with open(os.devnull, "w", encoding="utf-8") as stream:
-        score_to_file(lambda: blocks, some, class_names, stream)
+        score_to_file(lambda start, stop: blocks, 0, 1, some, class_names, stream)
 
 
 def ours(classifier: Classifier, images: Tensor, rounds: int, stack: ExitStack) -> Work:

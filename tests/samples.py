@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ PARSERS = {
     "scores .jsonl": ("scores", "scores.jsonl"),
     "scores .parquet": ("scores", "scores.parquet"),
     "marked rows": ("marks", "marks.csv"),
-    "partial file": ("partial", "logits.h5.partial"),
+    "stored batch": ("batch", "000000.safetensors"),
+    "stored job": ("job", "job.json"),
     "image .png": ("images", "image.png"),
     "image .jpg": ("images", "image.jpg"),
     "image .gif": ("images", "image.gif"),
@@ -123,11 +125,13 @@ def write_samples(folder: Path) -> None:
             write_artefact(artefact, folder / f"{name}.safetensors")
         chosen = [Chosen(detectors.get(name)()) for name in ("msp", "energy")]
 
-        def again() -> Iterator[Rows]:
+        def again(start: int, stop: int) -> Iterator[Rows]:
             return opened.blocks({"logits"})
 
         for suffix in ("csv", "jsonl", *(["parquet"] if HAS_PARQUET else [])):
-            score_to_file(again, chosen, classifier.class_names, folder / f"scores.{suffix}")
+            score_to_file(
+                again, 24, 24, chosen, classifier.class_names, folder / f"scores.{suffix}"
+            )
     write_partial(classifier, folder / "logits.h5")
     (folder / "marks.csv").write_text('path,ood\na.png,0\n"b, c.png",1\nd.png,\n', encoding="utf-8")
     noise = np.random.default_rng(0).integers(0, 256, (12, 11, 3)).astype(np.uint8)
@@ -163,25 +167,29 @@ def write_program(network: Any, path: Path) -> None:
 
 def write_partial(classifier: Any, output: Path) -> None:
     """What an interrupted extraction leaves."""
-    from oodcli.files.journal import journal
     from oodcli.images import open_images
+    from oodcli.jobs.kept import kept_work, partial_path
     from oodcli.recording.recorder import Recorder
-    from oodcli.stages.extract import Restored, kept
+    from oodcli.stages.extract import Restored, stored_rows
     from oodcli.stages.record import Work, no_progress, record_images
 
     source = open_images("noise:uniform?n=24", classifier.preprocessing, classifier.class_names)
     recorder = Recorder(classifier, frozenset({"logits", "embedding"}))
-    with contextlib.suppress(StopIteration), journal(output, {"--seed": 0}, "oodcli") as partial:
-        blocks = Work(partial).blocks(
+    with contextlib.suppress(StopIteration), kept_work(output, {"--seed": 0}, "oodcli") as kept:
+        blocks = Work(kept).blocks(
+            24,
+            8,
             Restored(recorder),
-            kept,
-            lambda: record_images(classifier, source, recorder, 8),
+            stored_rows,
+            lambda start, stop: record_images(classifier, source, recorder, 8),
             no_progress,
         )
         assert blocks is not None
         for _ in range(2):
             next(blocks)
         raise StopIteration
+    for name in ("000000.safetensors", "job.json"):
+        shutil.copy(partial_path(output) / name, output.parent / name)
 
 
 def write_collections(folder: Path, image: Any) -> None:
@@ -263,7 +271,12 @@ class Parser:
         with open_cache(path) as cache:
             names = cache.provenance.class_names
             chosen = choose_detectors(["all"], {}, cache.recorded, "")
-            score_to_file(lambda: cache.blocks(needs(chosen)), chosen, names, io.StringIO())
+            count = cache.count
+
+            def rows(start: int, stop: int) -> Any:
+                return cache.blocks(needs(chosen))
+
+            score_to_file(rows, count, count, chosen, names, io.StringIO())
             for name in ("mds", "knn"):
                 kind = detectors.get(name)
                 cache.require(kind.needs, name)
@@ -282,23 +295,19 @@ class Parser:
 
         read_scores(path)
 
-    def partial(self, path: Path) -> None:
-        import os
-
-        from oodcli.files.describe import describe_file
-        from oodcli.files.journal import Journal, read_about
+    def batch(self, path: Path) -> None:
+        from oodcli.jobs.kept import About, Kept
         from oodcli.recording.recorder import Recorder
         from oodcli.stages.extract import Restored
 
-        describe_file(path, "partial")
-        about, rows, _ = read_about(path)
-        handle = os.open(path, os.O_RDWR)
-        try:
-            journal = Journal(path, path, handle, about, restart=False)
-            restored = Restored(Recorder(self.classifier, frozenset({"logits", "embedding"})))
-            assert sum(len(block.paths) for block in journal.kept(restored)) <= rows
-        finally:
-            os.close(handle)
+        kept = Kept(path.parent, About("", {}, {}), leads=False)
+        restored = Restored(Recorder(self.classifier, frozenset({"logits", "embedding"})))
+        kept.read((0,), restored)
+
+    def job(self, path: Path) -> None:
+        from oodcli.jobs.kept import read_about
+
+        read_about(path.parent)
 
     def marks(self, path: Path) -> None:
         from oodcli.files.marks import read_marks

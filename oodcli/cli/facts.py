@@ -14,7 +14,7 @@ WHAT = {
     "detector": "a fitted or calibrated detector",
     "scores": "scores",
     "metrics": "metrics",
-    "partial": "what is done of a job that was interrupted",
+    "partial": "finished batches of an interrupted job",
 }
 
 
@@ -197,8 +197,8 @@ def _metrics(found: dict[str, Any]) -> dict[str, Any]:
 def _partial(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "rows": found["rows"],
-        "begun by": found["command"],
-        "how to go on": "give that command again; with --restart it begins again",
+        "started by": found["command"],
+        "to resume": "re-run that command; --restart discards what is stored",
         **found["job"],
         "decided": _pairs(found["decided"]),
     }

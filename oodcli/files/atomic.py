@@ -14,8 +14,8 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
-PARTIAL = b"oodcli-partial "
-"""First bytes of the file that keeps what an interrupted job has done."""
+JOB = "job.json"
+"""Says, in the folder of an interrupted job, what that is."""
 
 
 def refuse_existing(path: Path, *, force: bool = False) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from oodcli.errors import FileError
-from oodcli.files.atomic import PARTIAL
+from oodcli.files.atomic import JOB
 
 if TYPE_CHECKING:
     from oodcli.files.hdf5 import Provenance
@@ -39,6 +39,8 @@ HEADER_BYTES = 100_000_000
 def kind_of(path: Path) -> Kind:
     """What a file is. A checkpoint needs nothing imported for that. Raises FileError when it is
     none of these, or cannot be read."""
+    if (path / JOB).is_file():
+        return "partial"
     try:
         with path.open("rb") as file:
             start = file.read(START_BYTES)
@@ -53,9 +55,7 @@ def kind_of(path: Path) -> Kind:
             return "checkpoint"  # whose loader says what is wrong
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     found: Kind | None = (
-        "partial"
-        if start.startswith(PARTIAL)
-        else _of_hdf5(path)
+        _of_hdf5(path)
         if start.startswith(HDF5)
         else _of_safetensors(header)
         if header
@@ -260,10 +260,10 @@ def _metrics(path: Path, suffix: str) -> dict[str, Any]:
 
 
 def _partial(path: Path, _: str) -> dict[str, Any]:
-    from oodcli.files.journal import read_about
+    from oodcli.jobs.kept import read_about
 
-    about, rows, complete = read_about(path)
-    return {**about._asdict(), "rows": rows, "complete": complete}
+    about, rows = read_about(path)
+    return {**about._asdict(), "rows": rows}
 
 
 def _named(rows: list[dict[str, str]]) -> dict[str, Any]:

@@ -7,16 +7,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from oodcli import notes
 from oodcli.errors import OodcliError, first_line
 from oodcli.jobs.shards import Share
-
-if TYPE_CHECKING:
-    from oodcli.files.journal import Block, Journal, Record
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +58,8 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Team:
-    """Processes ``rank`` 0 to ``size`` - 1 of one job, of which each does a share into a journal of
-    its own; the first one then writes the output from all of them."""
+    """Processes ``rank`` 0 to ``size`` - 1 of one job. Each stores the batches of its share in the
+    same folder; the first one then writes the output from all of them."""
 
     rank: int
     size: int
@@ -90,7 +87,7 @@ class Team:
     def _call_the_roll(self) -> None:
         """Raises OodcliError when the others do not come: a process of another program may have
         started this one, with torchrun's variables in its environment."""
-        self._say(f"here/{self.rank}", True)
+        self.say(f"here/{self.rank}", True)
         keys = [f"oodcli/here/{rank}" for rank in range(self.size)]
         last = time.monotonic() + PATIENCE
         while not self.store.check(keys):
@@ -115,45 +112,27 @@ class Team:
     def share(self) -> Share:
         return Share(self.rank + 1, self.size)
 
-    def agree(
-        self, name: str, mine: dict[str, Any], make: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """What one process has found out and all go on with: what the journal of any keeps, else
-        what the first one makes now. mine: empty where this one keeps nothing."""
-        self._say(f"{name}/{self.rank}", mine)
+    def agree(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the first process finds out, for all of them."""
         if self.leads:
-            kept = [self._hear(f"{name}/{rank}") for rank in range(self.size)]
-            self._say(name, next(filter(None, kept), None) or make())
-        return dict(self._hear(name))
+            self.say(name, make())
+        return dict(self.hear(name))
 
-    def hand_over(self, blocks: Iterator[Any], journal: Journal) -> None:
-        """Does this process's share, which stays in its journal for the first one."""
-        for _ in blocks:
-            pass
-        journal.hand_over()
-        self._say(f"done/{self.rank}", True)
-
-    def gathered(
-        self,
-        blocks: Iterator[Block],
-        journal: Journal,
-        restore: Callable[[Record], Block],
-        listen: Listen,
-    ) -> Iterator[Block]:
-        """In the first process: does its own share, waits for the others, and gives all blocks in
-        order. ``journal`` removes the other journals with its own, once the output is there."""
-        for _ in blocks:
-            pass
+    def gather(self, listen: Listen) -> None:
+        """In the first process: returns when every other one has done its share. In the others:
+        says so of this one."""
+        if not self.leads:
+            self.say(f"done/{self.rank}", True)
+            return
         for rank in range(1, self.size):
-            self._hear(f"done/{rank}", listen)
-        yield from journal.kept(restore)
-        for rank in range(1, self.size):
-            yield from journal.of_share(Share(rank + 1, self.size), restore)
+            self.hear(f"done/{rank}", listen)
 
-    def _say(self, name: str, value: Any) -> None:
+    def say(self, name: str, value: Any) -> None:
+        """value: what JSON can hold."""
         self.store.set(f"oodcli/{name}", json.dumps(value))
 
-    def _hear(self, name: str, listen: Listen = _nobody) -> Any:
+    def hear(self, name: str, listen: Listen = _nobody) -> Any:
+        """What a process has said, once it has."""
         key = f"oodcli/{name}"
         while not self.store.check([key]):
             listen(0)

@@ -15,11 +15,11 @@ from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
 from oodcli.files.cache import CacheWriter
 from oodcli.files.hdf5 import Provenance, writing
-from oodcli.files.journal import Record
 from oodcli.files.virtual import read_sensitivity
 from oodcli.images import ImageSource
 from oodcli.images.arrays import VirtualImages
 from oodcli.inversion.degrade import Patched, match_accuracy
+from oodcli.jobs.kept import Stored
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import Recorder
 from oodcli.stages.record import ALONE, Progress, Work, no_progress, record_images
@@ -43,26 +43,24 @@ def extract_to_file(
     the sensitivities that inversion measured. None in a process that writes no file."""
     unreadable = 0
     agreed = known = 0
-    journal = work.journal
-    if journal is not None:
-        force = force or journal.complete
-        provenance = replace(provenance, command=journal.about.command)
-    part = work.part(len(source), batch_size)
+    if work.kept is not None:
+        force = force or work.kept.about.complete
+        provenance = replace(provenance, command=work.kept.about.command)
 
-    def make() -> Iterator[Rows]:
+    def make(start: int, stop: int) -> Iterator[Rows]:
         return record_images(
             classifier,
             source,
             recorder,
             batch_size,
             progress,
-            start=part.start + work.rows,
-            stop=part.stop,
+            start=start,
+            stop=stop,
             timeout=timeout,
         )
 
     restored = Restored(recorder)
-    blocks = work.blocks(restored, kept, make, progress)
+    blocks = work.blocks(len(source), batch_size, restored, stored_rows, make, progress)
     if blocks is None:
         return None
     rows_here = work.share.part(len(source), batch_size)
@@ -86,8 +84,8 @@ def extract_to_file(
                 if sensitivity_from is not None:
                     nothing = _with_sensitivity(nothing, sensitivity_from, row, row)
                 writer.declare(nothing)
-        if journal is not None:
-            journal.finish(path, force=force)
+        if work.kept is not None:
+            work.kept.finish(path, force=force)
     return {
         "file": str(path),
         "images": len(rows_here),
@@ -98,19 +96,18 @@ def extract_to_file(
     }
 
 
-def kept(rows: Rows) -> Record:
-    """What a journal keeps of recorded rows, for ``Restored``."""
+def stored_rows(rows: Rows) -> Stored:
+    """Recorded rows, for ``Restored``."""
     arrays = {"labels": rows.labels.numpy()}
     if rows.features is not None:
         for name, tensor in rows.features.rows().items():
             plain = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
             arrays[f"rows/{name}"] = plain.numpy()
-    return Record(len(rows.paths), arrays, {"paths": rows.paths, "errors": rows.errors})
+    return Stored(len(rows.paths), arrays, {"paths": rows.paths, "errors": rows.errors})
 
 
 class Restored:
-    """Recorded rows from what a journal keeps of them; what is not of one image, the recorder
-    knows."""
+    """Recorded rows from what was stored of them; the recorder knows what is not of one image."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -123,15 +120,15 @@ class Restored:
         features = self._recorder(blank, torch.tensor([-1]))
         return features.to(torch.device("cpu")).select(torch.zeros(0, dtype=torch.int64))
 
-    def __call__(self, record: Record) -> Rows:
-        paths, errors = tuple(record.words["paths"]), tuple(record.words["errors"])
-        labels = torch.from_numpy(record.arrays["labels"])
-        if not len(paths) == len(errors) == len(labels) == record.rows:
+    def __call__(self, stored: Stored) -> Rows:
+        paths, errors = tuple(stored.words["paths"]), tuple(stored.words["errors"])
+        labels = torch.from_numpy(stored.arrays["labels"])
+        if not len(paths) == len(errors) == len(labels) == stored.rows:
             raise ValueError("rows of different numbers")
         count = sum(error is None for error in errors)
 
         def read(name: str, rows: Tensor) -> Tensor:
-            return torch.from_numpy(record.arrays[f"rows/{name}"]).to(rows.dtype)
+            return torch.from_numpy(stored.arrays[f"rows/{name}"]).to(rows.dtype)
 
         features = self.nothing.map_rows(read, count) if count else None
         return Rows(paths, labels, errors, features)

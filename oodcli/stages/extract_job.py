@@ -16,13 +16,12 @@ from oodcli.errors import OodcliError
 from oodcli.features import OdinStep
 from oodcli.files.atomic import refuse_suffix
 from oodcli.files.hdf5 import format_of
-from oodcli.files.journal import Journal, journal, refuse_output
 from oodcli.files.origin import Origin, Words
 from oodcli.files.virtual import FORMAT, read_provenance
 from oodcli.images import ImageSource
 from oodcli.images.arrays import VirtualImages
 from oodcli.inversion.degrade import Patched
-from oodcli.jobs.shards import WHOLE
+from oodcli.jobs.kept import Kept, kept_work, refuse_output
 from oodcli.jobs.torchrun import Team, part_of
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import INPUTS
@@ -32,7 +31,7 @@ from oodcli.stages.chosen import odin_step
 from oodcli.stages.extract import degrading, extract_to_file
 from oodcli.stages.model import Model
 from oodcli.stages.record import Work, job_of, listing, paths_sha256, provenance, shard_of
-from oodcli.stages.sources import log_journal, log_records, open_source
+from oodcli.stages.sources import log_kept, log_records, open_source
 from oodcli.stages.watching import Watch, watched
 
 log = logging.getLogger(__name__)
@@ -119,15 +118,15 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
     settings = _settings(request, recorder, source, reading, batch_size)
     with ExitStack() as stack:
         kept = stack.enter_context(
-            journal(
+            kept_work(
                 path,
                 job_of(made, **settings),
                 made.command,
                 restart=request.restart and (team is None or team.first_try()),
-                share=WHOLE if team is None else team.share,
+                team=team,
             )
         )
-        log_journal(kept)
+        log_kept(kept)
         if request.match_accuracy is not None and isinstance(source, VirtualImages):
             source = _patched(
                 source,
@@ -146,7 +145,7 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
             batch_size=batch_size,
             sensitivity_from=Path(request.images) if sensitivities else None,
             force=request.force,
-            progress=watched(watch, mine, before=kept.rows),
+            progress=watched(watch, mine, before=work.rows(len(source), batch_size)),
             timeout=request.timeout,
             work=work,
         )
@@ -208,7 +207,7 @@ def _settings(
     reading: int | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    """What else decides the rows of the cache, for its journal."""
+    """What else decides the rows of the cache."""
     matched = request.match_accuracy
     return {
         **request.model.job(),
@@ -225,21 +224,18 @@ def _patched(
     source: VirtualImages,
     target: float,
     find: Callable[[VirtualImages, float], tuple[float, float]],
-    kept: Journal,
+    kept: Kept,
     team: Team | None,
 ) -> Patched:
-    """Virtual images on which the network has the target accuracy, as the journal or the other
-    processes of torchrun have found, else as ``find`` does."""
+    """Virtual images on which the network has the target accuracy, as was found before, or by the
+    first process of torchrun, else as ``find`` does."""
+
+    found = kept.about.decided
 
     def degrade() -> dict[str, Any]:
-        side, reached = find(source, target)
-        return {"side": side, "reached": reached}
+        return found or dict(zip(("side", "reached"), find(source, target), strict=True))
 
-    decided = kept.about.decided
-    if team is not None:
-        decided = team.agree("patches", decided, degrade)
-    kept.about.decided.update(decided or degrade())
-    found = kept.about.decided
+    found.update(degrade() if team is None else team.agree("patches", degrade))
     notes.say(
         log,
         f"patches of {found['side']:.3f} of the side bring the network down to "

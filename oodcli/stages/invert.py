@@ -14,11 +14,11 @@ from torch import Tensor
 from oodcli.errors import OodcliError
 from oodcli.files.atomic import atomic
 from oodcli.files.hdf5 import Provenance, writing
-from oodcli.files.journal import Record
 from oodcli.files.virtual import VirtualWriter
 from oodcli.inversion.invert import Plan, VirtualBatch, invert
 from oodcli.inversion.quality import Quality, report
 from oodcli.inversion.step import Step
+from oodcli.jobs.kept import Stored
 from oodcli.jobs.shards import Shard, Share
 from oodcli.networks.classifier import Classifier
 from oodcli.report.contact_sheet import contact_sheet
@@ -53,19 +53,15 @@ def invert_to_file(
     }
     quality = Quality(classifier)
     shown: list[tuple[Tensor, Tensor]] = []
-    journal = work.journal
-    if journal is not None:
-        force = force or journal.complete
-        provenance = replace(provenance, command=journal.about.command)
+    if work.kept is not None:
+        force = force or work.kept.about.complete
+        provenance = replace(provenance, command=work.kept.about.command)
+
+    def make(start: int, stop: int) -> Iterator[VirtualBatch]:
+        return invert(classifier, plan, first=start, last=stop, step=step, progress=progress)
 
     batches = len(plan.batches())
-    part = work.part(batches)
-
-    def make() -> Iterator[VirtualBatch]:
-        first = part.start + work.records
-        return invert(classifier, plan, first=first, last=part.stop, step=step, progress=progress)
-
-    made = work.blocks(_restored, _kept, make, progress)
+    made = work.blocks(batches, 1, _restored, _stored, make, progress)
     if made is None:
         return None
     count = plan.images(work.share.part(batches))
@@ -85,8 +81,8 @@ def invert_to_file(
         images, labels = (torch.cat(parts)[:SHOWN] for parts in zip(*shown, strict=True))
         pixels = classifier.preprocessing.to_pixels(images.float()).clamp(0, 1)
         contact_sheet(pixels, labels, classifier.class_names, sheet)
-        if journal is not None:
-            journal.finish(path, sheet_path, force=force)
+        if work.kept is not None:
+            work.kept.finish(path, sheet_path, force=force)
     return {
         "file": str(path),
         "contact_sheet": str(sheet_path),
@@ -118,13 +114,13 @@ def shard_of_plan(plan: Plan, share: Share) -> Shard | None:
     return Shard(share.number, share.of, before, stop, rows, "")
 
 
-def _kept(batch: VirtualBatch) -> Record:
+def _stored(batch: VirtualBatch) -> Stored:
     layers = {f"layers/{name}": rows.numpy() for name, rows in batch.sensitivity.items()}
     arrays = {"images": batch.images.numpy(), "label": batch.label.numpy(), **layers}
-    return Record(len(batch.label), arrays, {"layers": list(batch.sensitivity)})
+    return Stored(len(batch.label), arrays, {"layers": list(batch.sensitivity)})
 
 
-def _restored(record: Record) -> VirtualBatch:
-    tensors = {name: torch.from_numpy(array) for name, array in record.arrays.items()}
-    layers = {name: tensors[f"layers/{name}"] for name in record.words["layers"]}
+def _restored(stored: Stored) -> VirtualBatch:
+    tensors = {name: torch.from_numpy(array) for name, array in stored.arrays.items()}
+    layers = {name: tensors[f"layers/{name}"] for name in stored.words["layers"]}
     return VirtualBatch(tensors["images"], tensors["label"], layers)

@@ -13,7 +13,6 @@ from oodcli import notes
 from oodcli.errors import OodcliError
 from oodcli.files.atomic import refuse_existing, refuse_suffix
 from oodcli.files.hdf5 import Provenance
-from oodcli.files.journal import is_complete, journal, refuse_output
 from oodcli.inversion.invert import (
     Plan,
     decisions,
@@ -23,13 +22,13 @@ from oodcli.inversion.invert import (
 )
 from oodcli.inversion.objective import OBJECTIVES
 from oodcli.inversion.step import Step
-from oodcli.jobs.shards import WHOLE
+from oodcli.jobs.kept import is_complete, kept_work, refuse_output
 from oodcli.jobs.torchrun import Team, part_of
 from oodcli.networks.classifier import Classifier
 from oodcli.stages.invert import invert_to_file, shard_of_plan
 from oodcli.stages.model import Model
 from oodcli.stages.record import Work, job_of, provenance
-from oodcli.stages.sources import log_journal
+from oodcli.stages.sources import log_kept
 from oodcli.stages.watching import Watch, watched
 
 log = logging.getLogger(__name__)
@@ -116,12 +115,12 @@ def invert(request: InvertRequest, watch: Watch | None = None) -> Inverted | Non
     )
     with ExitStack() as stack:
         kept = stack.enter_context(
-            journal(
+            kept_work(
                 path,
                 _job(request, plan, made),
                 made.command,
                 restart=request.restart and (team is None or team.first_try()),
-                share=WHOLE if team is None else team.share,
+                team=team,
             )
         )
         decided = kept.about.decided
@@ -129,16 +128,17 @@ def invert(request: InvertRequest, watch: Watch | None = None) -> Inverted | Non
             decided = _agreed(team, decided, classifier, plan, request.compiled)
         plan, step, seconds = prepare(classifier, plan, compiled=request.compiled, decided=decided)
         kept.about.decided.update(decisions(plan, step))
-        log_journal(kept)
+        log_kept(kept)
         notes.done(log, "a trial step")
         work = Work(kept, share, team)
-        mine = plan.images(work.part(len(plan.batches())))
-        _say_estimate(plan, step, seconds, mine, kept.rows)
+        batches = len(plan.batches())
+        mine, before = plan.images(work.part(batches)), work.rows(batches)
+        _say_estimate(plan, step, seconds, mine, before)
         summary = invert_to_file(
             *(classifier, plan, path, made),
             step=step,
             force=request.force,
-            progress=watched(watch, mine, before=kept.rows, each=plan.total_steps),
+            progress=watched(watch, mine, before=before, each=plan.total_steps),
             work=work,
         )
     notes.done(log, "inversion")
@@ -189,7 +189,7 @@ def _planned(request: InvertRequest) -> tuple[Path, Classifier, Plan]:
 
 
 def _job(request: InvertRequest, plan: Plan, made: Provenance) -> dict[str, Any]:
-    """What decides the images, for their journal."""
+    """What decides the images."""
     settings = {
         **request.model.job(),
         "--objective": asdict(plan.objective),
@@ -212,9 +212,9 @@ def _agreed(
     """What all processes of torchrun go on with."""
 
     def decide() -> dict[str, Any]:
-        return decisions(*prepare(classifier, plan, compiled=compiled)[:2])
+        return decided or decisions(*prepare(classifier, plan, compiled=compiled)[:2])
 
-    return team.agree("decisions", decided, decide)
+    return team.agree("decisions", decide)
 
 
 def _say_estimate(plan: Plan, step: Step, seconds: float, mine: int, done: int = 0) -> None:

@@ -82,7 +82,7 @@ class Model:
         return classifier
 
     def job(self) -> dict[str, Any]:
-        """What else decides which network that is, for a journal."""
+        """What else decides which network that is."""
         given = self.checkpoint
         if isinstance(given, Classifier):
             return {"--layers": [tap.name for tap in given.taps], "--ema": given.averaged}

@@ -11,8 +11,8 @@ from typing import Any
 from oodcli import notes
 from oodcli.errors import OodcliError
 from oodcli.features import Rows
-from oodcli.files.journal import Journal
 from oodcli.images.pieces import Piece, is_remote, left_out, pieces, sizes
+from oodcli.jobs.kept import Kept
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import recordable
 from oodcli.stages.chosen import Chosen
@@ -108,7 +108,7 @@ class OnCluster:
     reading: int | None = 0
 
     def work(
-        self, kept: Journal | None, chosen: Sequence[Chosen], scoring: Scoring, engine: str
+        self, kept: Kept | None, chosen: Sequence[Chosen], scoring: Scoring, engine: str
     ) -> Work:
         """engine: ``ray``, or the address of a cluster. Raises OodcliError for a classifier, which
         no other host can load, or when a file cannot be read."""

@@ -1,5 +1,5 @@
 """Scores over a Ray cluster: images are read and decoded by its processors, the network runs on its
-GPUs (or processors), and what they make comes back here, in any order, into the journal.
+GPUs (or processors), and what they make comes back here, in any order, and is stored.
 
 Ray Data moves, throttles and repeats the work; a piece that was lost with a host is made again
 elsewhere, and what comes twice counts once.
@@ -26,13 +26,13 @@ from typing import Any, cast
 import torch
 
 from oodcli.errors import ImagesError, OodcliError, first_line
-from oodcli.files.journal import Block, Record
 from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import unknown
 from oodcli.images.pieces import Piece, chunks, labels_of
 from oodcli.images.reading import assembled, note_dim
 from oodcli.images.source import Rows as Decoded
+from oodcli.jobs.kept import Block, Stored
 from oodcli.networks.card import Overrides
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.load import load_classifier
@@ -40,16 +40,16 @@ from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording.recorder import Recorder
 from oodcli.stages.chosen import Chosen, needs, odin_step, placed
 from oodcli.stages.record import Progress, Work, recorded_batch
-from oodcli.stages.score import Scoring, kept_scores
+from oodcli.stages.score import Scoring, stored_scores
 
 PATIENCE = 30.0
 """Seconds that a lost or interrupted cluster is waited for at the end."""
 
 PLACE = "place"
-"""In the words of a record: the piece, the chunk of it, and whether that is its last."""
+"""In the words of a batch: the piece, the number in it, and whether that is its last."""
 
 DIM = "dim"
-"""In the words of a record: of images that are nearly black, as in ``Rows``."""
+"""In the words of a batch: of images that are nearly black, as in ``Rows``."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _payload(
 
 
 class Scorer:
-    """Decoded chunks → records of scores, with the network on this host's device."""
+    """Decoded chunks → batches of scores, with the network on this host's device."""
 
     def __init__(self, job: Job) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -239,9 +239,9 @@ class Scorer:
         rows = Decoded(torch.from_numpy(labels), errors, torch.from_numpy(pixels))
         batch = assembled(paths, [rows], self._job.reading.preprocessing)
         block = self._job.scoring(recorded_batch(self._recorder, batch), self._chosen)
-        record = kept_scores(block)
-        words = {**record.words, PLACE: place, DIM: list(dim)}
-        return pickle.dumps(record._replace(words=words), pickle.HIGHEST_PROTOCOL)
+        stored = stored_scores(block)
+        words = {**stored.words, PLACE: place, DIM: list(dim)}
+        return pickle.dumps(stored._replace(words=words), pickle.HIGHEST_PROTOCOL)
 
 
 BATCHES = 8
@@ -271,45 +271,51 @@ class ClusterWork(Work):
     pieces: Sequence[Piece] = field(default_factory=tuple)
     address: str | None = None
 
+    def rows(self, count: int, unit: int = 1) -> int:
+        """How many rows are stored from before."""
+        return 0 if self.kept is None else sum(map(self.kept.rows, self.kept.numbers))
+
     def blocks(
         self,
-        restore: Callable[[Record], Block],
-        keep: Callable[[Block], Record],
-        make: Callable[[], Iterable[Block]],
+        count: int,
+        unit: int,
+        restore: Callable[[Stored], Block],
+        store: Callable[[Block], Stored],
+        make: Callable[[int, int], Iterable[Block]],
         progress: Progress,
     ) -> Iterator[Block] | None:
-        """All blocks in order, once every piece is here."""
-        journal = self.journal
-        assert journal is not None
+        """All blocks in order, once every piece is here. The pieces say what there is to make."""
+        kept = self.kept
+        assert kept is not None
         assert self.job is not None
         seen: dict[int, dict[int, bool]] = {}
         dim: list[float] = []
 
-        def note(record: Record) -> Record:
-            piece, chunk, last = record.words[PLACE]
-            seen.setdefault(piece, {})[chunk] = last
-            dim.extend(record.words.get(DIM, ()))
-            return record
+        def note(batch: Stored) -> tuple[int, int]:
+            piece, number, last = batch.words[PLACE]
+            seen.setdefault(piece, {})[number] = last
+            dim.extend(batch.words.get(DIM, ()))
+            return piece, number
 
-        for _ in journal.kept(note):
-            pass
+        for number in kept.numbers:
+            kept.read(number, note)
         left = [piece for piece in self.pieces if not _is_whole(seen.get(piece.number, {}))]
         if left:
             # What Ray still does for an interrupted job must end before the connection does.
-            with _connected(self.address), closing(_made(self.job, left)) as records:
-                for record in records:
-                    piece, chunk, _ = record.words[PLACE]
-                    if chunk not in seen.get(piece, {}):  # else it came twice
-                        journal.append(note(record))
-                    progress(record.rows)
+            with _connected(self.address), closing(_made(self.job, left)) as made:
+                for batch in made:
+                    piece, number, _ = batch.words[PLACE]
+                    if (piece, number) not in kept.numbers:  # else it came twice
+                        kept.write(note(batch), batch)
+                    progress(batch.rows)
         note_dim(dim)
         missing = [each.number for each in self.pieces if not _is_whole(seen.get(each.number, {}))]
         if missing:
             raise OodcliError(
-                f"the cluster has lost {len(missing)} of {len(self.pieces)} pieces: give the same "
-                "command again, which goes on with those"
+                f"the cluster has lost {len(missing)} of {len(self.pieces)} pieces: re-run the "
+                "same command, which resumes with those"
             )
-        return journal.kept_by(lambda record: tuple(record.words[PLACE][:2]), restore)
+        return (kept.read(number, restore) for number in sorted(kept.numbers))
 
 
 def _is_whole(found: Mapping[int, bool]) -> bool:
@@ -365,8 +371,8 @@ def _let_end(seconds: float) -> None:
             thread.join(max(0.0, until - time.monotonic()))
 
 
-def _made(job: Job, pieces: Sequence[Piece]) -> Generator[Record, None, None]:
-    """Records of pieces, as they come. Raises ImagesError for a piece that cannot be read at all,
+def _made(job: Job, pieces: Sequence[Piece]) -> Generator[Stored, None, None]:
+    """Batches of pieces, as they come. Raises ImagesError for a piece that cannot be read at all,
     OodcliError when the cluster gives up."""
     import ray
     from ray.exceptions import RayError
@@ -383,7 +389,7 @@ def _made(job: Job, pieces: Sequence[Piece]) -> Generator[Record, None, None]:
         cause = getattr(error, "cause", None) or error
         lines = str(cause).strip().splitlines() or [type(error).__name__]
         raise OodcliError(
-            f"the cluster has given up: {lines[-1]}; the same command goes on from here"
+            f"the cluster has given up: {lines[-1]}; re-run the same command to resume"
         ) from error
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,8 +16,8 @@ from oodcli._version import __version__
 from oodcli.errors import ImagesError
 from oodcli.features import Rows
 from oodcli.files.hdf5 import Provenance
-from oodcli.files.journal import Block, Journal, Record
 from oodcli.images import Batch, ImageSource, batches
+from oodcli.jobs.kept import Block, Kept, Stored
 from oodcli.jobs.shards import WHOLE, Shard, Share
 from oodcli.jobs.torchrun import Team
 from oodcli.networks.classifier import Classifier
@@ -72,10 +73,10 @@ RowBlock = TypeVar("RowBlock", bound=_Rows)
 
 @dataclass(frozen=True)
 class Work:
-    """How a job is kept and shared. journal: goes on after what it keeps; None to keep nothing.
-    share: the part of it that this file will have. team: processes that do the whole together."""
+    """How a job is stored and shared. kept: its finished batches; None to store none. share: the
+    part of it that this file will have. team: processes that do the whole together."""
 
-    journal: Journal | None = None
+    kept: Kept | None = None
     share: Share = WHOLE
     team: Team | None = None
 
@@ -83,50 +84,63 @@ class Work:
         """Which of ``count`` things this process does, a ``unit`` of them at a time."""
         return (self.share if self.team is None else self.team.share).part(count, unit)
 
-    @property
-    def rows(self) -> int:
-        """How many of its rows are kept from before."""
-        return 0 if self.journal is None else self.journal.rows
-
-    @property
-    def records(self) -> int:
-        """How many of its blocks are."""
-        return 0 if self.journal is None else self.journal.records
+    def rows(self, count: int, unit: int = 1) -> int:
+        """How many rows of this process's part are stored from before."""
+        if self.kept is None:
+            return 0
+        part = self.part(count, unit)
+        numbers = {(start // unit,) for start in range(part.start, part.stop, unit)}
+        return sum(map(self.kept.rows, numbers & self.kept.numbers))
 
     def blocks(
         self,
-        restore: Callable[[Record], Block],
-        keep: Callable[[Block], Record],
-        make: Callable[[], Iterable[Block]],
+        count: int,
+        unit: int,
+        restore: Callable[[Stored], Block],
+        store: Callable[[Block], Stored],
+        make: Callable[[int, int], Iterable[Block]],
         progress: Progress,
     ) -> Iterator[Block] | None:
-        """All blocks of the file: those that are kept, then those that ``make`` makes after them,
-        each of which is kept first. None in the processes that do but a share for another."""
-        blocks = self._own(restore, keep, make)
-        if self.team is None or self.journal is None:
-            return blocks
-        if self.team.leads:
-            return self.team.gathered(blocks, self.journal, restore, progress)
-        self.team.hand_over(blocks, self.journal)
-        return None
+        """All blocks of the file, in order, a ``unit`` of ``count`` things each. make: those of the
+        things [start, stop), where they are not stored yet; each is stored first. None in the
+        processes that do but a share for another."""
+        own = self._own(self.part(count, unit), unit, restore, store, make)
+        if self.team is None or self.kept is None:
+            return own
+        for _ in own:
+            pass
+        self.team.gather(progress)
+        if not self.team.leads:
+            return None
+        kept = self.kept
+        return (kept.read((start // unit,), restore) for start in range(0, count, unit))
 
     def _own(
         self,
-        restore: Callable[[Record], Block],
-        keep: Callable[[Block], Record],
-        make: Callable[[], Iterable[Block]],
+        part: range,
+        unit: int,
+        restore: Callable[[Stored], Block],
+        store: Callable[[Block], Stored],
+        make: Callable[[int, int], Iterable[Block]],
     ) -> Iterator[Block]:
-        if self.journal is None:
-            yield from make()
+        kept = self.kept
+        if kept is None:
+            yield from make(part.start, part.stop)
             return
-        yield from self.journal.kept(restore)
-        for block in make():
-            self.journal.append(keep(block))
-            yield block
+        starts = range(part.start, part.stop, unit)
+        for stored, run in groupby(starts, lambda start: (start // unit,) in kept.numbers):
+            found = list(run)
+            if stored:
+                yield from (kept.read((start // unit,), restore) for start in found)
+                continue
+            made = make(found[0], min(found[-1] + unit, part.stop))
+            for start, block in zip(found, made, strict=True):
+                kept.write((start // unit,), store(block))
+                yield block
 
     def readable(self, blocks: Iterable[RowBlock]) -> Iterator[RowBlock]:
         """The blocks. Raises ImagesError at the end when not one row could be read, unless these
-        are a share of them; there is nothing to go on with then."""
+        are a share of them; nothing is stored then."""
         rows = readable = 0
         reason = ""
         for block in blocks:
@@ -136,8 +150,8 @@ class Work:
                 reason = reason or (f"{path}: {error}" if error else "")
             yield block
         if rows and not readable and self.share.whole:
-            if self.journal is not None:
-                self.journal.clear()
+            if self.kept is not None:
+                self.kept.clear()
             raise ImagesError(f"not one of {rows} images could be read; {reason}")
 
 
@@ -145,7 +159,7 @@ ALONE = Work()
 
 
 def job_of(made: Provenance, **more: Any) -> dict[str, Any]:
-    """What decides the contents of a file made so, by the names that users know: for a journal."""
+    """What decides the contents of a file made so, by the names that users know."""
     return {
         "the checkpoint": made.checkpoint_sha256,
         "--ema": made.averaged,

@@ -17,10 +17,10 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.msp import probabilities
 from oodcli.features import Features, Rows
 from oodcli.files.atomic import atomic
-from oodcli.files.journal import Record
 from oodcli.files.made import made_path, write_made
 from oodcli.files.scores import ScoreBlock, ScoresWriter
 from oodcli.images.pixels import is_text
+from oodcli.jobs.kept import Stored
 from oodcli.stages.chosen import Chosen, score_views
 from oodcli.stages.record import ALONE, Progress, Work, no_progress
 from oodcli.stages.verdict import Rule, StreamRule, rule_of
@@ -95,7 +95,9 @@ def doubts(
 
 
 def score_to_file(
-    rows: Callable[[], Iterable[Rows]],
+    rows: Callable[[int, int], Iterable[Rows]],
+    count: int,
+    unit: int,
     chosen: Sequence[Chosen],
     class_names: Sequence[str],
     target: Path | TextIO,
@@ -109,9 +111,9 @@ def score_to_file(
     work: Work = ALONE,
     made: Mapping[str, Any] | None = None,
 ) -> ScoreSummary | None:
-    """Scores rows as they come; None in a process that writes no file. rows: those that are not
-    kept from before. made: how the scores are made, for the file beside them. rules: detector →
-    how it decides, which adds ``<detector>.ood`` and with a calibration ``<detector>.p``.
+    """Scores ``count`` rows; None in a process that writes no file. rows: those of [start, stop),
+    in blocks of ``unit``. made: how the scores are made, for the file beside them. rules: how a
+    detector decides, which adds ``<detector>.ood`` and with a calibration ``<detector>.p``.
     stream_rule: thresholds from the whole stream, which is then kept in memory. explain: adds
     ``<detector>.why``. A detector that has learnt from OOD data has ``<detector>.saw``.
     ``<detector>`` is the name of the chosen one, such as ``knn[real]``."""
@@ -129,29 +131,29 @@ def score_to_file(
     flagged, unjudged = dict.fromkeys(rules, 0), dict.fromkeys(rules, 0)
     thresholds: dict[str, float] = {}
 
-    def score() -> Iterator[ScoreBlock]:
-        for block in rows():
+    def score(start: int, stop: int) -> Iterator[ScoreBlock]:
+        for block in rows(start, stop):
             yield scoring(block, chosen)
 
-    scored = work.blocks(_restored, kept_scores, score, progress)
+    scored = work.blocks(count, unit, _restored, stored_scores, score, progress)
     if scored is None:
         return None
     scored = work.readable(scored)
-    journal = work.journal
+    kept = work.kept
 
     def blocks() -> Iterator[ScoreBlock]:
         if stream_rule is None:
             yield from scored
             return
-        kept = list(scored)
+        stream = list(scored)
         for each in chosen:
             values, verdicts = (
-                np.concatenate([block.scores[name] for block in kept])
+                np.concatenate([block.scores[name] for block in stream])
                 for name in (each.name, f"{each.name}.ood")
             )
             judged = torch.from_numpy(values[~np.isnan(verdicts)])
             thresholds[each.name] = stream_rule(judged)
-        for block in kept:
+        for block in stream:
             found = dict(block.scores)
             for name, threshold in thresholds.items():
                 silent = torch.tensor(np.isnan(found[f"{name}.ood"]))
@@ -161,7 +163,7 @@ def score_to_file(
 
     with ExitStack() as stack:
         unfinished = target
-        force = force or (journal is not None and journal.complete)
+        force = force or (kept is not None and kept.about.complete)
         if isinstance(target, Path):
             unfinished = stack.enter_context(atomic(target, force=force))
         with ScoresWriter(unfinished, columns) as writer:
@@ -188,13 +190,13 @@ def score_to_file(
                 "paths_sha256": paths.hexdigest(),
             }
             write_made(about, unfinished, beside)
-        if journal is not None and isinstance(target, Path):
-            journal.finish(target, force=force)
+        if kept is not None and isinstance(target, Path):
+            kept.finish(target, force=force)
     return ScoreSummary(total, unreadable, infinite, flagged, thresholds, unjudged)
 
 
-def kept_scores(block: ScoreBlock) -> Record:
-    """What a journal keeps of scores."""
+def stored_scores(block: ScoreBlock) -> Stored:
+    """Scores, for ``_restored``."""
     arrays = {"confidence": block.confidence}
     words: dict[str, Any] = {}
     for name, cells in block.scores.items():
@@ -203,18 +205,18 @@ def kept_scores(block: ScoreBlock) -> Record:
         else:
             words[name] = list(cells)
     texts = {name: list(getattr(block, name)) for name in _TEXTS}
-    return Record(len(block.paths), arrays, {**texts, "scores": words})
+    return Stored(len(block.paths), arrays, {**texts, "scores": words})
 
 
 _TEXTS = ("paths", "labels", "errors", "predicted")
 
 
-def _restored(record: Record) -> ScoreBlock:
-    arrays = dict(record.arrays)
+def _restored(stored: Stored) -> ScoreBlock:
+    arrays = dict(stored.arrays)
     confidence = arrays.pop("confidence")
     scores = {name.removeprefix("scores/"): cells for name, cells in arrays.items()}
-    texts = {name: record.words[name] for name in _TEXTS}
-    return ScoreBlock(**texts, confidence=confidence, scores={**scores, **record.words["scores"]})
+    texts = {name: stored.words[name] for name in _TEXTS}
+    return ScoreBlock(**texts, confidence=confidence, scores={**scores, **stored.words["scores"]})
 
 
 def _explained(detector: Detector, wanted: bool) -> bool:

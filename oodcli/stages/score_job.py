@@ -13,10 +13,10 @@ from oodcli import notes
 from oodcli.detectors.serial import settings
 from oodcli.errors import OodcliError
 from oodcli.files.hdf5 import Provenance
-from oodcli.files.journal import Journal, journal, refuse_output
 from oodcli.files.made import read_made
 from oodcli.files.scores import format_of
-from oodcli.jobs.shards import WHOLE, Share
+from oodcli.jobs.kept import Kept, kept_work, refuse_output
+from oodcli.jobs.shards import Share
 from oodcli.jobs.torchrun import Team, part_of
 from oodcli.stages.chosen import (
     Chosen,
@@ -30,7 +30,7 @@ from oodcli.stages.model import Model
 from oodcli.stages.opened import Opened, from_cache, from_images
 from oodcli.stages.record import Work, file_state, job_of, shard_of
 from oodcli.stages.score import Doubts, ScoreSummary, Scoring, doubts, score_to_file
-from oodcli.stages.sources import log_journal
+from oodcli.stages.sources import log_kept
 from oodcli.stages.verdict import Deciding, Rule, basis_in_words, rule_of
 from oodcli.stages.watching import Watch, watched
 
@@ -116,11 +116,12 @@ def score(request: ScoreRequest, watch: Watch | None = None) -> Scored | None:
         if opened.cluster is not None:
             work = _on_cluster(request, opened, chosen, rules, kept)
         chosen = placed(chosen, request.model.device())
-        mine = work.part(opened.count, opened.unit(chosen))
-        advance = watched(watch, len(mine), before=work.rows)
-        rows = opened.record(chosen, advance)
+        count, unit = opened.count, opened.unit(chosen)
+        advance = watched(watch, len(work.part(count, unit)), before=work.rows(count, unit))
         summary = score_to_file(
-            lambda: rows(mine.start + work.rows, mine.stop),
+            opened.record(chosen, advance),
+            count,
+            unit,
             chosen,
             opened.made.class_names,
             request.output,
@@ -228,8 +229,8 @@ def _kept(
     fingerprints: Mapping[str, str],
     team: Team | None,
     stack: ExitStack,
-) -> Journal | None:
-    """The journal of a scores file; None where the scores go to a stream."""
+) -> Kept | None:
+    """The stored batches of a scores file; None where the scores go to a stream."""
     if request.file is None:
         return None
     deciding = request.deciding
@@ -249,15 +250,15 @@ def _kept(
         "--explain": request.explain,
     }
     kept = stack.enter_context(
-        journal(
+        kept_work(
             request.file,
             settings,
             made.command,
             restart=request.restart and (team is None or team.first_try()),
-            share=WHOLE if team is None else team.share,
+            team=team,
         )
     )
-    log_journal(kept)
+    log_kept(kept)
     return kept
 
 
@@ -267,7 +268,7 @@ def _about(
     made: Provenance,
     fingerprints: Mapping[str, str],
     rules: Mapping[str, Rule],
-    kept: Journal,
+    kept: Kept,
 ) -> dict[str, Any]:
     """How the scores are made, for the file beside them."""
     return {
@@ -285,7 +286,7 @@ def _on_cluster(
     opened: Opened,
     chosen: Sequence[Chosen],
     rules: Mapping[str, Rule],
-    kept: Journal | None,
+    kept: Kept | None,
 ) -> Work:
     assert opened.cluster is not None
     scoring = Scoring.of(

@@ -6,9 +6,9 @@ import logging
 
 from oodcli import notes
 from oodcli.files.cache import FeatureCache
-from oodcli.files.journal import Journal
 from oodcli.images import ImageSource, open_images
 from oodcli.images.reading import MOST_WORKERS, processors
+from oodcli.jobs.kept import Kept
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import Recorder
 from oodcli.stages.labels import settle_labels
@@ -54,6 +54,6 @@ def log_records(recorder: Recorder) -> None:
     )
 
 
-def log_journal(kept: Journal) -> None:
-    """Where finished batches are kept, and how many images are there from before."""
-    log.debug("what is done is kept in %s; images in it: %d", kept.path, kept.rows)
+def log_kept(kept: Kept) -> None:
+    """Where finished batches are stored, and how many are there from before."""
+    log.debug("finished batches are stored in %s; there now: %d", kept.path, len(kept.numbers))

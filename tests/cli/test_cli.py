@@ -1282,14 +1282,14 @@ def test_interrupting_loses_nothing(fitted, tmp_path, monkeypatch):
     assert result.status == 130
     assert sorted(os.listdir(tmp_path)) == ["v.h5.partial", "whole.h5", "whole.png"]
     assert "Traceback" not in result.err
-    assert "v.h5.partial keeps 10 images: the same command goes on from there" in result.err
+    assert "10 images saved in " in result.err
     fails(
-        "was begun with --seed 0, but now it is 1: give the", *words, tmp_path / "v.h5", "--seed", 1
+        "was started with --seed 0, but now it is 1: re-run", *words, tmp_path / "v.h5", "--seed", 1
     )
-    fails("v.h5.partial was begun with --per-class 1", *words[:2], *words[4:], tmp_path / "v.h5")
+    fails("v.h5.partial was started with --per-class 1", *words[:2], *words[4:], tmp_path / "v.h5")
     result = oodcli(*words, tmp_path / "v.h5")
     assert result.status == 0, result.err
-    assert "going on after the 10 images that" in result.err
+    assert "resuming: 10 images saved in " in result.err
     assert "for the 0 that are left" in result.err
     assert (tmp_path / "v.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
     assert (tmp_path / "v.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
@@ -1347,7 +1347,7 @@ def test_signals_leave_nothing_behind(fitted, tmp_path, number, status):
     command = [sys.executable, "-m", "oodcli", *words]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         try:
-            for _ in range(1800):  # until its partial file shows that it is at work
+            for _ in range(1800):  # until its partial folder shows that it is at work
                 if os.listdir(tmp_path) or process.poll() is not None:
                     break
                 time.sleep(0.1)

@@ -237,10 +237,10 @@ def test_a_cluster_counts_dark_images_too(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Without Ray: what its hosts do is done here, and some of it comes from a journal."""
-    from oodcli.files.journal import journal
+    """Without Ray: what its hosts do is done here, and some of it is stored from before."""
+    from oodcli.jobs.kept import kept_work
     from oodcli.stages.chosen import choose_detectors
-    from oodcli.stages.score import Scoring, _restored, kept_scores
+    from oodcli.stages.score import Scoring, _restored, stored_scores
 
     pytest.importorskip("fsspec")
     classifier = api.load_classifier(trained / "digits.pt")
@@ -262,12 +262,13 @@ def test_a_cluster_counts_dark_images_too(
 
     monkeypatch.setattr(cluster, "_connected", lambda address: nullcontext())
     monkeypatch.setattr(cluster, "_made", made)
+    nothing = (0, 1, _restored, stored_scores, lambda start, stop: (), no_progress)
     all_of_it = pieces(str(dark), 3)
-    with journal(tmp_path / "s.csv", {}, "x", restart=False) as kept:
+    with kept_work(tmp_path / "s.csv", {}, "x") as kept:
         for part in (all_of_it[:1], all_of_it):
             caplog.clear()
             work = cluster.ClusterWork(kept, job=job, pieces=part)
-            assert list(work.blocks(_restored, kept_scores, lambda: (), no_progress))
+            assert list(work.blocks(*nothing))
     assert caplog.messages == [f"3 images of 16 or 32 bits have {DARK}"]
 
 
@@ -388,19 +389,19 @@ def test_files_of_before_go_with_new_ones(fitted: Path, tmp_path: Path) -> None:
 def test_a_job_is_not_resumed_with_other_options(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from oodcli.files.journal import Journal
+    from oodcli.jobs.kept import Kept, Stored
 
     for number in range(4):
         flat(number, np.uint8).save(tmp_path / f"{number}.png")
     output = tmp_path / "s.csv"
     words = ("score", trained / "digits.pt", tmp_path, "-d", "msp", "--batch-size", 2, "-o", output)
-    append = Journal.append
+    write = Kept.write
 
-    def stop(self: Journal, record: object) -> None:
-        append(self, record)
+    def stop(self: Kept, number: tuple[int, ...], batch: Stored) -> None:
+        write(self, number, batch)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Journal, "append", stop)
+    monkeypatch.setattr(Kept, "write", stop)
     oodcli(*words)
     monkeypatch.undo()
     assert output.with_name("s.csv.partial").exists()

@@ -18,102 +18,103 @@ from PIL import Image
 
 from oodcli.errors import FileError
 from oodcli.files.atomic import atomic
-from oodcli.files.journal import Journal, Record, journal, partial_path, read_about
+from oodcli.jobs.kept import About, Kept, Stored, kept_work, partial_path, read_about
 
 JOB = {"--seed": 0, "the images": "photos"}
 COMMAND = "oodcli extract net.pt photos"
 
 
-def block(number: int) -> Record:
+def batch(number: int) -> Stored:
     values = np.full((3, 2), number, dtype=np.float32)
-    return Record(3, {"values": values}, {"paths": [f"{number} ä\n", "b", "c"]})
+    return Stored(3, {"values": values}, {"paths": [f"{number} ä\n", "b", "c"]})
 
 
-def as_it_is(record: Record) -> Record:
-    return record
+def as_it_is(stored: Stored) -> Stored:
+    return stored
 
 
-def kept(path: Path, job=JOB) -> list[int]:
-    with journal(path, job, COMMAND) as found, pytest.raises(StopAsyncIteration):
-        records = list(found.kept(as_it_is))
-        numbers = [int(record.arrays["values"][0, 0]) for record in records]
-        assert [record.words for record in records] == [block(n).words for n in numbers]
-        assert (found.records, found.rows) == (len(numbers), 3 * len(numbers))
+def stored(path: Path, job=JOB) -> list[int]:
+    """The numbers of the batches that are there, each of which is what it was."""
+    with pytest.raises(StopAsyncIteration), kept_work(path, job, COMMAND) as kept:
+        numbers = sorted(kept.numbers)
+        for (number,) in numbers:
+            found = kept.read((number,), as_it_is)
+            assert (found.rows, found.words) == (3, batch(number).words)
+            assert np.array_equal(found.arrays["values"], batch(number).arrays["values"])
+            assert kept.rows((number,)) == 3
         raise StopAsyncIteration
-    return numbers
+    return [number for (number,) in numbers]
 
 
 def interrupted(path: Path, *numbers: int, job=JOB) -> None:
-    with pytest.raises(KeyboardInterrupt), journal(path, job, COMMAND) as new:
+    with pytest.raises(KeyboardInterrupt), kept_work(path, job, COMMAND) as kept:
         for number in numbers:
-            new.append(block(number))
+            kept.write((number,), batch(number))
         raise KeyboardInterrupt
 
 
-# ------------------------------------------------------------------------------- the journal
+# ------------------------------------------------------------------------------- stored batches
 
 
-def test_what_was_kept_is_there_the_next_time(tmp_path):
+def test_stored_batches_are_there_the_next_time(tmp_path, caplog):
+    caplog.set_level("INFO")
     path = tmp_path / "x.h5"
     interrupted(path, 1, 2)
-    interrupted(path, 3)
-    with pytest.raises(KeyboardInterrupt), journal(path, JOB, "another spelling") as found:
-        assert found.about.command == COMMAND
-        assert [int(record.arrays["values"][0, 0]) for record in found.kept(as_it_is)] == [1, 2, 3]
-        assert (found.records, found.rows, found.complete) == (3, 9, False)
+    interrupted(path, 7)  # in any order
+    interrupted(path, 3, 7)  # and twice
+    assert f"resuming: 9 images saved in {path}.partial" in caplog.text
+    assert f"12 images saved in {path}.partial; re-run the same command" in caplog.text
+    assert stored(path) == [1, 2, 3, 7]
+    with pytest.raises(KeyboardInterrupt), kept_work(path, JOB, "another spelling") as kept:
+        assert kept.about == About(COMMAND, JOB, {}, complete=False)
         raise KeyboardInterrupt
-    about, rows, complete = read_about(partial_path(path))
-    assert (about.command, about.job, rows, complete) == (COMMAND, JOB, 9, False)
-    assert partial_path(path).read_bytes().startswith(b"oodcli-partial 1: what is done of the file")
-    with journal(path, JOB, COMMAND):
+    folder = partial_path(path)
+    assert read_about(folder) == (About(COMMAND, JOB, {}), 12)
+    batches = [f"{number:06d}.safetensors" for number in (1, 2, 3, 7)]
+    assert sorted(os.listdir(folder)) == [*batches, "job.json", "lock"]
+    with kept_work(path, JOB, COMMAND):
         pass
     assert os.listdir(tmp_path) == []
 
 
 def test_what_was_decided_holds_for_the_rest(tmp_path):
     path = tmp_path / "x.h5"
-    with pytest.raises(KeyboardInterrupt), journal(path, JOB, COMMAND) as new:
-        assert new.about.decided == {}
-        new.about.decided.update(batch_size=7)
-        new.append(block(1))
+    with pytest.raises(KeyboardInterrupt), kept_work(path, JOB, COMMAND) as kept:
+        assert kept.about.decided == {}
+        kept.about.decided.update(batch_size=7)
+        kept.write((0,), batch(0))
         raise KeyboardInterrupt
-    with journal(path, JOB, COMMAND) as found:
-        assert found.about.decided == {"batch_size": 7}
+    with kept_work(path, JOB, COMMAND) as kept:
+        assert kept.about.decided == {"batch_size": 7}
 
 
-def test_nothing_is_left_of_a_job_that_kept_nothing(tmp_path):
+def test_nothing_is_left_of_a_job_that_stored_nothing(tmp_path):
     interrupted(tmp_path / "x.h5")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_record_that_was_cut_off_is_dropped(tmp_path):
-    """At every byte: the records before it stay, and what is appended then is read again."""
+def test_an_unfinished_batch_does_not_count(tmp_path):
+    """As a killed process leaves it: at a temporary name. The next one overwrites or removes it."""
     path = tmp_path / "x.h5"
-    partial = partial_path(path)
-    sizes = []
-    for number in (1, 2, 3):
-        interrupted(path, number)
-        sizes.append(partial.stat().st_size)
-    whole = partial.read_bytes()
-    for size in [*range(0, len(whole), 7), *(size + off for size in sizes for off in (-1, 0))]:
-        partial.write_bytes(whole[:size])
-        interrupted(path, 9)
-        expected = [n for n, end in zip((1, 2, 3), sizes, strict=True) if end <= size]
-        assert kept(path) == [*expected, 9]
-    partial.write_bytes(whole + bytes(1000))  # as some file systems leave it when the power fails
-    assert kept(path) == [1, 2, 3]
-
-
-def test_a_changed_byte_loses_what_follows_and_no_more(tmp_path):
-    path = tmp_path / "x.h5"
-    partial = partial_path(path)
     interrupted(path, 1)
-    first = partial.stat().st_size
-    interrupted(path, 2, 3)
-    whole = partial.read_bytes()
-    for place in range(first, len(whole), 5):
-        partial.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        assert kept(path) in ([1], [1, 2])
+    folder = partial_path(path)
+    (folder / ".000002.new.safetensors").write_bytes(b"half")
+    (folder / ".job.new.json").write_bytes(b"{")
+    assert stored(path) == [1]
+    interrupted(path, 2)
+    assert stored(path) == [1, 2]
+    with kept_work(path, JOB, COMMAND):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_batches_without_their_job_do_not_count(tmp_path):
+    path = tmp_path / "x.h5"
+    interrupted(path, 1)
+    (partial_path(path) / "job.json").unlink()
+    with pytest.raises(FileError, match=r"has no job\.json: nothing can be resumed"):
+        read_about(partial_path(path))
+    assert stored(path) == []
 
 
 def test_another_job_is_refused_with_the_difference_named(tmp_path):
@@ -122,60 +123,86 @@ def test_another_job_is_refused_with_the_difference_named(tmp_path):
     for job, words in (
         (
             {**JOB, "--seed": 1},
-            r"x\.h5\.partial was begun with --seed 0, but now it is 1: .*--rest",
+            r"x\.h5\.partial was started with --seed 0, but now it is 1: .*--rest",
         ),
         ({**JOB, "the images": "b"}, "with the images photos, but now it is b"),
         ({"the images": "photos"}, "with --seed 0, but now it is null"),
     ):
-        with pytest.raises(FileError, match=words), journal(path, job, COMMAND):
+        with pytest.raises(FileError, match=words), kept_work(path, job, COMMAND):
             pass
-    assert kept(path) == [1]
-    with journal(path, {"--seed": 1}, COMMAND, restart=True) as new:
-        assert (new.rows, new.about.job) == (0, {"--seed": 1})
+    assert stored(path) == [1]
+    with kept_work(path, {"--seed": 1}, COMMAND, restart=True) as kept:
+        assert (kept.numbers, kept.about.job) == (set(), {"--seed": 1})
 
 
-def test_records_that_make_no_sense_are_damage(tmp_path):
+def test_a_damaged_batch_is_named(tmp_path):
     path = tmp_path / "x.h5"
-    interrupted(path, 1)
+    interrupted(path, 1, 2)
+    file = partial_path(path) / "000002.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    words = r"000002\.safetensors is damaged: delete it to redo its part, or use --restart"
+    with pytest.raises(FileError, match=words):
+        stored(path)
+    file.unlink()
+    assert stored(path) == [1]
+    with pytest.raises(FileError, match=r"1\.safet.* is damaged"), kept_work(path, JOB, "") as kept:
+        kept.read((1,), lambda stored: stored.arrays["something else"])
+    for text in ("", "[]", '{"format": "oodcli-partial 2"}', "{" * 10**5):
+        (partial_path(path) / "job.json").write_text(text, encoding="utf-8")
+        with pytest.raises(FileError, match=r"job\.json is damaged"):
+            stored(path)
 
-    def restore(record):
-        return record.arrays["something else"]
 
+def test_what_others_wrote_is_left_alone(tmp_path):
+    path = tmp_path / "x.h5"
+    partial_path(path).write_bytes(b"my notes")
+    for restart in (False, True):
+        with (
+            pytest.raises(FileError, match="was not written by oodcli: move it away first"),
+            kept_work(path, JOB, COMMAND, restart=restart),
+        ):
+            pass
+    assert partial_path(path).read_bytes() == b"my notes"
+    partial_path(path).unlink()
+    partial_path(path).mkdir()
+    (partial_path(path) / "notes.txt").write_text("mine")
     with (
-        pytest.raises(FileError, match=r"x\.h5\.partial is damaged: begin again with --restart"),
-        journal(path, JOB, COMMAND) as found,
+        pytest.raises(FileError, match=r"notes\.txt was not written by oodcli: move it"),
+        kept_work(path, JOB, COMMAND),
     ):
-        list(found.kept(restore))
-
-
-def test_a_file_of_somebody_elses_is_left_alone(tmp_path):
-    path = tmp_path / "x.h5"
-    for text, words in (
-        (b"my notes", "is no partial file of oodcli: move it away"),
-        (b"oodcli-partial 2: of the future\n" * 9, "is of another version of oodcli"),
-    ):
-        partial_path(path).write_bytes(text)
-        for restart in (False, True) if text == b"my notes" else (False,):
-            with (
-                pytest.raises(FileError, match=words),
-                journal(path, JOB, COMMAND, restart=restart),
-            ):
-                pass
-        assert partial_path(path).read_bytes() == text
-    with journal(path, JOB, COMMAND, restart=True):
         pass
+    assert os.listdir(partial_path(path)) == ["notes.txt"]
+
+
+def test_what_other_versions_wrote_is_refused(tmp_path):
+    path = tmp_path / "x.h5"
+    partial_path(path).write_bytes(b"oodcli-partial 1: what is done of the file" + bytes(9))
+    words = r"x\.h5\.partial was written by an older version of oodcli: resume with that"
+    with pytest.raises(FileError, match=words), kept_work(path, JOB, COMMAND):
+        pass
+    assert partial_path(path).is_file()
+    with kept_work(path, JOB, COMMAND, restart=True) as kept:
+        kept.write((0,), batch(0))
+    interrupted(path, 1)
+    job = partial_path(path) / "job.json"
+    job.write_text(job.read_text().replace("oodcli-partial 2", "oodcli-partial 3"))
+    with pytest.raises(FileError, match="was written by another version of oodcli"):
+        stored(path)
+    with kept_work(path, JOB, COMMAND, restart=True):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_two_processes_do_not_write_the_same_output(tmp_path):
     path = tmp_path / "x.h5"
-    with journal(path, JOB, COMMAND) as first:
-        first.append(block(1))
+    with kept_work(path, JOB, COMMAND) as first:
+        first.write((1,), batch(1))
         with (
             pytest.raises(FileError, match=r"x\.h5 is being written by another process"),
-            journal(path, JOB, COMMAND, restart=True),
+            kept_work(path, JOB, COMMAND, restart=True),
         ):
             pass
-        assert first.path.stat().st_size > 100
+        assert first.rows((1,)) == 3
     with (
         atomic(tmp_path / "y.csv"),
         pytest.raises(FileError, match=r"y\.csv is being written by another process"),
@@ -189,8 +216,8 @@ def test_a_crash_leaves_no_lock_behind(tmp_path):
 import os, sys
 from pathlib import Path
 from oodcli.files.atomic import atomic
-from oodcli.files.journal import journal
-with journal(Path("x.h5"), {}, ""), atomic(Path("x.h5")) as unfinished:
+from oodcli.jobs.kept import kept_work
+with kept_work(Path("x.h5"), {}, ""), atomic(Path("x.h5")) as unfinished:
     unfinished.write_text("half")
     print("ready", flush=True)
     sys.stdin.read()
@@ -205,8 +232,8 @@ with journal(Path("x.h5"), {}, ""), atomic(Path("x.h5")) as unfinished:
                 pass
         finally:
             process.kill()
-    with journal(tmp_path / "x.h5", {}, "") as found, atomic(tmp_path / "x.h5") as unfinished:
-        assert found.rows == 0
+    with kept_work(tmp_path / "x.h5", {}, "") as kept, atomic(tmp_path / "x.h5") as unfinished:
+        assert not kept.numbers
         unfinished.write_text("whole")
     assert os.listdir(tmp_path) == ["x.h5"]
     assert (tmp_path / "x.h5").read_text() == "whole"
@@ -287,15 +314,15 @@ def test_a_job_that_goes_on_gives_the_same_bytes(
     expected, summary = output.read_bytes(), result.err.splitlines()[-1]
     output.unlink()
     output.with_suffix(".png").unlink(missing_ok=True)
-    append = Journal.append
+    write = Kept.write
 
-    def until_the_third(self, record):
-        append(self, record)
-        if self.records % 2 == 0:
+    def two(self, number, batch):
+        write(self, number, batch)
+        if len(self.numbers) % 2 == 0:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", until_the_third)
+        patch.setattr(Kept, "write", two)
         for _ in range(2):
             assert oodcli(*command).status == 130
     assert read_about(partial_path(output))[1] >= 6
@@ -317,10 +344,10 @@ def test_other_images_are_refused(small, photos, monkeypatch):
     result = oodcli(*command)
     Path("photos/10.png").unlink()
     assert result.status == 1
-    assert "was begun with the list of images " in result.err
+    assert "was started with the list of images " in result.err
     result = oodcli(*command, "--restart")
     assert result.status == 3, result.err
-    assert "going on" not in result.err
+    assert "resuming" not in result.err
     assert not partial_path(Path("other.h5")).exists()
 
 
@@ -340,18 +367,18 @@ def test_other_options_are_refused(small, photos, monkeypatch, tmp_path, words, 
     monkeypatch.chdir(small)
     suffix = "csv" if words.startswith("score") else "h5"
     command = (*words.split(), "--batch-size", "4", "-o", tmp_path / f"out.{suffix}")
-    append = Journal.append
+    write = Kept.write
 
-    def once(self, record):
-        append(self, record)
+    def once(self, number, batch):
+        write(self, number, batch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", once)
+        patch.setattr(Kept, "write", once)
         assert oodcli(*command).status == 130
     result = oodcli(*command, *more)
     assert result.status == 1
-    assert f"was begun with {difference}" in result.err
+    assert f"was started with {difference}" in result.err
 
 
 def interrupt(*_: object) -> None:
@@ -375,23 +402,23 @@ def test_a_job_without_a_readable_image_keeps_nothing(small, tmp_path):
         )
         assert result.status == 1
         assert "not one of 3 images could be read; " in result.err
-        assert "keeps" not in result.err
+        assert "saved" not in result.err
     assert sorted(os.listdir(tmp_path)) == ["0.png", "1.png", "2.png"]
 
 
-def test_inspect_says_what_a_partial_file_is(small, tmp_path, monkeypatch):
+def test_inspect_says_what_a_partial_folder_is(small, tmp_path, monkeypatch):
     command = ("extract", small / "net.pt", NOISE, "--batch-size", 3, "-o", tmp_path / "f.h5")
     with monkeypatch.context() as patch:
         patch.setattr("oodcli.files.cache.CacheWriter.append", interrupt)
         assert oodcli(*command).status == 130
     page = oodcli("inspect", tmp_path / "f.h5.partial").out
-    assert "what is done of a job that was interrupted" in page
-    assert "give that command again" in page
+    assert "finished batches of an interrupted job" in page
+    assert "re-run that command" in page
     found = json.loads(oodcli("inspect", tmp_path / "f.h5.partial", "--json").out)
     assert (found["kind"], found["rows"], found["complete"]) == ("partial", 3, False)
     assert found["job"]["--batch-size"] == 3
     assert found["command"].startswith("oodcli extract ")
-    (tmp_path / "f.h5.partial").write_bytes(b"oodcli-partial 1: what is do")
+    (tmp_path / "f.h5.partial" / "job.json").write_bytes(b'{"form')
     result = oodcli("inspect", tmp_path / "f.h5.partial")
     assert result.status == 1
     assert result.err.startswith("oodcli: ")

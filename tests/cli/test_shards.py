@@ -6,8 +6,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -16,12 +18,12 @@ import numpy as np
 import pytest
 from commands import oodcli
 from PIL import Image
+from team import Store, Teams
 
 from oodcli.errors import OodcliError
-from oodcli.files import journal
 from oodcli.inversion.quality import report
+from oodcli.jobs.kept import Kept
 from oodcli.jobs.shards import Shard, Share
-from oodcli.jobs.torchrun import Team
 
 # ------------------------------------------------------------------------------------ arithmetic
 
@@ -346,21 +348,19 @@ def test_a_shard_that_cannot_be(fitted, folder, tmp_path, monkeypatch):
 def test_a_shard_goes_on_after_an_interruption(fitted, folder, cut, tmp_path, monkeypatch):
     expected = cut("folder.h5", 2)[1].read_bytes()
     words = [*commands(fitted, folder)["folder.h5"], "--shard", "2/2", "-o"]
-    from oodcli.files.journal import Journal
+    write = Kept.write
 
-    append = Journal.append
-
-    def once(self, record):
-        append(self, record)
-        if self.records == 2:
+    def once(self, number, batch):
+        write(self, number, batch)
+        if len(self.numbers) == 2:
             raise KeyboardInterrupt
 
     (tmp_path / "folder2.h5").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", once)
+        patch.setattr(Kept, "write", once)
         assert oodcli(*words, tmp_path / "folder2.h5").status == 130
     result = oodcli(*words[:-3], "--shard", "1/2", "-o", tmp_path / "folder2.h5")
-    assert "was begun with --shard 2/2, but now it is 1/2" in result.err
+    assert "was started with --shard 2/2, but now it is 1/2" in result.err
     assert oodcli(*words, tmp_path / "folder2.h5").status == 3
     assert (tmp_path / "folder2.h5").read_bytes() == expected
 
@@ -386,135 +386,78 @@ def test_quality_does_not_depend_on_how_it_is_added():
 # --------------------------------------------------------------------------------------- torchrun
 
 
-class Store:
-    """A store for processes that run one after another."""
-
-    def __init__(self) -> None:
-        self.said: dict[str, bytes] = {}
-
-    def set(self, key: str, value: str) -> None:
-        self.said[key] = value.encode()
-
-    def check(self, keys: list[str]) -> bool:
-        assert all(key in self.said for key in keys), f"nobody will ever say {keys}"
-        return True
-
-    def get(self, key: str) -> bytes:
-        return self.said[key]
+@pytest.fixture(scope="module")
+def teams():
+    found = Teams()
+    yield found
+    found.end()
 
 
 @pytest.fixture
-def team(monkeypatch):
-    """Runs a command in every process of a team, the first one last, and gives its results."""
-
-    def run(size: int, *words: object, store: Store | None = None, ranks=None):
-        store = store or Store()
-        results = {}
-        for rank in ranks if ranks is not None else [*range(1, size), 0]:
-            with monkeypatch.context() as patch:
-                patch.setattr(Team, "assemble", lambda rank=rank: Team(rank, size, store))
-                patch.setattr("oodcli.cli.console.who", "")
-                results[rank] = oodcli(*words)
-        return results
-
-    return run
+def team(teams, tmp_path):
+    """Runs a command in the processes of a team at once."""
+    return partial(teams, folder=tmp_path)
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job not in ("invert.h5", "pool.h5")])
-@pytest.mark.parametrize("size", [2, 3, 13])
+@pytest.mark.parametrize(("job", "size"), [*((job, 3) for job in JOBS), ("folder.h5", 13)])
 def test_a_team_makes_what_one_process_makes(job, size, team, whole, fitted, folder, tmp_path):
     results = team(size, *commands(fitted, folder)[job], "-o", tmp_path / job)
-    for result in results.values():
+    for result in results:
         assert result.status == 0, result.err
         assert not result.out
-    assert all(not results[rank].err for rank in range(1, size))
+    assert all(not result.err for result in results[1:])
+    stored = sorted(chain(*(result.stored for result in results)))
+    assert stored == list(range(len(stored)))
     same(whole(job), tmp_path / job)
-    beside = {".csv": [f"{job}.json"], ".jsonl": [f"{job}.json"]}.get(Path(job).suffix, [])
+    suffix = Path(job).suffix
+    beside = {".csv": [f"{job}.json"], ".jsonl": [f"{job}.json"], ".h5": ["invert.png"]}[suffix]
+    beside = beside if suffix != ".h5" or job == "invert.h5" else []
     assert sorted(os.listdir(tmp_path)) == sorted([job, *beside])
 
 
-def test_a_team_agrees_on_what_one_finds_out(team, whole, fitted, folder, tmp_path):
-    """Those that are not the first need the first one's word, here from before."""
-    for job, name in (("invert.h5", "decisions"), ("pool.h5", "patches")):
-        words = [*commands(fitted, folder)[job], "-o", tmp_path / job]
-        found = {
-            "decisions": {"batch_size": 8, "half_steps": 0, "path": "eager"},
-            "patches": {"side": 0.5, "reached": 0.5},
-        }[name]
-        if name == "patches":
-            with h5py.File(whole(job)) as file:
-                assert file.attrs["matched_accuracy"] == 0.9
-        store = Store()
-        store.set(f"oodcli/{name}", json.dumps(found))
-        assert team(2, *words, store=store, ranks=[1])[1].status == 0
-        # Started again, the first one has kept nothing, but the other has: its word holds.
-        store = Store()
-        store.set("oodcli/done/1", "true")
-        about, _, _ = journal.read_about(tmp_path / f"{job}.2-of-2.partial")
-        store.set(f"oodcli/{name}/1", json.dumps(about.decided))
-        result = team(2, *words, store=store, ranks=[0])[0]
-        assert result.status == 0, result.err
-        if name == "decisions":
-            same(whole(job), tmp_path / job)
-        else:
-            assert "patches of 0.500 of the side" in result.err
-
-
-def test_a_team_goes_on_where_it_was(team, whole, fitted, folder, tmp_path, monkeypatch):
-    words = [*commands(fitted, folder)["folder.h5"], "-o", tmp_path / "folder.h5"]
-    from oodcli.files.journal import Journal
-
-    append = Journal.append
-    appended = []
-
-    def counting(self, record):
-        appended.append(self.path.name)
-        append(self, record)
-        if len(appended) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "append", counting)
-    assert team(3, *words, ranks=[2, 1])[2].status == 130
-    journals = ["folder.h5.2-of-3.partial", "folder.h5.3-of-3.partial"]
-    assert sorted(os.listdir(tmp_path)) == journals
-    inspected = json.loads(oodcli("inspect", tmp_path / journals[1], "--json").out)
-    assert inspected["job"]["the share of this process"] == "3/3"
-    results = team(3, *words, "--restart", ranks=[])
-    assert not results
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    # Given again by the launcher, --restart does not begin again.
-    results = team(3, *words, "--restart")
-    assert [result.status for result in results.values()] == [0, 0, 0]
-    assert len(appended) == 11
-    same(whole("folder.h5"), tmp_path / "folder.h5")
+def test_a_team_resumes_with_another_number_of_processes(team, whole, fitted, folder, tmp_path):
+    output = tmp_path / "folder.h5"
+    words = [*commands(fitted, folder)["folder.h5"], "-o", output]
+    results = team(3, *words, stop={2: 2})
+    assert results[2].status == 130
+    before = {int(path.stem) for path in Path(f"{output}.partial").glob("*.safetensors")}
+    assert {7, 8} <= before  # of 11 batches, the last process has 7 to 10
+    # When the launcher starts the command again, --restart does not discard anything.
+    results = team(2, *words, "--restart", TORCHELASTIC_RESTART_COUNT="1")
+    assert [result.status for result in results] == [0, 0]
+    assert sorted(chain(*(result.stored for result in results))) == sorted({*range(11)} - before)
+    same(whole("folder.h5"), output)
     assert os.listdir(tmp_path) == ["folder.h5"]
 
 
-def test_other_sizes_of_a_team_are_refused(team, fitted, folder, tmp_path):
+def test_one_process_resumes_what_a_team_began(team, whole, fitted, folder, tmp_path):
+    output = tmp_path / "folder.h5"
+    words = [*commands(fitted, folder)["folder.h5"], "-o", output]
+    assert team(2, *words, stop={1: 1})[1].status == 130
+    result = team(2, *words, "--seed", 1)[0]
+    assert "folder.h5.partial was started with --seed 0, but now it is 1" in result.err
+    result = oodcli(*words)
+    assert result.status == 3
+    assert "resuming: " in result.err
+    same(whole("folder.h5"), output)
+    assert team(2, *words, "--restart", "--force")[0].stored == [0, 1, 2, 3, 4]
+    same(whole("folder.h5"), output)
+    assert os.listdir(tmp_path) == ["folder.h5"]
+
+
+def test_a_team_must_have_one_job_and_one_folder(team, fitted, folder, tmp_path):
     words = [*commands(fitted, folder)["folder.h5"], "-o", tmp_path / "folder.h5"]
-    assert team(3, *words, ranks=[1])[1].status == 0
-    path = tmp_path / "folder.h5.2-of-3.partial"
-    assert journal.read_about(path)[2]
-    result = team(3, *words, "--seed", 1, store=Store(), ranks=[1])[1]
-    assert "was begun with --seed 0" in result.err
-    # Processes on two hosts that do not see the same folder.
-    store = Store()
-    for rank in (1, 2):
-        store.set(f"oodcli/done/{rank}", "true")
-    path.unlink()
-    result = team(3, *words, store=store, ranks=[0])[0]
+    result = team(2, *words, ranks={1: [*words, "--seed", 1]})[1]
+    assert result.status == 1
+    assert "the first process of torchrun has --seed 0, but this one 1: give all" in result.err
+    # As on a host that does not see the folder.
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = [*words[:-1], tmp_path / "elsewhere" / "folder.h5"]
+    result = team(2, *words, ranks={1: elsewhere})[1]
     assert result.status == 1
     assert "need an output where all of them see it, or --shard and 'oodcli merge'" in result.err
+    assert os.listdir(tmp_path / "elsewhere") == []
     assert not (tmp_path / "folder.h5").exists()
-    # And one that has done its share of another job.
-    assert team(3, *words, "--seed", 1, "--restart", ranks=[1])[1].status == 0
-    assert team(3, *words, ranks=[2])[2].status == 0
-    result = team(3, *words, store=store, ranks=[0])[0]
-    assert "folder.h5.2-of-3.partial was begun with --seed 1, but now it is 0" in result.err
-    result = oodcli(*words)
-    assert "was begun with the share of this process 1/3" in result.err
-    assert oodcli(*words, "--restart").status == 3
-    assert os.listdir(tmp_path) == ["folder.h5"]
 
 
 def test_a_team_refuses_what_it_cannot_do(team, fitted, folder, tmp_path):
@@ -525,10 +468,11 @@ def test_a_team_refuses_what_it_cannot_do(team, fitted, folder, tmp_path):
         (("score", checkpoint, folder, "-d", "msp", "--shard", "1/2", *out), "without a launcher"),
         (("score", checkpoint, "-", "-d", "msp", *out), "no standard input of their own"),
     ):
-        result = team(2, *words, ranks=[1])[1]
-        assert result.status == 1
-        assert sentence in result.err
-        assert result.err.startswith("oodcli (rank 1): ")
+        failed = [result for result in team(2, *words) if result.status == 1]
+        assert failed
+        for result in failed:
+            assert sentence in result.err
+            assert re.match(r"oodcli \(rank [01]\): ", result.err)
 
 
 def test_a_team_finds_thresholds_and_gates_in_the_whole_stream(team, fitted, folder, tmp_path):
@@ -541,18 +485,14 @@ def test_a_team_finds_thresholds_and_gates_in_the_whole_stream(team, fitted, fol
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "three.csv").read_bytes()
 
 
-def test_processes_that_do_not_come(fitted, monkeypatch):
+def test_processes_that_do_not_come(fitted, tmp_path, monkeypatch):
     """As where somebody's training, which torchrun has started, calls oodcli."""
     module = importlib.import_module("torch.distributed.rendezvous")
-
-    class Empty(Store):
-        def check(self, keys: list[str]) -> bool:
-            return all(key in self.said for key in keys)
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("oodcli.jobs.torchrun.PATIENCE", 0.2)
-    monkeypatch.setattr(module, "rendezvous", lambda url: iter([(Empty(), 0, 2)]))
+    monkeypatch.setattr(module, "rendezvous", lambda url: iter([(Store(tmp_path), 0, 2)]))
     result = oodcli("score", fitted / "digits.pt", "noise:uniform?n=5", "-d", "msp", "-o", "x.csv")
     assert result.status == 1
     assert "take TORCHELASTIC_RUN_ID out of its environment" in result.err
@@ -560,17 +500,17 @@ def test_processes_that_do_not_come(fitted, monkeypatch):
 
 DYING = """
 import os, signal, sys
-from oodcli.files.journal import Journal
-append = Journal.append
+from oodcli.jobs.kept import Kept
+write = Kept.write
 first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 log = os.environ["KEPT"] + os.environ["RANK"]
-def dying(self, record):
-    append(self, record)
+def dying(self, number, batch):
+    write(self, number, batch)
     with open(log, "a") as stream:
         stream.write("x")
-    if first and os.environ["RANK"] == "1" and self.records == 2:
+    if first and os.environ["RANK"] == "1" and number == (6,):
         os.kill(os.getpid(), signal.SIGKILL)
-Journal.append = dying
+Kept.write = dying
 from oodcli.cli import main
 main()
 """

@@ -103,7 +103,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
         r"precision (float32|bfloat16, which the device multiplies in hardware), by default$",
         r"objective name=kl, .*mirror=False",
         r"2 images of each of 10 classes, in batches of at most 100, 3 steps each$",
-        r"kept in .*v\.h5\.partial; images in it: 0$",
+        r"stored in .*v\.h5\.partial; there now: 0$",
         r"took .*: checkpoint .* s, a trial step .* s, inversion .* s, the rest",
     )
     cache = tmp_path / "v.features.h5"
@@ -116,7 +116,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
         r"precision float32, by --precision$",
         r"batches of 7, by --batch-size$",
         r"records .*layers\.gradient.*; passes of a batch: 2 forward, 2 backward, and again of",
-        r"kept in .*v\.features\.h5\.partial; images in it: 0$",
+        r"stored in .*v\.features\.h5\.partial; there now: 0$",
         r"took .*: checkpoint .* s, the list of images .* s, recording .* s, the rest",
     )
     fit = ("fit", cache, "-d", "c2ir", "-d", "knn", "-p", "knn.k=3", "-o", tmp_path / "fitted")

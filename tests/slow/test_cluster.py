@@ -163,16 +163,16 @@ def test_a_host_is_lost_in_the_middle(fitted, images, tmp_path):
     result = oodcli("score", checkpoint, photos, *words, "-o", tmp_path / "one.csv")
     assert result.status == 3, result.err
     script = f"""
-        from oodcli.files.journal import Journal
+        from oodcli.jobs.kept import Kept
         from oodcli.stages import ray as ours
         ours.BATCHES = 2
         other = cluster.add_node(**node())
-        append = Journal.append
+        write = Kept.write
         pieces = set()
-        def losing(self, record):
+        def losing(self, number, batch):
             global other
-            append(self, record)
-            pieces.add(record.words["place"][0])
+            write(self, number, batch)
+            pieces.add(number[0])
             if len(pieces) == 5 and other is not None:
                 cluster.remove_node(other)
                 other = None
@@ -180,7 +180,7 @@ def test_a_host_is_lost_in_the_middle(fitted, images, tmp_path):
             if len(pieces) == 20:
                 pieces.update(range(100))
                 raise KeyboardInterrupt
-        Journal.append = losing
+        Kept.write = losing
         words = ["score", {checkpoint!r}, {photos!r}, *{words!r}, "--engine", "ray"]
         words += ["-o", "many.csv"]
         print("=>", run(*words), flush=True)

@@ -458,13 +458,10 @@ def test_what_is_in_a_partial_file_is_on_the_page(desk, folder, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("oodcli.files.journal.Journal.finish", interrupted)
+    monkeypatch.setattr("oodcli.jobs.kept.Kept.finish", interrupted)
     assert oodcli("extract", "digits.safetensors", "digits-test.npz", "-o", "id.h5").status == 130
-    data = (folder / "id.h5.partial").read_bytes()
-    start = data.index(b"\n") + 1
-    length = int.from_bytes(data[start : start + 8], "little")
-    first = json.loads(data[start + 16 : start + 16 + length])
-    assert not unnamed(set(first), "OUTPUT.partial")
+    job = json.loads((folder / "id.h5.partial/job.json").read_text(encoding="utf-8"))
+    assert not unnamed(set(job), "OUTPUT.partial")
 
 
 # --- continuous integration -------------------------------------------------------------------

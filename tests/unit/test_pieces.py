@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from commands import oodcli
 from pictures import picture, write_tar
 
-from oodcli.errors import ImagesError
+from oodcli.errors import ImagesError, OodcliError
 from oodcli.images.pieces import Piece, chunks, is_remote, labels_of, pieces, sizes
 from oodcli.images.pixels import UnreadableError
 
@@ -202,16 +203,28 @@ def test_without_ray(fitted, tmp_path, monkeypatch):
     assert "pip install 'oodcli[ray]'" in result.err
 
 
-def test_records_are_ordered_and_counted_once(tmp_path):
-    from oodcli.files.journal import Record, journal
+def test_batches_are_ordered_and_counted_once(tmp_path, monkeypatch):
+    """Those of pieces come in any order, and some twice."""
+    from oodcli.jobs.kept import Stored, kept_work
+    from oodcli.stages import ray as cluster
 
-    def record(place: tuple[int, int], value: int) -> Record:
-        return Record(1, {"x": np.array([value])}, {"place": list(place)})
+    def batch(piece: int, number: int, last: bool, value: int) -> Stored:
+        return Stored(1, {"x": np.array([value])}, {cluster.PLACE: [piece, number, last]})
 
-    with journal(tmp_path / "x", {}, "oodcli") as kept:
-        for place, value in (((2, 0), 5), ((0, 1), 2), ((0, 0), 1), ((2, 0), 9), ((1, 0), 3)):
-            kept.append(record(place, value))
-        order = kept.kept_by(
-            lambda each: tuple(each.words["place"]), lambda each: int(each.arrays["x"][0])
+    made = [(2, 0, True, 5), (0, 1, True, 2), (0, 0, False, 1), (2, 0, True, 9), (1, 0, True, 3)]
+    monkeypatch.setattr(cluster, "_connected", lambda address: nullcontext())
+    monkeypatch.setattr(cluster, "_made", lambda job, left: (batch(*each) for each in made))
+    found = []
+    with kept_work(tmp_path / "x", {}, "oodcli") as kept:
+        all_of_it = [Piece(number, "rows", "x", 0, 1) for number in range(3)]
+        work = cluster.ClusterWork(kept, job=object(), pieces=all_of_it)
+        blocks = work.blocks(
+            *(0, 1, lambda stored: int(stored.arrays["x"][0]), lambda block: block),
+            *(lambda start, stop: (), found.append),
         )
-        assert list(order) == [1, 2, 3, 5]
+        assert list(blocks) == [1, 2, 3, 5]
+        assert work.rows(0) == 4
+        more = [*all_of_it, Piece(7, "rows", "x")]
+        lost = cluster.ClusterWork(kept, job=object(), pieces=more)
+        with pytest.raises(OodcliError, match=r"has lost 1 of 4 pieces: re-run the same command"):
+            lost.blocks(0, 1, int, int, lambda start, stop: (), found.append)

@@ -347,7 +347,9 @@ def test_what_a_summary_counts(tmp_path: Path) -> None:
     features = Features(3, label=torch.full((3,), -1), logits=logits)
     rows = Rows(("a", "b", "c", "d"), torch.full((4,), -1), (None, None, None, "gone"), features)
     chosen = [Chosen(detectors.get(name)()) for name in ("msp", "energy")]
-    found = score_to_file(lambda: [rows, rows], chosen, ("0", "1"), tmp_path / "s.csv")
+    found = score_to_file(
+        lambda start, stop: [rows, rows], 8, 4, chosen, ("0", "1"), tmp_path / "s.csv"
+    )
     assert (found.rows, found.unreadable, found.infinite) == (8, 2, 2)
 
 
