@@ -64,9 +64,7 @@ def carry_out(title: str, folder: Path, wrong: tuple[str, str] | None = None) ->
 
 
 def run(command: str, folder: Path) -> tuple[int, str]:
-    words = [sys.executable, *shlex.split(command)[1:]]
-    if "pytest" in words:
-        words += ["-n", "0", "-q", "-p", "no:cacheprovider"]
+    words = [sys.executable, *shlex.split(command)[1:], "-n", "0", "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
@@ -75,21 +73,18 @@ def run(command: str, folder: Path) -> tuple[int, str]:
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Path]:
     """A copy of what the recipes change and run."""
-    for name in ("oodcli", "benchmarks", "tests", "docs"):
+    for name in ("oodcli", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
-        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     yield tmp_path
     shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("title", RECIPES)
 def test_a_recipe_works_as_it_is_printed(title, tree):
-    commands = carry_out(title, tree)
-    assert "pytest" in commands[-1]
-    for command in commands:
-        status, printed = run(command, tree)
-        assert status == 0, (command, printed)
+    (command,) = carry_out(title, tree)
+    status, printed = run(command, tree)
+    assert status == 0, printed
     assert re.search(r"^\d+ passed", printed, re.M), printed
 
 
@@ -125,7 +120,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_recipe_fails(what, tree):
     title, wrong, test = WRONG[what]
-    command = carry_out(title, tree, wrong)[-1].replace("tests/slow/test_detector_pages.py", "")
+    (command,) = carry_out(title, tree, wrong)
     status, printed = run(command, tree)
     assert status == 1, printed
     assert re.search(rf"^FAILED .*::{test}\b", printed, re.M), printed
