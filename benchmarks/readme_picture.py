@@ -4,9 +4,10 @@ score and the verdict on it.
     pip install scikit-image
     python -m benchmarks.readme_picture resnet20-12fca82f.th detectors/c2ir-peak.safetensors
 
-The checkpoint is akamaster's ResNet-20 for CIFAR-10, with a model card beside it; the artefact is
-what the commands of docs/choosing.md leave ("A yes or no from the checkpoint"), with 50 virtual
-images a class and the published accuracy of 0.917.
+The checkpoint is akamaster's ResNet-20 for CIFAR-10, with a model card beside it. The artefact is
+what the commands of docs/choosing.md write ("The checkpoint and its accuracy"), with 50 virtual
+images a class and the published accuracy of 0.917. Any checkpoint and any calibrated artefact will
+do.
 """
 
 from __future__ import annotations

@@ -338,6 +338,37 @@ def test_the_figures_of_readme_are_the_measured_ones():
             assert tnr95 == pytest.approx(mean["tnr95"][0], abs=0.0501), (detector, name)
 
 
+def test_the_picture_of_readme_shows_verdicts(started, folder, monkeypatch):
+    """With other photographs: scikit-image is not needed for this."""
+    from PIL import Image
+
+    from benchmarks import readme_picture
+
+    link(started, folder)
+    run("oodcli extract digits.safetensors digits-test.npz -o real.h5", folder)
+    run("oodcli fit -d energy --calibrate real.h5 -o calibrated", folder)
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
+    with np.load("digits-test.npz") as file:
+        digit = file["images"][0, :, :, 0]
+    data = types.ModuleType("skimage.data")
+    for name in readme_picture.PHOTOGRAPHS:
+        setattr(data, name, lambda shown=digit if name == "chelsea" else noise: shown)
+    monkeypatch.setitem(sys.modules, "skimage", types.ModuleType("skimage"))
+    monkeypatch.setitem(sys.modules, "skimage.data", data)
+    monkeypatch.setattr(readme_picture, "OUTPUT", folder / "assets" / "verdicts.png")
+    drawn = []
+    draw = readme_picture.draw
+    monkeypatch.setattr(readme_picture, "draw", lambda *given: drawn.append(given) or draw(*given))
+    readme_picture.main("digits.safetensors", "calibrated/energy.safetensors")
+    with Image.open(folder / "assets" / "verdicts.png") as picture:
+        colours = {tuple(each) for each in np.array(picture.convert("RGB")).reshape(-1, 3).tolist()}
+    verdicts = [row["energy.ood"] for row in drawn[0][1]]
+    assert len(verdicts) == 6
+    for verdict, colour in (("0", readme_picture.IN), ("1", readme_picture.OUT)):
+        shown = tuple(int(colour[place : place + 2], 16) for place in (1, 3, 5))
+        assert (shown in colours) == (verdict in verdicts)
+
+
 # --- files ------------------------------------------------------------------------------------
 
 
