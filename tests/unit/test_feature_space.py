@@ -156,7 +156,11 @@ def test_mds_sum():
 
 @pytest.mark.parametrize(
     ("layers", "sentence"),
-    [("blocks", "no layer for 'blocks'"), ("x", "recorded are bn, one, two"), ("(", "no regular")],
+    [
+        ("blocks", "no layer for 'blocks'"),
+        ("x", "recorded are bn, one, two"),
+        ("(", "not a regular"),
+    ],
 )
 def test_layers_that_are_not_there(layers, sentence):
     with pytest.raises(DetectorError, match=sentence):
