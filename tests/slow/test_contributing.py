@@ -80,6 +80,13 @@ def tree(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
+def test_its_links_lead_somewhere():
+    for file, _, anchor in re.findall(r"\]\(([^)#]+)(#([\w-]+))?\)", PAGE):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        titles = [title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)]
+        assert not anchor or anchor in titles, (file, anchor)
+
+
 @pytest.mark.parametrize("title", RECIPES)
 def test_a_recipe_works_as_it_is_printed(title, tree):
     (command,) = carry_out(title, tree)
