@@ -531,7 +531,7 @@ def write_checkpoints(folder: Path) -> None:
     net = {
         f"module.{key}": value for key, value in build("vgg16-kuangliu", 10).state_dict().items()
     }
-    torch.save({"net": net, "acc": 93.1, "epoch": 199}, folder / "ckpt.pth")
+    torch.save({"net": net, "acc": 93.1, "epoch": 199}, folder / "vgg16.pth")
     shuffle = build("shufflenetv2_x0_5-chenyaofo", 10).state_dict()
     torch.save(shuffle, folder / "cifar10_shufflenetv2_x0_5-1308b4e9.pt")
     state = resnet18(num_classes=3).state_dict()
