@@ -271,6 +271,15 @@ def of_weiaicunzai(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         inner = [(rf"^(layer.*)\.{part}\.", rf"\1.residual.{place}.") for part, place in parts]
         outer = ((r"^conv1", "pre.0"), (r"^bn1", "pre.1"), (r"^layer", "stage"))
         return rekeyed(state, *inner, *outer, (r"shortcut\.0", "shortcut"))
+    if name.startswith("mobilenetv2"):
+        return of_mobilenetv2(state)
+    if name.startswith("resnext"):
+        parts = (("conv1", 0), ("bn1", 1), ("conv2", 3), ("bn2", 4), ("conv3", 6), ("bn3", 7))
+        inner = [(rf"^(layer.*)\.{part}\.", rf"\1.split_transforms.{n}.") for part, n in parts]
+        stem = ((r"^conv1\.", "conv1.0."), (r"^bn1\.", "conv1.1."), (r"^linear", "fc"))
+        return rekeyed(
+            state, *stem, *inner, *((rf"^layer{n}", f"conv{n + 1}") for n in (1, 2, 3, 4))
+        )
     if name.startswith("googlenet"):
         return rekeyed(state, (r"^pre_layers", "prelayer"))
     if name.startswith("wrn"):
@@ -303,3 +312,25 @@ def of_weiaicunzai(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     ]
     stem = ((r"^(conv|bn)1\.(?!\d)", r"stem.0.\1."), (r"^linear", "fc"))
     return rekeyed(state, *stem, *blocks)
+
+
+def of_mobilenetv2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of weiaicunzai's MobileNetV2, whose head is a 1x1 convolution."""
+    places = [
+        (stage, block)
+        for stage, count in enumerate((1, 2, 3, 4, 3, 3, 1), 1)
+        for block in range(count)
+    ]
+    parts = (("conv1", 0), ("bn1", 1), ("conv2", 3), ("bn2", 4), ("conv3", 6), ("bn3", 7))
+    rules = [
+        (
+            rf"^layers\.{number}\.{part}\.",
+            f"stage{stage}{'' if stage in (1, 7) else f'.{block}'}.residual.{place}.",
+        )
+        for number, (stage, block) in enumerate(places)
+        for part, place in parts
+    ]
+    outer = ((r"^conv1\.", "pre.0."), (r"^bn1\.", "pre.1."), (r"^conv2\.", "conv1.0."))
+    found = rekeyed(state, *outer, (r"^bn2\.", "conv1.1."), (r"^linear\.", "conv2."), *rules)
+    found["conv2.weight"] = found["conv2.weight"][:, :, None, None]
+    return found

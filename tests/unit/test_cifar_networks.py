@@ -6,12 +6,14 @@ order of layers are compared at once.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import oodcli
 from networks import layout, published, randomised, rekeyed
 from torch import Tensor, nn
 from torchvision import models
@@ -272,6 +274,38 @@ def mobilenetv2(s: Layers, x: Tensor, name: str) -> Tensor:
     return s.linear("linear", F.avg_pool2d(x, 4).flatten(1))
 
 
+def mobilenetv2_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    def block(p: str, x: Tensor, stride: int) -> Tensor:
+        out = F.relu6(s.bn(f"{p}.residual.1", s.conv(f"{p}.residual.0", x)))
+        out = F.relu6(s.bn(f"{p}.residual.4", s.depthwise(f"{p}.residual.3", out, stride)))
+        out = s.bn(f"{p}.residual.7", s.conv(f"{p}.residual.6", out))
+        return out + x if stride == 1 and out.shape == x.shape else out
+
+    x = F.relu6(s.bn("pre.1", s.conv("pre.0", F.pad(x, (1, 1, 1, 1)))))
+    x = block("stage1", x, 1)
+    for stage in (2, 3, 4, 5, 6):
+        for number in s.blocks(f"stage{stage}"):
+            x = block(f"stage{stage}.{number}", x, 2 if stage < 5 and number == 0 else 1)
+    x = F.relu6(s.bn("conv1.1", s.conv("conv1.0", block("stage7", x, 1))))
+    return s.conv("conv2", F.adaptive_avg_pool2d(x, 1)).flatten(1)
+
+
+def resnext_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("conv1.1", s.conv("conv1.0", x)))
+    for stage in ("conv2", "conv3", "conv4", "conv5"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}.split_transforms"
+            stride = 2 if block == 0 and stage != "conv2" else 1
+            out = F.relu(s.bn(f"{p}.1", s.conv(f"{p}.0", x, 1, 32)))
+            out = F.relu(s.bn(f"{p}.4", s.conv(f"{p}.3", out, stride, 32)))
+            out = s.bn(f"{p}.7", s.conv(f"{p}.6", out))
+            p = f"{stage}.{block}.shortcut"
+            if f"{p}.0.weight" in s:
+                x = s.bn(f"{p}.1", s.conv(f"{p}.0", x, stride))
+            x = F.relu(out + x)
+    return s.linear("fc", mean(x))
+
+
 def efficientnet(s: Layers, x: Tensor, name: str) -> Tensor:
     def swish(x: Tensor) -> Tensor:
         return x * x.sigmoid()
@@ -516,6 +550,8 @@ FAST: dict[str, Reference] = {
     "mobilenet-kuangliu": mobilenet,
     "mobilenetv2-kuangliu": mobilenetv2,
     "efficientnetb0-kuangliu": efficientnet,
+    "mobilenetv2-weiaicunzai": mobilenetv2_weiaicunzai,
+    "resnext50-weiaicunzai": resnext_weiaicunzai,
     "shufflenetg2-kuangliu": shufflenet,
     "shufflenetv2_x0_5-kuangliu": shufflenetv2,
     "googlenet-kuangliu": googlenet,
@@ -694,6 +730,24 @@ def test_networks_with_the_same_keys_are_refused_with_both_names(large, small, t
     assert (found.arch, found.preprocessing.input_size) == (small, (32, 32))
     torch.save(build(large, 7).state_dict(), tmp_path / "seven.pt")
     assert load_classifier(tmp_path / "seven.pt").arch == large
+
+
+@pytest.mark.slow
+def test_vgg_is_inverted_and_c2ir_z_fitted(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"net": lively(build("vgg11-kuangliu", 10))}, "vgg.pth")
+    for command in (
+        "invert vgg.pth --per-class 2 --steps 5 -o v.h5",
+        "extract vgg.pth v.h5 -o f.h5",
+        "fit f.h5 -d c2ir-z -o fitted",
+        "score vgg.pth noise:uniform?n=4 -d fitted/c2ir-z.safetensors -o scores.csv",
+    ):
+        done = oodcli(*command.split())
+        assert done.status == 0, done.err
+    scores = [line.split(",")[4] for line in (tmp_path / "scores.csv").read_text().splitlines()]
+    assert scores[0] == "c2ir-z"
+    assert all(math.isfinite(float(score)) for score in scores[1:])
+    assert len(set(scores)) == 5
 
 
 @pytest.mark.parametrize("name", ["vgg11-kuangliu", "mobilenetv2-kuangliu", "repvgg_a0-chenyaofo"])

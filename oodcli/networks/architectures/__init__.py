@@ -58,10 +58,11 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         *(f"resnext29_{size}-kuangliu" for size in ("2x64d", "4x64d", "8x64d", "32x4d")),
         *(f"regnet{size}-kuangliu" for size in ("x_200mf", "x_400mf", "y_400mf")),
         *(f"dpn{n}-kuangliu" for n in (26, 92)),
+        *(f"resnext{n}-weiaicunzai" for n in (50, 101, 152)),
     ),
     "cifar_mobile": (
         *(f"{name}-kuangliu" for name in ("mobilenet", "mobilenetv2", "efficientnetb0")),
-        "mobilenet-weiaicunzai",
+        *("mobilenet-weiaicunzai", "mobilenetv2-weiaicunzai"),
     ),
     "cifar_shuffle": (
         *(f"shufflenetg{n}-kuangliu" for n in (2, 3)),

@@ -1,12 +1,14 @@
-"""Networks of 1x1, grouped 3x3 and 1x1 convolutions for 32x32 pixels, as of kuangliu/pytorch-cifar.
+"""Networks of 1x1, grouped 3x3 and 1x1 convolutions for 32x32 pixels.
 
-``resnext29_2x64d-kuangliu`` (Xie et al. 2017), ``regnetx_200mf-kuangliu`` (Radosavovic et al. 2020)
-and ``dpn26-kuangliu`` (Chen et al. 2017). Keys and widths: models/resnext.py, models/regnet.py and
-models/dpn.py there.
+``resnext29_2x64d-kuangliu`` (Xie et al. 2017), ``regnetx_200mf-kuangliu`` (Radosavovic et al.
+2020), ``dpn26-kuangliu`` (Chen et al. 2017), and ``resnext50-weiaicunzai``, whose first 1x1
+convolutions are grouped as well. Keys and widths: models/resnext.py, models/regnet.py and
+models/dpn.py of kuangliu/pytorch-cifar, models/resnext.py of weiaicunzai/pytorch-cifar100.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -27,7 +29,7 @@ from oodcli.networks.architectures.trunk import (
 
 class Stage(NamedTuple):
     """blocks: how many. width: of the grouped convolution; out: after the block; dense: channels
-    that each block of a dual path adds."""
+    that each block of a dual path adds. first: groups of the first 1x1 convolution."""
 
     blocks: int
     width: int
@@ -35,6 +37,7 @@ class Stage(NamedTuple):
     stride: int
     groups: int
     dense: int = 0
+    first: int = 1
 
 
 class Config(NamedTuple):
@@ -48,6 +51,11 @@ def _resnext(groups: int, width: int) -> Config:
     widths = [groups * width * scale for scale in (1, 2, 4)]
     rows = zip(widths, (1, 2, 2), strict=True)
     return Config(tuple(Stage(3, w, 2 * w, stride, groups) for w, stride in rows), kernel=1)
+
+
+def _grouped(*counts: int) -> Config:
+    rows = zip(counts, (128, 256, 512, 1024), (1, 2, 2, 2), strict=True)
+    return Config(tuple(Stage(count, w, 2 * w, stride, 32, first=32) for count, w, stride in rows))
 
 
 def _regnet(
@@ -70,15 +78,18 @@ def _dpn(*counts: int) -> Config:
 
 
 _CONFIGS = {
-    "resnext29_2x64d": _resnext(2, 64),
-    "resnext29_4x64d": _resnext(4, 64),
-    "resnext29_8x64d": _resnext(8, 64),
-    "resnext29_32x4d": _resnext(32, 4),
-    "regnetx_200mf": _regnet((1, 1, 4, 7), (24, 56, 152, 368), 8),
-    "regnetx_400mf": _regnet((1, 2, 7, 12), (32, 64, 160, 384), 16),
-    "regnety_400mf": _regnet((1, 2, 7, 12), (32, 64, 160, 384), 16, squeeze=True),
-    "dpn26": _dpn(2, 2, 2, 2),
-    "dpn92": _dpn(3, 4, 20, 3),
+    "resnext29_2x64d-kuangliu": _resnext(2, 64),
+    "resnext29_4x64d-kuangliu": _resnext(4, 64),
+    "resnext29_8x64d-kuangliu": _resnext(8, 64),
+    "resnext29_32x4d-kuangliu": _resnext(32, 4),
+    "regnetx_200mf-kuangliu": _regnet((1, 1, 4, 7), (24, 56, 152, 368), 8),
+    "regnetx_400mf-kuangliu": _regnet((1, 2, 7, 12), (32, 64, 160, 384), 16),
+    "regnety_400mf-kuangliu": _regnet((1, 2, 7, 12), (32, 64, 160, 384), 16, squeeze=True),
+    "dpn26-kuangliu": _dpn(2, 2, 2, 2),
+    "dpn92-kuangliu": _dpn(3, 4, 20, 3),
+    "resnext50-weiaicunzai": _grouped(3, 4, 6, 3),
+    "resnext101-weiaicunzai": _grouped(3, 4, 23, 3),
+    "resnext152-weiaicunzai": _grouped(3, 4, 36, 3),
 }
 
 
@@ -91,7 +102,7 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         width = stage.width
-        self.conv1 = nn.Conv2d(width_in, width, 1, bias=False)
+        self.conv1 = nn.Conv2d(width_in, width, 1, groups=stage.first, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, groups=stage.groups, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
@@ -125,8 +136,8 @@ class DualPath(Bottleneck):
 
 def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
     """As of a Family."""
-    config = _CONFIGS.get(name.removesuffix("-kuangliu"))
-    if config is None or not name.endswith("-kuangliu"):
+    config = _CONFIGS.get(name)
+    if config is None:
         return None
     width_in = 64
     stages: dict[str, nn.Module] = {}
@@ -148,8 +159,20 @@ def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As of a Family. There is one layout, but for the name of the head."""
-    return with_linear(state)
+    """kuangliu's keys, also from weiaicunzai's ``conv2.0.split_transforms.0``."""
+    renamed = with_linear(state)
+    if "conv2.0.split_transforms.0.weight" not in state:
+        return renamed
+    rules = (
+        (r"^conv1\.0\.", "conv1."),
+        (r"^conv1\.1\.", "bn1."),
+        *((rf"^conv{number + 1}\.(?=\d+\.)", f"layer{number}.") for number in (1, 2, 3, 4)),
+        *((rf"\.split_transforms\.{3 * n}\.", f".conv{n + 1}.") for n in range(3)),
+        *((rf"\.split_transforms\.{3 * n + 1}\.", f".bn{n + 1}.") for n in range(3)),
+    )
+    for pattern, replacement in rules:
+        renamed = {re.sub(pattern, replacement, key): value for key, value in renamed.items()}
+    return renamed
 
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
@@ -168,5 +191,5 @@ def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
             and squeeze == config.squeeze
             and grouped.shape[:2] == (first.width, first.width // first.groups)
         ):
-            return named(f"{name}-kuangliu", state)
+            return named(name, state)
     return None

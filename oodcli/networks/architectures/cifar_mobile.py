@@ -1,10 +1,11 @@
 """MobileNet, MobileNetV2 and EfficientNet-B0 for 32x32 pixels: blocks of depthwise convolutions.
 
 ``mobilenet-kuangliu`` (Howard et al. 2017), ``mobilenetv2-kuangliu`` (Sandler et al. 2018),
-``efficientnetb0-kuangliu`` (Tan and Le 2019), and ``mobilenet-weiaicunzai``, whose 1x1 convolutions
-have biases. Keys, widths and strides: models/mobilenet.py, models/mobilenetv2.py and
-models/efficientnet.py of kuangliu/pytorch-cifar, models/mobilenet.py of
-weiaicunzai/pytorch-cifar100.
+``efficientnetb0-kuangliu`` (Tan and Le 2019), and weiaicunzai's with biases: those of the 1x1
+convolutions in ``mobilenet-weiaicunzai``, all in ``mobilenetv2-weiaicunzai``, which has other
+strides, ReLU6 and a 1x1 convolution as head. Keys, widths and strides: models/mobilenet.py,
+models/mobilenetv2.py and models/efficientnet.py of kuangliu/pytorch-cifar, models/mobilenet.py and
+models/mobilenetv2.py of weiaicunzai/pytorch-cifar100.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _SEPARABLE = (
 _MOBILENET_V2 = (
     *((1, 16, 1, 3, 1), (6, 24, 2, 3, 1), (6, 32, 3, 3, 2), (6, 64, 4, 3, 2)),
     *((6, 96, 3, 3, 1), (6, 160, 3, 3, 2), (6, 320, 1, 3, 1)),
+)
+_WEIAICUNZAI_V2 = (
+    *((1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 32, 3, 3, 2), (6, 64, 4, 3, 2)),
+    *((6, 96, 3, 3, 1), (6, 160, 3, 3, 1), (6, 320, 1, 3, 1)),
 )
 _EFFICIENTNET = (
     *((1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 40, 2, 5, 2), (6, 80, 3, 3, 2)),
@@ -56,15 +61,19 @@ class Separable(nn.Module):
 class Inverted(nn.Module):
     """1x1 convolution to ``expansion`` times the channels, depthwise and 1x1 convolution."""
 
+    bias = False
+
     def __init__(self, width_in: int, width: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
         inner = expansion * width_in
         self.stride = stride
-        self.conv1 = nn.Conv2d(width_in, inner, 1, bias=False)
+        self.conv1 = nn.Conv2d(width_in, inner, 1, bias=self.bias)
         self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, inner, kernel, stride, kernel // 2, groups=inner, bias=False)
+        self.conv2 = nn.Conv2d(
+            inner, inner, kernel, stride, kernel // 2, groups=inner, bias=self.bias
+        )
         self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, width, 1, bias=False)
+        self.conv3 = nn.Conv2d(inner, width, 1, bias=self.bias)
         self.bn3 = nn.BatchNorm2d(width)
 
 
@@ -80,6 +89,21 @@ class MobileBlock(Inverted):
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)))))
         return out + self.shortcut(x) if self.stride == 1 else out  # type: ignore[no-any-return]
+
+
+class BiasedBlock(Inverted):
+    """weiaicunzai's MobileNetV2's, with the identity beside it where the shapes allow that."""
+
+    bias = True
+
+    def __init__(self, width_in: int, width: int, expansion: int, kernel: int, stride: int) -> None:
+        super().__init__(width_in, width, expansion, kernel, stride)
+        self.skips = stride == 1 and width_in == width
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu6(self.bn1(self.conv1(x)))
+        out = self.bn3(self.conv3(F.relu6(self.bn2(self.conv2(out)))))
+        return out + x if self.skips else out  # type: ignore[no-any-return]
 
 
 class EfficientBlock(Inverted):
@@ -123,6 +147,10 @@ def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
     if name == "mobilenetv2-kuangliu":
         body = {"layers": _inverted(MobileBlock, _MOBILENET_V2)}
         return Trunk(stem, body, 320, num_classes, last=1280)
+    if name == "mobilenetv2-weiaicunzai":
+        stem = nn.Conv2d(channels, 32, 1, padding=1)
+        body = {"layers": _inverted(BiasedBlock, _WEIAICUNZAI_V2)}
+        return Trunk(stem, body, 320, num_classes, last=1280, bias=True, activation=F.relu6)
     if name == "efficientnetb0-kuangliu":
         body = {"layers": _inverted(EfficientBlock, _EFFICIENTNET)}
         return Trunk(stem, body, 320, num_classes, activation=F.silu)
@@ -133,8 +161,33 @@ _BEFORE = {"stem": -1, "conv1": 1, "conv2": 3, "conv3": 5, "conv4": 11}
 """How many of MobileNet's blocks stand before the first one of weiaicunzai's stages."""
 
 
+_PARTS = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
+"""Where weiaicunzai's ``residual`` has the layers of a block of MobileNetV2."""
+
+_BEFORE_V2 = {"1": 0, "2": 1, "3": 3, "4": 6, "5": 10, "6": 13, "7": 16}
+"""How many blocks of MobileNetV2 stand before each of its stages."""
+
+
+def _from_v2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """kuangliu's keys from those of weiaicunzai's MobileNetV2. Its head becomes a linear layer."""
+    outer = {"pre.0": "conv1", "pre.1": "bn1", "conv1.0": "conv2", "conv1.1": "bn2"}
+    renamed = {}
+    for key, value in state.items():
+        layer, _, last = key.rpartition(".")
+        if match := re.fullmatch(r"stage(\d)\.(?:(\d)\.)?residual\.(\d)", layer):
+            place = _BEFORE_V2.get(match[1], 0) + int(match[2] or 0)
+            layer = f"layers.{place}.{_PARTS.get(match[3], match[3])}"
+        if layer == "conv2":
+            layer, value = "linear", value.flatten(1) if last == "weight" else value
+        renamed[f"{outer.get(layer, layer)}.{last}"] = value
+    return renamed
+
+
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """kuangliu's keys, also from weiaicunzai's ``conv1.0.depthwise.0``."""
+    """kuangliu's keys, also from weiaicunzai's ``conv1.0.depthwise.0`` and ``stage1.residual.0``,
+    whose head becomes a linear layer."""
+    if "stage1.residual.0.weight" in state:
+        return _from_v2(state)
     state = with_linear(state)
     if "stem.0.conv.weight" not in state:
         return state
@@ -157,5 +210,6 @@ def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     if "layers.0.se.se1.weight" in state:
         return named("efficientnetb0-kuangliu", state)
     if "layers.0.conv3.weight" in state:
-        return named("mobilenetv2-kuangliu", state)
+        owner = "weiaicunzai" if "layers.0.conv3.bias" in state else "kuangliu"
+        return named(f"mobilenetv2-{owner}", state)
     return named(_NAMES["layers.0.conv2.bias" in state], state)

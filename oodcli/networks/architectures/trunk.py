@@ -14,7 +14,7 @@ class Trunk(nn.Module):
 
     stages: in the order of the forward pass. width: channels after them. norm: whether BatchNorm
     and the activation follow the first convolution. last: channels of a 1x1 convolution, BatchNorm
-    and the activation before the mean, if there are any.
+    and the activation before the mean, if there are any. bias: whether that convolution has one.
     """
 
     def __init__(
@@ -26,6 +26,7 @@ class Trunk(nn.Module):
         *,
         norm: bool = True,
         last: int | None = None,
+        bias: bool = False,
         activation: Callable[[Tensor], Tensor] = F.relu,
     ) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Trunk(nn.Module):
         self.names = tuple(stages)
         for name, stage in stages.items():
             self.add_module(name, stage)
-        self.conv2 = nn.Conv2d(width, last, 1, bias=False) if last else None
+        self.conv2 = nn.Conv2d(width, last, 1, bias=bias) if last else None
         self.bn2 = nn.BatchNorm2d(last) if last else None
         self.linear = nn.Linear(last or width, num_classes)
         self.activation = activation
