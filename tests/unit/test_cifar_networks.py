@@ -693,6 +693,12 @@ def test_other_names_of_the_head(name: str, head: str) -> None:
     assert recognise(state).name == name
 
 
+def test_resnets_of_openood_are_those_of_kuangliu() -> None:
+    theirs = rekeyed(layout("resnet18-kuangliu"), (r"^linear", "fc"))  # shortcut and fc
+    assert {"layer2.0.shortcut.0.weight", "fc.weight"} <= theirs.keys()
+    assert recognise(theirs).name == "resnet18-kuangliu"
+
+
 def test_a_data_parallel_part_of_vgg_is_recognised() -> None:
     state = rekeyed(layout("vgg19_bn-chengyangfu"), (r"^features\.", "features.module."))
     assert recognise(state).name == "vgg19_bn-chengyangfu"
