@@ -14,13 +14,21 @@ try:
 except ImportError:
     pyarrow = None
 
+try:
+    import onnx
+except ImportError:
+    onnx = None
+
 HAS_PARQUET = pyarrow is not None
+HAS_ONNX = onnx is not None
 
 PARSERS = {
     "checkpoint .pt": ("checkpoint", "net.pt"),
     "checkpoint .pth": ("checkpoint", "old.pth"),
     "checkpoint .safetensors": ("checkpoint", "net.safetensors"),
     "checkpoint .pt2": ("checkpoint", "program.pt2"),
+    "checkpoint TorchScript": ("checkpoint", "script.pt"),
+    "checkpoint .onnx": ("checkpoint", "graph.onnx"),
     "model card": ("card", "card.toml"),
     "virtual images": ("virtual", "virtual.h5"),
     "virtual images, old HDF5": ("virtual", "old.h5"),
@@ -52,6 +60,8 @@ PARSERS = {
 
 if not HAS_PARQUET:
     del PARSERS["scores .parquet"]
+if not HAS_ONNX:
+    del PARSERS["checkpoint .onnx"]
 
 SLOW = {"checkpoint .pt2": 20}
 """Kinds of which only one in so many inputs is."""
@@ -154,6 +164,7 @@ def options_of(folder: Path) -> Any:
 
 
 def write_program(network: Any, path: Path) -> None:
+    """An exported program, and TorchScript and ONNX beside it."""
     import torch
 
     with warnings.catch_warnings():
@@ -163,6 +174,16 @@ def write_program(network: Any, path: Path) -> None:
             network.eval(), (torch.randn(2, 3, 8, 8),), dynamic_shapes=(batch,)
         )
         torch.export.save(program, path)
+        torch.jit.save(torch.jit.script(network), path.with_name("script.pt"))
+        if HAS_ONNX:
+            torch.onnx.export(
+                network,
+                (torch.randn(2, 3, 8, 8),),
+                path.with_name("graph.onnx"),
+                dynamo=False,
+                input_names=["x"],
+                dynamic_axes={"x": {0: "batch"}},
+            )
 
 
 def write_partial(classifier: Any, output: Path) -> None:
