@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,12 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     for content in (whole[: len(whole) // 2], whole[:-9], b"nothing", b"\x08\x07"):
         path.write_bytes(content)
         fails(path, "net.onnx", "export it again")
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(tiny(), tmp_path / "net.onnx")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    fails(tmp_path / "net.onnx", "pip install 'oodcli[onnx]'")
 
 
 def test_a_crafted_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
