@@ -195,6 +195,14 @@ class ModelOptions:
             rich_help_panel=_MODEL,
         ),
     ] = None
+    state_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Where the weights are in the file, such as net or ema.state_dict.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     ema: Annotated[
         bool, typer.Option("--ema", help="Prefer averaged weights.", rich_help_panel=_MODEL)
     ] = False
@@ -248,6 +256,7 @@ class ModelOptions:
             class_names=_names(self.class_names),
             layers=self.layers,
             card=self.card,
+            state_key=self.state_key,
         )
         return Checkpoint(path, overrides, self.ema, self.trust_pickle)
 

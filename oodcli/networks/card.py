@@ -36,6 +36,7 @@ class Overrides:
     class_names: tuple[str, ...] | None = None
     layers: str | None = None
     card: Path | None = None
+    state_key: str | None = None
 
 
 NOTHING = Overrides()

@@ -3,6 +3,7 @@ tensors themselves tell."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,13 @@ from oodcli.networks.contents import (
     zip_members,
 )
 from oodcli.networks.inputs import guess_inputs, preprocessing_of
-from oodcli.networks.recognition import SLICES, Network, network_of, require_classes
+from oodcli.networks.recognition import (
+    SLICES,
+    Network,
+    network_of,
+    require_classes,
+    require_named,
+)
 from oodcli.networks.state_dict import check_finite, check_values, find_state
 
 
@@ -114,8 +121,14 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
     module_found = find_module(content)
     if module_found is not None:
         return Network(module_found, type(module_found).__name__, guess_inputs(module_found))
-    state, notes, averaged = find_state(content, path, prefer_ema)
-    slices = content.get(SLICES)
+    weights = find_state(content, path, prefer_ema, given.state_key)
+    state, notes = weights.state, weights.notes
+    slices = content.get(SLICES) if isinstance(content, Mapping) else None
     check_values({SLICES: slices, **state} if isinstance(slices, Tensor) else state, path)
+    if weights.pickled:
+        require_named(weights, given, path)
+        notes += (f"weights of the pickled {weights.pickled}, whose code was not run",)
     found = network_of(state, given, path, slices)
-    return replace(found, assumptions=(*notes, *found.assumptions), averaged=averaged)
+    return replace(
+        found, assumptions=(*notes, *found.assumptions), averaged=weights.averaged
+    )

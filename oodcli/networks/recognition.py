@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from oodcli.networks import architectures, heads
 from oodcli.networks.architectures import Inputs
 from oodcli.networks.card import Overrides
 from oodcli.networks.makers import Maker, maker_of
-from oodcli.networks.state_dict import Layouts, layouts_of, some_of
+from oodcli.networks.replaced_heads import fit_head
+from oodcli.networks.state_dict import Found, Layouts, layouts_of, some_of, untrusted
 
 SLICES = "group_slices"
 """Where MOS's training script says which outputs belong to which group."""
@@ -57,14 +58,46 @@ def network_of(
     return _plain(state, given, path)
 
 
+def require_named(weights: Found, given: Overrides, path: Path) -> None:
+    """Raises CheckpointError for a pickled module without ``--arch``: its class says what it
+    computes, and that class is code."""
+    if given.arch is not None:
+        return
+    known = filter(None, map(architectures.recognise, (s for s, _ in layouts_of(weights.state))))
+    like = next((f"{each.name}, whose names and shapes it has" for each in known), "")
+    raise untrusted(
+        path,
+        weights.pickled,
+        f"read its weights, and run nothing, with --arch {like or 'FILE.py:FACTORY'}; or ",
+    )
+
+
 def _plain(state: dict[str, Tensor], given: Overrides, path: Path) -> Network:
     layouts = layouts_of(state)
     if given.arch is not None:
         return _named(given.arch, layouts, given, path)
     found = _recognised(layouts, given, path)
     if found is None:
-        raise _unrecognised(layouts, path)
+        name, differing = architectures.nearest(layouts[-1][0])
+        found = _with_another_head(name, layouts, given, path)
+        if found is None:
+            raise _unrecognised(layouts, path, name, differing)
     return found
+
+
+def _with_another_head(
+    name: str, layouts: Layouts, given: Overrides, path: Path
+) -> Network | None:
+    """The network of that name whose head was replaced, or has others beside it."""
+    if not name:
+        return None
+    expected = architectures.skeleton(name, 1000).state_dict()
+    for layout, dropped in layouts:
+        fitted = fit_head(expected, architectures.rename(name, layout))
+        found = fitted and _recognised([(fitted.state, dropped)], given, path)
+        if fitted and found:
+            return replace(found, assumptions=(*found.assumptions, *fitted.notes))
+    return None
 
 
 def _deconf(
@@ -89,7 +122,8 @@ def _deconf(
         made = (_standing_in(layouts, name, weight) for name in HEAD_NAMES)
         known = next(filter(None, (_recognised(each, given, path) for each in made)), None)
         if known is None:
-            raise _unrecognised(_standing_in(layouts, HEAD_NAMES[0], weight), path)
+            standing = _standing_in(layouts, HEAD_NAMES[0], weight)
+            raise _unrecognised(standing, path, *architectures.nearest(standing[-1][0]))
         found = known
     retrained = heads.DeconfHead(form, weight.shape[1], weight.shape[0])
     differing = architectures.compare(retrained.state_dict(), tensors)
@@ -161,9 +195,11 @@ def _recognised(layouts: Layouts, given: Overrides, path: Path) -> Network | Non
     return None
 
 
-def _unrecognised(layouts: Layouts, path: Path) -> CheckpointError:
-    first, layout = layouts[0][0], layouts[-1][0]
-    name, differing = architectures.nearest(layout)
+def _unrecognised(
+    layouts: Layouts, path: Path, name: str, differing: Sequence[str]
+) -> CheckpointError:
+    """name: of the nearest known architecture, or empty. differing: from it."""
+    first = layouts[0][0]
     if not name:
         like = f"no known architecture resembles it (its first keys: {', '.join([*first][:3])})"
     else:
@@ -228,6 +264,13 @@ def _named(
     state, dropped = min(
         options, key=lambda option: len(architectures.compare(probe.state_dict(), option[0]))
     )
+    notes: tuple[str, ...] = ()
+    if architectures.compare(probe.state_dict(), state):
+        for each, left_out in options:
+            fitted = fit_head(probe.state_dict(), each)
+            if fitted:
+                (state, notes), dropped = fitted, left_out
+                break
     classes = _head_classes(maker, probe, state) or given.num_classes
     if classes is not None:
         require_classes(given.num_classes, classes, path)
@@ -240,10 +283,10 @@ def _named(
             "or leave it out to have it recognised"
         )
     _fill(network, state)
-    notes = _transform_notes(arch, classes or 0)
+    notes = (*_transform_notes(arch, classes or 0), *notes)
     if dropped:
-        notes.append(f"{some_of(dropped)} not part of {arch} and left out")
-    return Network(network, arch, maker.inputs(network), tuple(notes))
+        notes += (f"{some_of(dropped)} not part of {arch} and left out",)
+    return Network(network, arch, maker.inputs(network), notes)
 
 
 def _fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -86,7 +86,9 @@ class Model:
         given = self.checkpoint
         if isinstance(given, Classifier):
             return {"--layers": [tap.name for tap in given.taps], "--ema": given.averaged}
-        return {"--layers": given.overrides.layers, "--ema": given.prefer_ema}
+        known = {"--layers": given.overrides.layers, "--ema": given.prefer_ema}
+        key = given.overrides.state_key
+        return known if key is None else known | {"--state-key": key}
 
     def device(self) -> str:
         """``auto`` is the first GPU where there is one, under torchrun one for each process; a
