@@ -1,5 +1,4 @@
-"""From a checkpoint file to a Classifier: what the user said, then the model card, then what the
-tensors themselves tell."""
+"""From a checkpoint file to a Classifier: by the options, then the model card, then the tensors."""
 
 from __future__ import annotations
 
@@ -127,8 +126,6 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
     check_values({SLICES: slices, **state} if isinstance(slices, Tensor) else state, path)
     if weights.pickled:
         require_named(weights, given, path)
-        notes += (f"weights of the pickled {weights.pickled}, whose code was not run",)
+        notes += (f"using the weights of the pickled {weights.pickled}, without its code",)
     found = network_of(state, given, path, slices)
-    return replace(
-        found, assumptions=(*notes, *found.assumptions), averaged=weights.averaged
-    )
+    return replace(found, assumptions=(*notes, *found.assumptions), averaged=weights.averaged)

@@ -85,9 +85,7 @@ def _plain(state: dict[str, Tensor], given: Overrides, path: Path) -> Network:
     return found
 
 
-def _with_another_head(
-    name: str, layouts: Layouts, given: Overrides, path: Path
-) -> Network | None:
+def _with_another_head(name: str, layouts: Layouts, given: Overrides, path: Path) -> Network | None:
     """The network of that name whose head was replaced, or has others beside it."""
     if not name:
         return None
@@ -136,7 +134,7 @@ def _deconf(
     note = (
         f"a DeConf head with a bias: +deconf-{form}"
         if form == "inner"
-        else f"a DeConf head without a bias was taken for +deconf-{form} (override: "
+        else f"a DeConf head without a bias is read as +deconf-{form} (override: "
         f"--arch {found.arch}+deconf-euclid)"
     )
     return _with_head(found, retrained, "" if head else note)
@@ -160,7 +158,7 @@ def _mos(state: dict[str, Tensor], slices: Any, head: str, given: Overrides, pat
     retrained = heads.GroupHead(linear, sizes)
     found.module.set_submodule(name, retrained)
     note = (
-        f"a MOS head +{retrained.suffix}, as {SLICES} says, so classes are numbered group by group "
+        f"a MOS head +{retrained.suffix}, from {SLICES}: classes are numbered group by group "
         f"(override: --arch {found.arch}+mos:SIZES)"
     )
     return _with_head(found, retrained, "" if head else note)
@@ -190,7 +188,7 @@ def _recognised(layouts: Layouts, given: Overrides, path: Path) -> Network | Non
             *_stem_notes(known.name, known.num_classes),
         ]
         if dropped:
-            notes.append(f"{some_of(dropped)} not part of it and left out")
+            notes.append(f"{some_of(dropped)} not part of it and ignored")
         return Network(network, known.name, architectures.inputs(known.name, network), tuple(notes))
     return None
 
@@ -207,7 +205,7 @@ def _unrecognised(
             f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         )
     return CheckpointError(
-        f"{path}: the architecture is not recognised: {like}; name it with --arch, or give the "
+        f"{path}: the architecture is not recognised: {like}; give its name with --arch, or the "
         "code that builds it with --arch FILE.py:FACTORY"
     )
 
@@ -225,12 +223,11 @@ def _stem_notes(name: str, num_classes: int) -> list[str]:
     notes = []
     if "+cifar-stem" in name:
         notes.append(
-            "a 3x3 first convolution was taken to mean stride 1 and no max-pool (override: --arch)"
+            "a 3x3 first convolution is read as stride 1 without max-pool (override: --arch)"
         )
     if "-cifar" in name and "-cifar-b" not in name and not name.startswith("torchvision:"):
         notes.append(
-            "shortcuts without weights were taken for option A, zeros on both sides "
-            "(override: --arch)"
+            "shortcuts without weights are read as option A, zeros on both sides (override: --arch)"
         )
     return notes + _transform_notes(name, num_classes)
 
@@ -285,7 +282,7 @@ def _named(
     _fill(network, state)
     notes = (*_transform_notes(arch, classes or 0), *notes)
     if dropped:
-        notes += (f"{some_of(dropped)} not part of {arch} and left out",)
+        notes += (f"{some_of(dropped)} not part of {arch} and ignored",)
     return Network(network, arch, maker.inputs(network), notes)
 
 

@@ -55,7 +55,7 @@ def fit_head(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Fit
     taken = {f"{name}{key.removeprefix(head)}": key for key in own}
     state = {taken.get(key, key): value for key, value in given.items()}
     found = _without(state, [k for k in extra if k not in taken], len(state[own[0]]))
-    note = f"{name.rstrip('.')} taken for {head.rstrip('.')}"
+    note = f"using {name.rstrip('.')} as the head, {head.rstrip('.')}"
     return found and Fitted(found.state, (note, *found.notes))
 
 
@@ -63,7 +63,7 @@ def _without(given: Mapping[str, Tensor], extra: list[str], classes: int) -> Fit
     """The state dict without these; None where one of them works on the head's outputs."""
     if any(given[key].ndim == 2 and given[key].shape[1] == classes for key in extra):
         return None
-    notes = (f"{some_of(extra)} of another head and left out",) if extra else ()
+    notes = (f"{some_of(extra)} part of another head and ignored",) if extra else ()
     return Fitted({k: v for k, v in given.items() if k not in extra}, notes)
 
 

@@ -54,11 +54,11 @@ NOT_WEIGHTS = re.compile(r"n_averaged$|(criterion|loss|loss_fn|loss_function)\."
 
 
 def untrusted(path: Path, name: str, instead: str = "") -> CheckpointError:
-    """What is said of a pickled object where weights are wanted. instead: another next step."""
+    """The error for a pickled object where weights are expected. instead: another next step."""
     return CheckpointError(
         f"{path} holds a pickled {name}, not only tensors, and unpickling can run any code that "
         f"its author put there: {instead}save model.state_dict() alone, or give --trust-pickle if "
-        "you trust whoever made the file"
+        "you trust its author"
     )
 
 
@@ -130,12 +130,12 @@ def find_state(content: Any, path: Path, prefer_ema: bool, key: str | None = Non
             chosen: Any = (ema or plain)[0] if prefer_ema else (plain or ema)[0]
         else:
             chosen = _only_weights(content, parts, path)
-            notes.append(f"weights taken from '{chosen}', the only ones (override: --state-key)")
+            notes.append(f"using the weights in '{chosen}', the only ones (override: --state-key)")
         averaged = averaged or chosen in AVERAGED
         if ema and plain:
             both = True
             other = "override: leave out --ema" if prefer_ema else "override: --ema"
-            notes.append(f"weights taken from '{chosen}'; there are also others ({other})")
+            notes.append(f"using the weights in '{chosen}'; the file also has others ({other})")
         content = parts[chosen]
     pickled = type(content).name if is_module(content) else ""
     content = _parts_of(content)
@@ -143,7 +143,7 @@ def find_state(content: Any, path: Path, prefer_ema: bool, key: str | None = Non
         raise CheckpointError(f"{path} holds no state dict where one was expected")
     others = [k for k, v in content.items() if isinstance(v, str | None) and k != "_metadata"]
     if others:
-        notes.append(f"{some_of(others)} not weights and left out")
+        notes.append(f"{some_of(others)} no tensors and ignored")
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     ema_prefix = next((p for p in AVERAGED_PREFIXES if any(k.startswith(p) for k in state)), None)
     if ema_prefix is not None:
@@ -155,9 +155,9 @@ def find_state(content: Any, path: Path, prefer_ema: bool, key: str | None = Non
             averaged, both = True, both or bool(rest)
         else:
             state = rest
-            notes.append(f"averaged weights '{ema_prefix}*' were left out (override: --ema)")
+            notes.append(f"averaged weights '{ema_prefix}*' are ignored (override: --ema)")
     if prefer_ema and not averaged:
-        notes.append("there are no averaged (EMA) weights: the plain ones were taken")
+        notes.append("no averaged (EMA) weights in the file: using the plain ones")
     return Found(state, tuple(notes), averaged and both, pickled)
 
 
