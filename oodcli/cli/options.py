@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -364,12 +365,16 @@ def _range(text: str | None) -> tuple[float, float] | None:
 def _names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
-    if "," not in text and Path(text).is_file():
-        try:
-            return tuple(Path(text).read_text(encoding="utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise OodcliError(f"--class-names {text} cannot be read ({error})") from error
+    if os.path.isfile(text):  # False for a list of names that is longer than a path
+        from oodcli.networks.class_names import read_class_names
+
+        return read_class_names(Path(text))
     names = tuple(name.strip() for name in text.split(","))
+    if len(names) == 1:
+        raise OodcliError(
+            f"--class-names {text}: there is no such file; give the names with commas between, or "
+            "a file with one name a line"
+        )
     if not all(names):
         raise OodcliError(f"--class-names {text}: one of the names is empty")
     return names

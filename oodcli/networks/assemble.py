@@ -71,11 +71,27 @@ def assemble(
             f"{arch} does not run on {preprocessing.channels}x{height}x{width} images "
             f"({reason}): give --input-size and --mean (one number for grey, three for RGB)"
         ) from error
-    returning_logits(network, reading)
     found = logits.shape[1]
+    if found == 1 and _two_logits(network, calls, logits):
+        note = (
+            "one logit z, of a network for two classes, becomes the logits 0 and z: its sigmoid is "
+            "the probability of class 1"
+        )
+        return assemble(
+            network,
+            arch=arch,
+            preprocessing=preprocessing,
+            class_names=class_names,
+            sha256=sha256,
+            assumptions=(*assumptions, note),
+            layers=layers,
+            num_classes=num_classes,
+        )
+    returning_logits(network, reading)
     if found < 2:
         raise CheckpointError(
-            f"{arch} has {found} output: detectors need a classifier with at least two classes"
+            f"{arch} has {found} output, and not of a linear layer: detectors need at least two "
+            "classes; return torch.cat([torch.zeros_like(z), z], 1) for the logit z of two classes"
         )
     if class_names is not None and len(class_names) != found:
         raise CheckpointError(
@@ -168,6 +184,21 @@ def _find_head(calls: Sequence[Call], logits: Tensor) -> tuple[str | None, Linea
             bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach().float()
             return call.name, LinearHead(weight.cpu(), bias.cpu())
     return None, None
+
+
+def _two_logits(network: nn.Module, calls: Sequence[Call], logits: Tensor) -> bool:
+    """Give a linear head of one row w a row of zeros before it; softmax(0, z) is sigmoid(z).
+    False where the head is not linear."""
+    name, head = _find_head(calls, logits)
+    if name is None or head is None:
+        return False
+    old = network.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    two = nn.Linear(old.in_features, 2, device=old.weight.device, dtype=old.weight.dtype)
+    for parameter, row in ((two.weight, head.weight), (two.bias, head.bias)):
+        parameter.detach().copy_(torch.cat([torch.zeros_like(row), row]))
+    network.set_submodule(name, two.requires_grad_(False))
+    return True
 
 
 def _find_taps(

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -86,9 +86,9 @@ def load_inert(path: Path) -> Any:
     Raises pickle.UnpicklingError for names that torch blocks (of ``os`` and ``sys``) and for what
     its restricted unpickler does not do, and what torch.load raises for damaged files.
     """
-    names = set()
-    if zipfile.is_zipfile(path):  # torch lists the names of these; of older files it says one
-        names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    names: list[str] = []
+    with suppress(ValueError):  # of a file of torch before 1.6: its names come one by one
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     stubs: dict[str, Callable[..., Any]] = {name: _stub(name) for name in names} | dict(_KNOWN)
     while True:
         try:
@@ -97,7 +97,8 @@ def load_inert(path: Path) -> Any:
         except Exception as error:
             text = str(error)
             if unknown := _UNKNOWN.search(text):
-                added = {each: _stub(each) for each in (unknown[1], f"builtins.{unknown[1]}")}
+                both = unknown[1], f"builtins.{unknown[1]}"  # torch leaves "builtins" out
+                added: dict[str, Callable[..., Any]] = {each: _stub(each) for each in both}
             elif filled := _FILLED.search(text):
                 added = {filled[2]: _Mapping if filled[1] == "SETITEM" else _List}
             else:

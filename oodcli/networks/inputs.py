@@ -163,3 +163,13 @@ def guess_inputs(network: nn.Module, size: tuple[int, int] | None = None) -> Inp
         normalisation_source="CIFAR-10's" if small else "ImageNet's",
     )
     return architectures.grey(found) if first is not None and first.in_channels == 1 else found
+
+
+def of_ultralytics(content: Any) -> Inputs:
+    """As its ``classify_transforms`` prepares pictures. content: a checkpoint of its trainer, whose
+    ``train_args`` have the input's size."""
+    args = content.get("train_args") if isinstance(content, Mapping) else None
+    side = args.get("imgsz") if isinstance(args, Mapping) else None
+    side = side if type(side) is int else 224
+    source = "of Ultralytics' classifiers"
+    return Inputs((side, side), (0.0,) * 3, (1.0,) * 3, side, "bilinear", source, source)

@@ -14,6 +14,7 @@ from oodcli.files.hashes import file_sha256
 from oodcli.networks import architectures, heads
 from oodcli.networks.assemble import assemble
 from oodcli.networks.card import NOTHING, Overrides, card_of
+from oodcli.networks.class_names import names_in
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.contents import (
     check_file,
@@ -23,7 +24,7 @@ from oodcli.networks.contents import (
     read_torch,
     zip_members,
 )
-from oodcli.networks.inputs import guess_inputs, preprocessing_of
+from oodcli.networks.inputs import guess_inputs, of_ultralytics, preprocessing_of
 from oodcli.networks.recognition import (
     SLICES,
     Network,
@@ -81,13 +82,29 @@ def load_classifier(
         averaged=found.averaged,
     )
     require_classes(given.num_classes, classifier.num_classes, path)
-    categories = architectures.categories(found.arch, classifier.num_classes)
-    grouped = heads.split(found.arch)[1].startswith("mos")  # so in another order than ImageNet's
-    if given.class_names is None and categories is not None and not grouped:
+    return classifier if given.class_names is not None else _with_names(classifier, found)
+
+
+def _with_names(classifier: Classifier, found: Network) -> Classifier:
+    """With the class names beside the weights, or ImageNet's for its 1,000 classes."""
+    names, source = found.class_names, found.names_source
+    if names is not None and len(names) != classifier.num_classes:
+        note = (
+            f"{len(names)} class names {source} ignored: the network has "
+            f"{classifier.num_classes} classes (override: --class-names)"
+        )
+        return replace(classifier, assumptions=(*classifier.assumptions, note))
+    if names is not None:
+        shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+        note = f"class names {shown} {source} (override: --class-names)"
+    elif not heads.split(found.arch)[1].startswith("mos"):  # MOS's order is not ImageNet's
+        names = architectures.categories(found.arch, classifier.num_classes)
         note = "class names: ImageNet's, from torchvision's weights (override: --class-names)"
-        notes = (*classifier.assumptions, note)
-        classifier = replace(classifier, class_names=categories, assumptions=notes)
-    return classifier
+    if names is None:
+        return classifier
+    named = found.class_names is not None
+    notes = (*classifier.assumptions, note)
+    return replace(classifier, class_names=names, assumptions=notes, named=named)
 
 
 def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool) -> Network:
@@ -119,7 +136,9 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
         content = read_torch(path, trust_pickle)
     module_found = find_module(content)
     if module_found is not None:
-        return Network(module_found, type(module_found).__name__, guess_inputs(module_found))
+        kind = type(module_found)
+        found = Network(module_found, kind.__name__, guess_inputs(module_found))
+        return _beside(found, content, kind.__module__)
     weights = find_state(content, path, prefer_ema, given.state_key)
     state, notes = weights.state, weights.notes
     slices = content.get(SLICES) if isinstance(content, Mapping) else None
@@ -128,4 +147,12 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
         require_named(weights, given, path)
         notes += (f"using the weights of the pickled {weights.pickled}, without its code",)
     found = network_of(state, given, path, slices)
-    return replace(found, assumptions=(*notes, *found.assumptions), averaged=weights.averaged)
+    found = replace(found, assumptions=(*notes, *found.assumptions), averaged=weights.averaged)
+    return _beside(found, content, weights.pickled)
+
+
+def _beside(found: Network, content: Any, kind: str) -> Network:
+    """With what the checkpoint says besides the weights. kind: of a pickled module, its class."""
+    key, names = names_in(content) or ("", None)
+    inputs = of_ultralytics(content) if kind.startswith("ultralytics.") else found.inputs
+    return replace(found, inputs=inputs, class_names=names, names_source=f"from {key}")

@@ -28,14 +28,16 @@ HEAD_NAMES = ("fc", "linear", "classifier", "head", "heads.head")
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its weights, and what is known of it. inputs: None where nothing is. averaged:
-    as of a Classifier."""
+    """A network with its weights, and what is known of it. averaged: as of a Classifier.
+    class_names: in the checkpoint; names_source says where."""
 
     module: nn.Module
     arch: str
     inputs: Inputs
     assumptions: tuple[str, ...] = ()
     averaged: bool = False
+    class_names: tuple[str, ...] | None = None
+    names_source: str = ""
 
 
 def network_of(
@@ -211,7 +213,7 @@ def _unrecognised(
 
 
 def require_classes(given: int | None, found: int, path: Path) -> None:
-    if given is not None and given != found:
+    if given is not None and given != found and (given, found) != (2, 1):
         raise CheckpointError(
             f"{path} has {found} classes, but {given} were given: correct --num-classes or "
             "num_classes in the model card"
