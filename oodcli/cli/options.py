@@ -78,6 +78,29 @@ Timeout = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _limit_pixels(most: int | None) -> int | None:
+    """Pillow's limit is one for the process, so the core has no parameter for it."""
+    if most is not None:
+        from oodcli.images.pixels import limit_pixels
+
+        limit_pixels(most)
+    return most
+
+
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        metavar="N",
+        min=1,
+        callback=_limit_pixels,
+        help="Largest image to decode, in pixels. Larger ones become rows with an error; Pillow's "
+        "limit is 89478485.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors to stderr.")]
 Verbose = Annotated[
     bool,

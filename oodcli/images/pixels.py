@@ -97,6 +97,16 @@ AT_ONCE = 1 << 20
 """Pixels that are scaled together: an image may have 10⁸."""
 
 
+def limit_pixels(most: int | None) -> None:
+    """Make this Pillow's limit against decompression bombs, in this process."""
+    Image.MAX_IMAGE_PIXELS = most
+
+
+def most_pixels() -> int | None:
+    """Pillow's limit in this process; None where it was lifted."""
+    return Image.MAX_IMAGE_PIXELS
+
+
 class UnreadableError(Exception):
     """Reason why one image cannot be read: the text in its row's error."""
 
@@ -195,12 +205,14 @@ def decode(stream: IO[bytes]) -> Image.Image:
             if limit is not None and image.width * image.height > limit:
                 raise UnreadableError(
                     f"{image.width}x{image.height} pixels, more than Pillow's limit of {limit} "
-                    "(a decompression bomb?)"
+                    "(a decompression bomb?): --max-pixels raises the limit"
                 )
             image.load()
             return image
     except UnreadableError:
         raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableError(f"{unreadable_file(error)} --max-pixels raises the limit") from error
     except UnidentifiedImageError as error:  # its text has an address in memory
         reason = "not an image, or damaged"
         if stream.seek(0, os.SEEK_END) == 0:

@@ -30,6 +30,7 @@ from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import unknown
 from oodcli.images.pieces import Piece, chunks, labels_of
+from oodcli.images.pixels import limit_pixels, most_pixels
 from oodcli.images.reading import assembled, note_dim
 from oodcli.images.source import Rows as Decoded
 from oodcli.jobs.kept import Block, Stored
@@ -107,7 +108,7 @@ class Network:
 class Reading:
     """What decoding takes. images: as the user named them, in ``folder``. reading: number of that
     of the labels; None where they are unknown. table: classes of names, where only the cluster
-    reads the images."""
+    reads the images. most_pixels: of one image."""
 
     images: str
     folder: str
@@ -116,6 +117,7 @@ class Reading:
     batch_size: int
     reading: int | None = 0
     table: Mapping[str, int] = field(default_factory=dict)
+    most_pixels: int | None = field(default_factory=most_pixels)
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class Decoder:
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         torch.set_num_threads(1)
+        limit_pixels(self._reading.most_pixels)
         if os.path.isdir(self._reading.folder):  # else nothing that is relative to it is here
             os.chdir(self._reading.folder)
         for data in batch["piece"]:
