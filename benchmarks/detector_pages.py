@@ -65,7 +65,7 @@ EITHER = [
 ]
 """Fitted on virtual images, and on real ones."""
 
-OWN_NETWORK = ("godin", "mos")
+OWN_NETWORK = ("joint-energy", "godin", "mos")
 """They need a network trained for them, which these are not."""
 
 NOT_MEASURED = "not measured"

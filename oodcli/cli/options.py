@@ -224,6 +224,14 @@ class ModelOptions:
             rich_help_panel=_MODEL,
         ),
     ] = None
+    multi_label: Annotated[
+        bool,
+        typer.Option(
+            "--multi-label",
+            help="Each label has its own sigmoid: an image can have several labels, or none.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False
     card: Annotated[
         Path | None,
         typer.Option(
@@ -298,6 +306,7 @@ class ModelOptions:
             layers=self.layers,
             card=self.card,
             state_key=self.state_key,
+            multi_label=self.multi_label,
         )
         return Checkpoint(path, overrides, self.ema, self.trust_pickle)
 

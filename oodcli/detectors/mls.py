@@ -18,6 +18,7 @@ class MLS(Detector):
     source = "Hendrycks et al. 2022"
     about = "minus the largest logit"
     needs = frozenset({"logits", "logits.level"})
+    multi_label = True
 
     def _score(self, test: Features) -> Tensor:
         return -recorded(test.logits).double().amax(1)

@@ -37,6 +37,7 @@ class Overrides:
     layers: str | None = None
     card: Path | None = None
     state_key: str | None = None
+    multi_label: bool = False
 
 
 NOTHING = Overrides()

@@ -80,6 +80,7 @@ def load_classifier(
         preprocessing=preprocessing,
         assumptions=(*found.assumptions, *assumed, *classifier.assumptions),
         averaged=found.averaged,
+        multi_label=given.multi_label,
     )
     require_classes(given.num_classes, classifier.num_classes, path)
     return classifier if given.class_names is not None else _with_names(classifier, found)

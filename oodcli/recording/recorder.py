@@ -254,6 +254,7 @@ class Recorder:
             odin_logits=odin,
             odin_step=None if odin is None else self.odin,
             logits_level=self.classifier.logits_level,
+            multi_label=self.classifier.multi_label,
             deconf_h=readings.get("deconf.h"),
             mos_others=readings.get("mos.others"),
             head=None if self.classifier.head is None else self.classifier.head.to(device),
@@ -353,6 +354,8 @@ def recordable(classifier: Classifier) -> frozenset[str]:
     words = {"logits", "odin.logits", "batchnorm.mean", "batchnorm.var"}  # of the image itself
     if classifier.logits_level:
         words |= {"logits.level"}
+    if classifier.multi_label:
+        words |= {"multi-label"}
     if classifier.head_name is not None:
         words |= {"embedding"}
     if classifier.head is not None:

@@ -25,6 +25,9 @@ def default_detector(opened: Opened, checkpoint: Path | None) -> str:
     peak-energy is stronger than 1c-sum on residual networks, but no better than chance on the
     demo's network, and nothing here can tell which case holds (docs/protocol.md).
     """
+    if "multi-label" in opened.available:
+        notes.say(log, "no -d: using joint-energy, which is for networks with several labels")
+        return "joint-energy"
     for name, artefact in _artefacts(checkpoint):
         reason = _why_not(artefact, name, opened)
         if reason is None:

@@ -86,9 +86,13 @@ class Model:
         given = self.checkpoint
         if isinstance(given, Classifier):
             return {"--layers": [tap.name for tap in given.taps], "--ema": given.averaged}
-        known = {"--layers": given.overrides.layers, "--ema": given.prefer_ema}
-        key = given.overrides.state_key
-        return known if key is None else known | {"--state-key": key}
+        said = given.overrides
+        later = {"--state-key": said.state_key, "--multi-label": said.multi_label or None}
+        return {
+            "--layers": said.layers,
+            "--ema": given.prefer_ema,
+            **{option: value for option, value in later.items() if value is not None},
+        }
 
     def device(self) -> str:
         """The device. ``auto`` is the first GPU, under torchrun one per process; without a GPU the

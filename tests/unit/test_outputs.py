@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 
 import networks
 import pytest
@@ -12,7 +12,6 @@ from torch import nn
 
 from oodcli import detectors
 from oodcli.errors import CheckpointError, DetectorError
-from oodcli.features import Features
 from oodcli.inversion.objective import OBJECTIVES
 from oodcli.inversion.step import Step
 from oodcli.recording.recorder import Recorder, recordable
@@ -350,7 +349,7 @@ def fitted_for_level():
     x = networks.images(60)
     labels = torch.arange(60) % CLASSES
     what = recordable(PLAIN) - {"layers.sensitivity", "logits.level", "head", "batchnorm.running"}
-    rows: Features = Recorder(PLAIN, what)(x, labels)
+    rows = replace(Recorder(PLAIN, what)(x, labels), multi_label=True)
 
     def fit(kind):
         if not kind.fitted:
