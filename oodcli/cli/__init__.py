@@ -172,8 +172,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is written as \xNN
             stream.reconfigure(errors="backslashreplace")
     interrupts.listen()
+    completions.complete_at_the_first_tab()
     if "_OODCLI_COMPLETE" in os.environ:
         completions.without_heavy_imports()
+    if os.environ.get("_OODCLI_COMPLETE") == "complete_bash":
+        completions.join_words_of_bash()
     try:
         app()
     except KeyboardInterrupt:

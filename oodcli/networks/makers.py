@@ -14,6 +14,7 @@ from torch import nn
 from oodcli.errors import CheckpointError, first_sentence
 from oodcli.networks import architectures
 from oodcli.networks.architectures import Inputs
+from oodcli.networks.architectures.weightless import Weightless
 from oodcli.networks.inputs import guess_inputs
 from oodcli.networks.preprocessing import INTERPOLATIONS
 
@@ -25,6 +26,7 @@ class Maker:
         self.arch = arch
 
     def skeleton(self, num_classes: int) -> nn.Module:
+        """The network for its names and shapes, without weights where that is possible."""
         return architectures.skeleton(self.arch, num_classes)
 
     def build(self, num_classes: int | None) -> nn.Module:
@@ -46,7 +48,8 @@ class TimmMaker(Maker):
         self.timm: Any = timm
 
     def skeleton(self, num_classes: int) -> nn.Module:
-        return self.build(num_classes)
+        with Weightless():
+            return self.build(num_classes)
 
     def build(self, num_classes: int | None) -> nn.Module:
         name = self.arch.removeprefix("timm:")

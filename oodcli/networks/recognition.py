@@ -15,7 +15,7 @@ from oodcli.errors import CheckpointError
 from oodcli.networks import architectures, heads
 from oodcli.networks.architectures import Inputs
 from oodcli.networks.card import Overrides
-from oodcli.networks.makers import Maker, maker_of
+from oodcli.networks.makers import maker_of
 from oodcli.networks.replaced_heads import fit_head
 from oodcli.networks.state_dict import Found, Layouts, layouts_of, some_of, untrusted
 
@@ -183,7 +183,7 @@ def _recognised(layouts: Layouts, given: Overrides, path: Path) -> Network | Non
         if known is None:
             continue
         require_classes(given.num_classes, known.num_classes, path)
-        network = architectures.skeleton(known.name, known.num_classes)
+        network = known.network
         _fill(network, known.state_dict)
         notes = [
             f"architecture {known.name} recognised from {len(layout)} tensors (override: --arch)",
@@ -256,21 +256,21 @@ def _named(
     """The network that ``--arch`` names, with the weights of the layout that fits it best.
     stand_in: weight of a linear layer in a retrained head's place."""
     maker = maker_of(arch)
-    probe = maker.skeleton(1000 if given.num_classes is None else given.num_classes)
+    probe = maker.skeleton(architectures.PROBED)
     if stand_in is not None:
         layouts = _standing_in(layouts, heads.last_linear(probe, arch), stand_in)
     options = [(architectures.rename(arch, state), dropped) for state, dropped in layouts]
     state, dropped = min(
         options, key=lambda option: len(architectures.compare(probe.state_dict(), option[0]))
     )
+    expected = probe.state_dict()
     notes: tuple[str, ...] = ()
-    if architectures.compare(probe.state_dict(), state):
-        for each, left_out in options:
-            fitted = fit_head(probe.state_dict(), each)
-            if fitted:
-                (state, notes), dropped = fitted, left_out
-                break
-    classes = _head_classes(maker, probe, state) or given.num_classes
+    if expected.keys() ^ {*state, *(k for k in expected if k.endswith("num_batches_tracked"))}:
+        fits = ((fit_head(expected, each), left_out) for each, left_out in options)
+        fitted, left_out = next((fit for fit in fits if fit[0]), (None, ()))
+        if fitted:
+            (state, notes), dropped = fitted, left_out
+    classes = architectures.head_classes(expected, state) or given.num_classes
     if classes is not None:
         require_classes(given.num_classes, classes, path)
     network = maker.build(classes)
@@ -307,14 +307,3 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the weights cannot be loaded: {reason}") from error
     network.float()
-
-
-def _head_classes(maker: Maker, probe: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """The number of classes in a state dict: the length of a tensor whose length follows the
-    number of classes that the network is made for. None where no tensor's does."""
-    before = probe.state_dict()
-    for key, tensor in maker.skeleton(997).state_dict().items():  # a number that nobody uses
-        known = before.get(key)
-        if known is not None and known.shape != tensor.shape and len(tensor) == 997:
-            return len(state[key]) if key in state and state[key].ndim else None
-    return None
