@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from oodcli.errors import FileError
 from oodcli.files.atomic import JOB
+from oodcli.files.foreign import foreign
 
 if TYPE_CHECKING:
     from oodcli.files.hdf5 import Provenance
@@ -69,6 +70,8 @@ def kind_of(path: Path) -> Kind:
     # whose name says that it was one.
     if found is None and (start.startswith((b"PK", b"\x80")) or path.suffix in CHECKPOINTS):
         found = "checkpoint"
+    if found is None and (what := foreign(path)):
+        raise FileError(f"{path} is {what}")
     if found is None:
         raise FileError(
             f"{path} is no checkpoint, virtual images, feature cache, detector, scores, metrics or "

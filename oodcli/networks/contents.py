@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from oodcli.errors import CheckpointError, first_sentence
+from oodcli.files.foreign import foreign
 from oodcli.networks.inert import load_inert
 from oodcli.networks.state_dict import AVERAGED, PLAIN, untrusted
 
@@ -34,6 +35,8 @@ def check_file(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if empty:
         raise CheckpointError(f"{path} is empty: copy the checkpoint again")
+    if what := foreign(path):
+        raise CheckpointError(f"{path} is {what}")
 
 
 def zip_members(path: Path) -> dict[str, int]:

@@ -92,8 +92,9 @@ def load_inert(path: Path) -> Any:
     stubs: dict[str, Callable[..., Any]] = {name: _stub(name) for name in names} | dict(_KNOWN)
     while True:
         try:
-            with torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]):
-                return torch.load(path, map_location="cpu", weights_only=True)
+            allowed = torch.serialization.safe_globals([(s, name) for name, s in stubs.items()])
+            with allowed, open(path, "rb") as file:  # of a path torch would look at the suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             text = str(error)
             if unknown := _UNKNOWN.search(text):

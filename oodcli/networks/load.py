@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from oodcli.errors import CheckpointError, first_sentence
+from oodcli.files.foreign import is_safetensors
 from oodcli.files.hashes import file_sha256
 from oodcli.networks import architectures, heads
 from oodcli.networks.assemble import assemble
@@ -131,7 +132,7 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
                 size_source="that of the program's example",
             ),
         )
-    if path.suffix == ".safetensors":
+    if is_safetensors(path) or (path.suffix == ".safetensors" and not members):
         content: Any = read_safetensors(path)
     else:
         content = read_torch(path, trust_pickle)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from networks import randomised
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from oodcli.errors import CheckpointError
@@ -268,3 +269,44 @@ def test_files_that_have_no_class_names(content: bytes, word: str, tmp_path: Pat
         read_class_names(tmp_path / "names")
     with pytest.raises(CheckpointError, match="No such file"):
         read_class_names(tmp_path / "none")
+
+
+# --- other files ----------------------------------------------------------------------------------
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
+INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("net.safetensors", LFS, "git lfs pull"),
+        ("net.bin", LFS, "git lfs pull"),
+        ("net.pth", b"<!DOCTYPE html><title>Virus scan warning</title>", "a web page"),
+        ("net.pt", b"\n<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "a web page"),
+        ("net.onnx", b"\x08\x07\x12\x07pytorch", "ONNX"),
+        ("net.pt", b"\x08\x07\x12\x07pytorch", "ONNX"),
+        ("net.keras", b"PK\x03\x04", "Keras"),
+        ("net.h5", b"\x89HDF\r\n\x1a\n", "Keras"),
+        ("net.safetensors.index.json", json.dumps(INDEX).encode(), "model-00001-of-00002"),
+    ],
+)
+def test_files_that_are_named_for_what_they_are(
+    name: str, content: bytes, word: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=word):
+        load_classifier(tmp_path / name)
+
+
+def test_arrays_of_numpy_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "weights.npz", a=np.zeros(3))
+    with pytest.raises(CheckpointError, match=r"NumPy arrays \(a.npy\)"):
+        load_classifier(tmp_path / "weights.npz")
+
+
+def test_the_content_and_not_the_suffix_says_the_format(tmp_path: Path, state: State) -> None:
+    save_file(state, tmp_path / "net.bin")
+    torch.save(state, tmp_path / "net.safetensors")
+    for name in ("net.bin", "net.safetensors"):
+        assert load_classifier(tmp_path / name, SMALL).arch == NAME
