@@ -24,6 +24,7 @@ class JointEnergy(Detector):
     name = "joint-energy"
     source = "Wang et al. 2021"
     about = "free energy summed over the labels, −Σ log(1 + exp(z)), of a multi-label network"
+    formula = r"s = -\sum_k \log(1 + e^{z_k})"
     needs = frozenset({"logits", "logits.level", "multi-label"})
     multi_label = True
 
