@@ -200,8 +200,7 @@ def _parse_table(what: str, lines: Sequence[str]) -> list[tuple[str, str | None]
     """Paths and labels of a CSV whose header names its columns; None where there is no such
     header. Raises ImagesError."""
     for delimiter in ",;\t":
-        header = next(csv.reader([lines[0][:LONGEST_HEADER]], delimiter=delimiter), [])
-        names = [cell.strip().lower() for cell in header]
+        names = [cell.strip().lower() for cell in _cells(lines[0], delimiter)]
         path = _column(names, PATH_COLUMNS)
         if path is not None and (len(names) > 1 or names == ["path"]):
             break
@@ -221,6 +220,14 @@ def _parse_table(what: str, lines: Sequence[str]) -> list[tuple[str, str | None]
     return rows
 
 
+def _cells(line: str, delimiter: str = ",") -> list[str]:
+    """The cells of one line of a CSV; none where it is no such line, or a long one."""
+    try:
+        return next(csv.reader([line.strip("\r\n")[:LONGEST_HEADER]], delimiter=delimiter), [])
+    except csv.Error:
+        return []
+
+
 def _column(names: Sequence[str], known: Sequence[str]) -> int | None:
     return next((names.index(name) for name in known if name in names), None)
 
@@ -229,9 +236,8 @@ def _parse_line(
     line: str, beside: Path, class_names: Sequence[str], quote: str | None = None
 ) -> tuple[str, str | None]:
     """quote: what a path is in that has a comma, where the list is a CSV."""
-    if quote and line.startswith(quote) and len(line) < LONGEST_HEADER:
-        path, *labels = next(csv.reader([line]))
-        return path, (labels[0] or None) if labels else None
+    if quote and line.startswith(quote) and (cells := _cells(line)):
+        return cells[0], (cells[1] or None) if cells[1:] else None
     if is_picture(line):
         return line, None
     if match := _LABELLED.fullmatch(line):
