@@ -69,7 +69,7 @@ Timeout = Annotated[
 def _limit_pixels(most: int | None) -> int | None:
     """Pillow's limit is one for the process, so the core has no parameter for it."""
     if most is not None:
-        from oodcli.images.pixels import limit_pixels
+        from oodcli.api import limit_pixels
 
         limit_pixels(most)
     return most
@@ -384,7 +384,7 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     if os.path.isfile(text):  # False for a list of names that is longer than a path
-        from oodcli.networks.class_names import read_class_names
+        from oodcli.api import read_class_names
 
         return read_class_names(Path(text))
     names = tuple(name.strip() for name in text.split(","))
