@@ -83,14 +83,15 @@ _FILLED = re.compile(r"Can only (SETITEM|append).* but got <class '(.+)'>")
 def load_inert(path: Path) -> Any:
     """What is in a file of ``torch.save``, with a ``Stub`` for each object of an unknown class.
 
-    Raises pickle.UnpicklingError for names that torch blocks (of ``os`` and ``sys``) and for what
-    its restricted unpickler does not do, and what torch.load raises for damaged files.
+    Raises ValueError for a file that names very many classes, pickle.UnpicklingError for names that
+    torch blocks (of ``os`` and ``sys``) and for what its restricted unpickler does not do, and what
+    torch.load raises for damaged files.
     """
     names: list[str] = []
     with suppress(ValueError):  # of a file of torch before 1.6: its names come one by one
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     stubs: dict[str, Callable[..., Any]] = {name: _stub(name) for name in names} | dict(_KNOWN)
-    while True:
+    while len(stubs) <= MOST_STUBS:
         try:
             allowed = torch.serialization.safe_globals([(s, name) for name, s in stubs.items()])
             with allowed, open(path, "rb") as file:  # of a path torch would look at the suffix
@@ -104,9 +105,10 @@ def load_inert(path: Path) -> Any:
                 added = {filled[2]: _Mapping if filled[1] == "SETITEM" else _List}
             else:
                 raise
-            if len(stubs) > MOST_STUBS or stubs.items() >= added.items():
+            if stubs.items() >= added.items():
                 raise
             stubs |= added
+    raise ValueError(f"it names more than {MOST_STUBS} classes")
 
 
 def _stub(name: str) -> type[Stub]:
@@ -129,8 +131,9 @@ def state_of(module: Stub) -> dict[str, Tensor]:
             return found
         prefix, each = waiting.pop()
         own = vars(each)
-        skipped = own.get("_non_persistent_buffers_set", ())
-        buffers = {k: v for k, v in own["_buffers"].items() if k not in skipped}
+        skipped = own.get("_non_persistent_buffers_set")
+        temporary = skipped if isinstance(skipped, set) else set()
+        buffers = {k: v for k, v in own["_buffers"].items() if k not in temporary}
         for name, value in (own["_parameters"] | buffers).items():
             if isinstance(value, Tensor):
                 found[f"{prefix}{name}"] = value

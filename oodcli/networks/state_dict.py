@@ -168,7 +168,7 @@ def _wraps(content: Any) -> bool:
 
 def _at(content: Any, key: str, path: Path) -> Any:
     """What ``--state-key`` names: the keys of several levels with dots between, longest first."""
-    parts = {str(k): v for k, v in _parts_of(content).items()}
+    parts = {str(k): v for k, v in _parts_of(content).items() if isinstance(k, str | int)}
     if key in parts:
         return parts[key]
     for head in sorted((k for k in parts if key.startswith(f"{k}.")), key=len, reverse=True):
@@ -179,7 +179,8 @@ def _at(content: Any, key: str, path: Path) -> Any:
 def _only_weights(content: Any, parts: Mapping[Any, Any], path: Path) -> Any:
     """The key of the only part with weights in it. Raises CheckpointError."""
     seen: set[int] = set()
-    holding = [key for key, part in parts.items() if _holds_weights(part, seen)]
+    named = {key: part for key, part in parts.items() if isinstance(key, str | int)}
+    holding = [key for key, part in named.items() if _holds_weights(part, seen)]
     if len(holding) == 1:
         return holding[0]
     if holding:

@@ -224,3 +224,46 @@ def test_a_classifier_of_ultralytics(tmp_path: Path, monkeypatch: pytest.MonkeyP
     prep = classifier.preprocessing
     assert (prep.input_size, prep.resize) == ((64, 64), 64)  # the shorter side, then a crop
     assert (prep.mean, prep.std) == ((0, 0, 0), (1, 1, 1))
+
+
+class Learner:
+    """As fastai exports one: an object that holds the network."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.path = Path("models")
+
+
+def test_the_network_of_a_learner(tmp_path: Path) -> None:
+    network = randomised(build("resnet8-cifar-w8", 4))
+    torch.save(Learner(network), tmp_path / "export.pkl")
+    with pytest.raises(CheckpointError, match="--arch resnet8-cifar-w8"):
+        load_classifier(tmp_path / "export.pkl")
+    images = torch.randn(2, 3, 32, 32)
+    for overrides, trust in ((Overrides(arch="resnet8-cifar-w8"), False), (Overrides(), True)):
+        found = load_classifier(tmp_path / "export.pkl", overrides, trust_pickle=trust)
+        with torch.no_grad():
+            torch.testing.assert_close(found.network(images), network.eval()(images))
+
+
+def test_a_file_that_names_very_many_classes(tmp_path: Path) -> None:
+    """torch searches the whole list for each object."""
+    kinds = [type(f"Kind{number}", (), {"__module__": __name__}) for number in range(400)]
+    for kind in kinds:
+        setattr(sys.modules[__name__], kind.__name__, kind)
+    for legacy in (False, True):
+        path = tmp_path / "net.pt"
+        torch.save([kind() for kind in kinds], path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(CheckpointError, match="more than 256 classes"):
+            load_classifier(path)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"_buffers": 3}, {"_non_persistent_buffers_set": 3}, {"x": {(): 1}}]
+)
+def test_a_module_of_odd_parts(odd: dict[str, Any], tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(2, 2))
+    network.__dict__.update(odd)
+    torch.save({"a": network, (1, 2): network}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match="pickled"):
+        load_classifier(tmp_path / "net.pt")
