@@ -132,11 +132,13 @@ def find_logits(
             ), output.float()
     module, before = _module_before(activation, logits, calls)
     if module is not None:
+        several = activation is SIGMOID and logits.shape[1] > 2
         return Reading(
             None,
             module,
             note=f"the network returns {activation.words}: the output of {module}, before its "
-            f"{activation.name}, is used as the logits",
+            f"{activation.name}, is used as the logits"
+            + "; if an image can have several labels, give --multi-label" * several,
         ), before
     if activation is LOG_SOFTMAX:
         return Reading(
