@@ -138,7 +138,8 @@ def find_logits(
             module,
             note=f"the network returns {activation.words}: the output of {module}, before its "
             f"{activation.name}, is used as the logits"
-            + "; if an image can have several labels, give --multi-label" * several,
+            + "; if an image can have several labels, give --multi-label"
+            * several,
         ), before
     if activation is LOG_SOFTMAX:
         return Reading(
