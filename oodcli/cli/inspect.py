@@ -93,6 +93,7 @@ def command(
     from oodcli.cli.facts import facts_table, of_file
     from oodcli.errors import FileError, OodcliError
     from oodcli.files.describe import describe_file, kind_of
+    from oodcli.files.hub import card_path
 
     if checkpoint is not None and not verify:
         raise OodcliError(
@@ -111,7 +112,7 @@ def command(
         else:
             console.emit_table(facts_table(of_file(found)))
         return
-    card = file.with_suffix(".toml")
+    card = card_path(file)
     if write_card and card.exists() and not force:
         raise FileError(f"{card} exists: overwrite it with --force")
     from oodcli.api import Model, Running

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from oodcli.errors import CheckpointError, first_sentence
-from oodcli.files.hashes import file_sha256
-from oodcli.networks import architectures, heads
+from oodcli.files.hub import checkpoint_sha256, weights_of
+from oodcli.networks import architectures, heads, hub
 from oodcli.networks.assemble import assemble
 from oodcli.networks.card import NOTHING, Overrides, card_of
 from oodcli.networks.classifier import Classifier
@@ -45,7 +45,8 @@ def load_classifier(
     anything does not fit.
     """
     path = Path(path)
-    check_file(path)
+    for file in weights_of(path):
+        check_file(file)
     card = card_of(path, overrides, trust=trust_pickle)
     fill = {key: value for key, value in card.items() if getattr(overrides, key) is None}
     given = replace(overrides, **fill)
@@ -62,7 +63,7 @@ def load_classifier(
         arch=found.arch,
         preprocessing=preprocessing,
         class_names=given.class_names,
-        sha256=file_sha256(path),
+        sha256=checkpoint_sha256(path),
         layers=given.layers,
         num_classes=given.num_classes,
     )
@@ -75,16 +76,32 @@ def load_classifier(
         averaged=found.averaged,
     )
     require_classes(given.num_classes, classifier.num_classes, path)
-    categories = architectures.categories(found.arch, classifier.num_classes)
-    grouped = heads.split(found.arch)[1].startswith("mos")  # so in another order than ImageNet's
-    if given.class_names is None and categories is not None and not grouped:
-        note = "class names: ImageNet's, from torchvision's weights (override: --class-names)"
-        notes = (*classifier.assumptions, note)
-        classifier = replace(classifier, class_names=categories, assumptions=notes)
-    return classifier
+    return classifier if given.class_names is not None else _with_names(classifier, found)
+
+
+def _with_names(classifier: Classifier, found: Network) -> Classifier:
+    """With the names of the classes in a configuration, or ImageNet's for its 1,000 classes."""
+    names, note = found.class_names, "class names: ImageNet's (override: --class-names)"
+    if names is not None:
+        shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+        note = f"class names {shown}, {hub.SOURCE} (override: --class-names)"
+        if len(names) != classifier.num_classes:
+            note = f"{len(names)} class names {hub.SOURCE} are left out: the network has "
+            note += f"{classifier.num_classes} classes (override: --class-names)"
+            return replace(classifier, assumptions=(*classifier.assumptions, note))
+    elif not heads.split(found.arch)[1].startswith("mos"):  # MOS's order is not ImageNet's
+        names = architectures.categories(found.arch, classifier.num_classes)
+    if names is None:
+        return classifier
+    named = found.class_names is not None
+    notes = (*classifier.assumptions, note)
+    return replace(classifier, class_names=names, assumptions=notes, named=named)
 
 
 def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool) -> Network:
+    config = hub.config_of(path)
+    if path.is_dir() or config is not None:
+        return _of_folder(path, config, given, prefer_ema=prefer_ema, trust_pickle=trust_pickle)
     members = zip_members(path)
     check_unpacked(path, members)
     if any(name.endswith("/constants.pkl") for name in members):
@@ -107,10 +124,7 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
                 size_source="that of the program's example",
             ),
         )
-    if path.suffix == ".safetensors":
-        content: Any = read_safetensors(path)
-    else:
-        content = read_torch(path, trust_pickle)
+    content = _content(path, trust_pickle)
     module_found = find_module(content)
     if module_found is not None:
         return Network(module_found, type(module_found).__name__, guess_inputs(module_found))
@@ -118,4 +132,36 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
     slices = content.get(SLICES)
     check_values({SLICES: slices, **state} if isinstance(slices, Tensor) else state, path)
     found = network_of(state, given, path, slices)
+    return replace(found, assumptions=(*notes, *found.assumptions), averaged=averaged)
+
+
+def _content(path: Path, trust_pickle: bool) -> Any:
+    return (
+        read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path, trust_pickle)
+    )
+
+
+def _of_folder(
+    path: Path,
+    config: dict[str, Any] | None,
+    given: Overrides,
+    *,
+    prefer_ema: bool,
+    trust_pickle: bool,
+) -> Network:
+    """The network of a folder of a model hub: as its configuration describes it, if no other is
+    named with ``--arch``."""
+    whole: dict[str, Tensor] = {}
+    notes: list[str] = []
+    averaged = False
+    for part in weights_of(path):
+        check_unpacked(part, zip_members(part))
+        state, notes, averaged = find_state(_content(part, trust_pickle), part, prefer_ema)
+        check_values(state, part)
+        whole |= state
+    meant = config is not None and given.arch in (None, hub.arch_of(config, path))
+    if config is not None and meant:
+        found = hub.hub_network(config, whole, given, path)
+    else:
+        found = network_of(whole, given, path)
     return replace(found, assumptions=(*notes, *found.assumptions), averaged=averaged)

@@ -28,13 +28,14 @@ HEAD_NAMES = ("fc", "linear", "classifier", "head", "heads.head")
 @dataclass(frozen=True)
 class Network:
     """A network with its weights, and what is known of it. inputs: None where nothing is. averaged:
-    as of a Classifier."""
+    as of a Classifier. class_names: where a configuration names them."""
 
     module: nn.Module
     arch: str
     inputs: Inputs
     assumptions: tuple[str, ...] = ()
     averaged: bool = False
+    class_names: tuple[str, ...] | None = None
 
 
 def network_of(
@@ -60,7 +61,7 @@ def network_of(
 def _plain(state: dict[str, Tensor], given: Overrides, path: Path) -> Network:
     layouts = layouts_of(state)
     if given.arch is not None:
-        return _named(given.arch, layouts, given, path)
+        return named(given.arch, layouts, given, path)
     found = _recognised(layouts, given, path)
     if found is None:
         raise _unrecognised(layouts, path)
@@ -84,7 +85,7 @@ def _deconf(
     weight = tensors["h.h.weight"]
     layouts = layouts_of(backbone)
     if given.arch is not None:
-        found = _named(given.arch, layouts, given, path, stand_in=weight)
+        found = named(given.arch, layouts, given, path, stand_in=weight)
     else:
         made = (_standing_in(layouts, name, weight) for name in HEAD_NAMES)
         known = next(filter(None, (_recognised(each, given, path) for each in made)), None)
@@ -210,17 +211,18 @@ def _transform_notes(name: str, num_classes: int) -> list[str]:
     ]
 
 
-def _named(
+def named(
     arch: str,
     layouts: Layouts,
     given: Overrides,
     path: Path,
     *,
     stand_in: Tensor | None = None,
+    maker: Maker | None = None,
 ) -> Network:
     """The network that ``--arch`` names, with the weights of the layout that fits it best.
-    stand_in: weight of a linear layer in a retrained head's place."""
-    maker = maker_of(arch)
+    stand_in: weight of a linear layer in a retrained head's place. maker: of that network."""
+    maker = maker or maker_of(arch)
     probe = maker.skeleton(1000 if given.num_classes is None else given.num_classes)
     if stand_in is not None:
         layouts = _standing_in(layouts, heads.last_linear(probe, arch), stand_in)

@@ -13,6 +13,7 @@ from oodcli import notes
 from oodcli.errors import OodcliError
 from oodcli.files.atomic import refuse_existing, refuse_suffix
 from oodcli.files.hdf5 import Provenance
+from oodcli.files.hub import stem_of
 from oodcli.inversion.invert import (
     Plan,
     decisions,
@@ -59,7 +60,7 @@ class InvertRequest:
             return self.output
         if self.model.path is None:
             raise OodcliError("a classifier is given, not a path: say where the virtual images go")
-        return Path(self.model.path.stem + ".virtual.h5")
+        return Path(stem_of(self.model.path) + ".virtual.h5")
 
 
 @dataclass(frozen=True)
