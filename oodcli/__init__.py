@@ -1,4 +1,4 @@
-"""Tells which inputs a trained image classifier should not be trusted on, from its checkpoint."""
+"""Find the images that an image classifier should not be trusted on, using its checkpoint."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -38,12 +38,12 @@ __all__ = [
 ]
 
 _WHERE = {"Detector": "oodcli.detectors.base", "Features": "oodcli.features"}
-"""Modules of the names that are not in oodcli.api."""
+"""Modules of the names that do not live in oodcli.api."""
 
 if not TYPE_CHECKING:  # or mypy would take any name for one of these
 
     def __getattr__(name: str) -> Any:
-        """Imports what is asked for, when it is: torch takes a second, and ``--help`` none."""
+        """Import a name on first use: importing torch takes a second, which ``--help`` avoids."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(_WHERE.get(name, "oodcli.api")), name)

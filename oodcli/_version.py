@@ -1,3 +1,3 @@
-"""The version, which the files that oodcli writes name."""
+"""The version, which oodcli writes to its files."""
 
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
-"""What the command line calls, for programs and notebooks: a classifier, detectors and records of
-images as objects; and its commands as functions, which write files.
+"""The Python API: load a classifier and detectors, record and score images as objects; and every
+command as a function that writes files.
 
 >>> import oodcli
 >>> classifier = oodcli.load_classifier("digits.pt")
@@ -10,11 +10,11 @@ torch.Size([3, 10])
 >>> energy.score(features).shape  # higher = more out of distribution
 torch.Size([3])
 
-The functions that are commands have the commands' defaults. They print nothing: what they note goes
-to the logger ``oodcli`` at level INFO, details at DEBUG. progress: is called with the number of
-images that are done and of all, 0 where that is not known; what it raises ends the job, and the
-same call resumes it. command: what the file says made it. An output that exists is an error without
-``force``. Under torchrun its processes share the work, and all but the first return None.
+Functions have the defaults of their commands. They print nothing: notes go to the logger ``oodcli``
+at level INFO, details at DEBUG. progress: called with the number of images done and their total (0
+if unknown); an exception that it raises stops the job, and the same call resumes it. command: the
+command that the file records as its origin. An existing output is an error without ``force``. Under
+torchrun the processes share the work, and all but the first return None.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ log = logging.getLogger(__name__)
 BATCH_SIZE = 64
 
 Network = Classifier | Checkpoint | str | Path
-"""A classifier, the path of a checkpoint, or one with what is said about its network."""
+"""A classifier, the path of a checkpoint, or a checkpoint with overrides."""
 Parameters = Mapping[str, Mapping[str, Any]]
 """Hyper-parameters: detector → key → value, such as ``{"knn": {"k": 20}}``."""
 
@@ -136,10 +136,12 @@ def load_classifier(
     prefer_ema: bool = False,
     trust_pickle: bool = False,
 ) -> Classifier:
-    """The network of a checkpoint, frozen, with what must be known to use it. What is not given
-    comes from the model card beside it, then from the weights; ``assumptions`` says what was
-    assumed. The arguments are the command line's options; mean, std: one number a channel, of
-    pixels in [0, 1]. Raises CheckpointError."""
+    """Load the network of a checkpoint, frozen, with its preprocessing and class names.
+
+    Values that are not given come from the model card beside it, then from the weights;
+    ``assumptions`` lists what was assumed. The arguments are the options of the command line. mean,
+    std: one number per channel, of pixels in [0, 1]. Raises CheckpointError.
+    """
     overrides = Overrides(
         arch=arch,
         num_classes=num_classes,
@@ -167,17 +169,17 @@ def load_detector(
     code: str | type[Detector] | None = None,
     **hyperparameters: Any,
 ) -> Detector:
-    """A detector that needs no fitting, by its name, or a fitted one from a file made by ``oodcli
-    fit``. Its ``score(features)`` gives (N,) float64, higher = more out of distribution.
+    """Load a detector: by name if it needs no fitting, otherwise from a file written by ``oodcli
+    fit``. Its ``score(features)`` returns (N,) float64, higher = more out of distribution.
 
-    A detector of your own is given as ``"FILE.py:CLASS"``, whose code is run, or as its class. Of
-    one that must be fitted, give the file made by ``oodcli fit``, and the class as ``code``.
-    classifier: the file must have been fitted for it, on images prepared as it prepares them; and
-    ``1c-sum`` is standardised on noise with it, which takes 2,000 forward passes. Without it,
-    nothing is checked. hyperparameters: as ``-p NAME.KEY=VALUE``, of a name only.
+    For a detector of your own, give ``"FILE.py:CLASS"``, whose code is run, or its class. If it
+    must be fitted, give the file of ``oodcli fit``, and the class as ``code``. classifier: check
+    that the file was fitted for this network and preprocessing, and standardise ``1c-sum`` on noise
+    with it, which runs 2,000 forward passes. Without it, nothing is checked. hyperparameters: as
+    ``-p NAME.KEY=VALUE``, for a detector given by name.
 
-    Raises DetectorError for an unknown name or hyper-parameter, or one that must be fitted first;
-    FileError for a file that is missing, damaged, or belongs to another network.
+    Raises DetectorError for an unknown name or hyper-parameter, or a detector that must be fitted
+    first; FileError for a file that is missing, damaged, or belongs to another network.
     """
     if code is not None:
         _name_of(code)
@@ -199,7 +201,7 @@ def load_detector(
 
 
 def _name_of(code: str | type[Detector]) -> str:
-    """The name by which a class is known from now on."""
+    """Register a class and return its name."""
     return own.register(code).name if isinstance(code, type) else detectors.find(code).name
 
 
@@ -215,19 +217,17 @@ def record(
     batch_size: int = BATCH_SIZE,
     precision: str = "float32",
 ) -> Features:
-    """What the network makes of images, one row for each that could be read, all in memory.
+    """Run the network over images and return their records, one row per readable image, in memory.
 
     images: IMAGES of the command line (a folder, a list, ``noise:uniform?n=500`` …); or pixels,
-    uint8 (N, H, W, 3) or (N, H, W), of any size, which are prepared as the classifier's
-    preprocessing says; or the network's inputs, a floating-point tensor (N, C, H, W) of its size,
-    normalised already.
-    needs: the detectors that will score the rows, or words of ``oodcli extract --record``, or both;
-    None is everything that one forward pass gives. precision: float32 or bfloat16.
+    uint8 (N, H, W, 3) or (N, H, W), of any size, which are preprocessed for the classifier; or
+    inputs of the network, a normalised floating-point tensor (N, C, H, W). needs: the detectors
+    that will score the rows, or records of ``oodcli extract --record``, or both; None for
+    everything that one forward pass gives. precision: float32 or bfloat16.
 
-    A row that could not be read is left out, and a warning of the logger ``oodcli`` says so.
-    Another one says what was assumed about the labels.
-    Raises ImagesError where there is nothing to read, or for another shape; DetectorError for a
-    word that is unknown, or that this network cannot give.
+    Unreadable images are left out with a warning of the logger ``oodcli``. Another warning reports
+    assumptions about the labels. Raises ImagesError for images of another shape, or if none can be
+    read; DetectorError for a record that is unknown, or that this network cannot give.
     """
     if precision not in ("float32", "bfloat16"):
         raise OodcliError(f"precision '{precision}': expected float32 or bfloat16")
@@ -345,16 +345,18 @@ def score(
     progress: Watch | None = None,
     command: str = "oodcli.score",
 ) -> Scored | None:
-    """Scores images, or a cache where images is None, into a .csv, .jsonl or .parquet file, or as
-    CSV into a stream; higher = more out of distribution.
+    """Score images, or a cache if images is None, into a .csv, .jsonl or .parquet file, or as CSV
+    into a stream; higher = more out of distribution.
 
-    checkpoint: also the path of the cache. detectors: names, artefacts' paths, ``"FILE.py:CLASS"``
-    or classes; none for the strongest that needs no data. fpr: verdicts with this false-alarm rate,
-    by the artefacts' calibration. threshold: detector → number above which a score is OOD, or
-    ``"split"`` or ``"labelled"``. contamination: the expected share of OOD images. timeout: seconds
-    for an image to be decoded. shard: ``"3/64"``. engine: ``"ray"`` or ``"ray://HOST:PORT"``.
+    checkpoint: a checkpoint, or the path of the cache. detectors: names, paths of artefacts,
+    ``"FILE.py:CLASS"`` or classes; by default the strongest detector that needs no data. fpr: the
+    false-alarm rate of the verdicts, by the artefacts' calibration. threshold: detector → number
+    above which a score is OOD, or ``"split"`` or ``"labelled"``. contamination: the expected share
+    of OOD images. timeout: seconds to decode an image. shard: ``"3/64"``. engine: ``"ray"`` or
+    ``"ray://HOST:PORT"``.
 
-    Raises OodcliError for what cannot be done; an image that cannot be read is a row with an error.
+    Raises OodcliError for invalid arguments and unusable files; an unreadable image is a row with
+    an error.
     """
     if isinstance(threshold, Mapping):
         threshold = [f"{name}={value!r}" for name, value in threshold.items()]
@@ -401,12 +403,13 @@ def invert(
     progress: Watch | None = None,
     command: str = "oodcli.invert",
 ) -> Inverted | None:
-    """Virtual images from the statistics of a network's BatchNorm layers, into an .h5 file; by
-    default CHECKPOINT.virtual.h5 in the working directory.
+    """Invert a network: optimise virtual images from the statistics of its BatchNorm layers, into
+    an .h5 file, by default CHECKPOINT.virtual.h5 in the working directory.
 
-    objective: kl, paper or deepinversion. steps, mirror: None for those of the objective. classes:
-    some of them, such as ``"0-4,7"`` or [0, 7]. compiled: the step; None where that is faster.
-    Raises OodcliError for a network without BatchNorm, and for what cannot be done.
+    objective: kl, paper or deepinversion. steps, mirror: None for the default of the objective.
+    classes: classes to invert, such as ``"0-4,7"`` or [0, 7]. compiled: compile the step; None to
+    compile if that is faster. Raises OodcliError for a network without BatchNorm, and for invalid
+    arguments.
     """
     model = _model(checkpoint, device, batch_size, precision, seed)
     request = _inversion(
@@ -432,7 +435,7 @@ def estimate_inversion(
     precision: str = "auto",
     seed: int = 0,
 ) -> InvertEstimate:
-    """How long ``invert`` with these arguments would take, by a trial; nothing is written."""
+    """Estimate how long ``invert`` would run with these arguments, by a trial. Writes nothing."""
     model = _model(checkpoint, device, batch_size, precision, seed)
     return _estimate(
         _inversion(
@@ -493,14 +496,14 @@ def extract(
     progress: Watch | None = None,
     command: str = "oodcli.extract",
 ) -> Extracted | None:
-    """What the network makes of images, into a feature cache; by default IMAGES.features.h5 in the
-    working directory.
+    """Run the network over images and store the records in a feature cache, by default
+    IMAGES.features.h5 in the working directory.
 
-    record: words such as ``"layers.mean"``, or ``"all"``; by default everything that one pass
-    gives, of virtual images the gradients too. for_detectors: what these need. match_accuracy: of
-    virtual images, which are degraded until the network has it. mirror: record the mirror images
-    too. Raises OodcliError for what cannot be done; an image that cannot be read is a row without
-    features.
+    record: records such as ``"layers.mean"``, or ``"all"``; by default everything that a forward
+    pass gives, and for virtual images also the gradients. for_detectors: detectors whose records to
+    store. match_accuracy: degrade virtual images until the network has this accuracy on them.
+    mirror: also record the mirrored images. Raises OodcliError for invalid arguments and unusable
+    files; an unreadable image is a row without features.
     """
     request = ExtractRequest(
         _model(checkpoint, device, batch_size, precision, seed),
@@ -534,14 +537,17 @@ def fit(
     progress: Watch | None = None,
     command: str = "oodcli.fit",
 ) -> Fitted:
-    """Detectors, fitted on a cache and calibrated, one file each in the folder ``output``.
+    """Fit detectors on a cache and calibrate them; write one artefact each to the folder
+    ``output``.
 
-    cache: None to calibrate only. detectors: as of ``score``; ``["all"]`` for every one that the
-    cache allows. calibrate: caches of real images, or of virtual ones with match_accuracy. ood:
-    cache of OOD images, for detectors that learn from them. noise: cache of noise. labelled: a CSV
-    file with the columns path and ood. progress: is told how many detectors are done.
+    cache: None to calibrate only. detectors: as for ``score``; ``["all"]`` for every detector that
+    the cache can fit. calibrate: caches of real images, or of virtual ones with match_accuracy.
+    ood: cache of OOD images, for detectors that learn from them. noise: cache of noise images.
+    labelled: a CSV file with the columns path and ood. progress: called with the number of
+    detectors done.
 
-    Raises OodcliError when not one can be fitted; ``artefacts`` says why some could not.
+    Raises OodcliError if no detector can be fitted; ``artefacts`` has the reasons of those that
+    could not.
     """
     request = FitRequest(
         _path(cache),
@@ -571,11 +577,12 @@ def evaluate(
     progress: Watch | None = None,
     command: str = "oodcli.evaluate",
 ) -> Evaluated:
-    """How well scores tell in-distribution from OOD images, from the files of ``score``.
+    """Compute how well detectors separate in-distribution from OOD images, from scores files.
 
-    ood_scores: by the name of the set. detectors: only these columns. output: folder for
-    report.html, tables and figures. resamples: of the bootstrap; 0 for no intervals. progress: is
-    told how many detectors are done. Raises OodcliError for files that do not go together.
+    ood_scores: name of the set → file. detectors: the detectors to compare, by default all. output:
+    folder for report.html, tables and figures. resamples: bootstrap resamples; 0 for no intervals.
+    progress: called with the number of detectors done. Raises OodcliError for files that cannot be
+    compared.
     """
     return _evaluate(
         Path(id_scores),
@@ -600,10 +607,11 @@ def merge(
     progress: Watch | None = None,
     command: str = "oodcli.merge",
 ) -> Merged:
-    """The files of all shards of a job, put together to the one that the job would have made.
+    """Merge the outputs of all shards of a job into the file that the whole job would have written.
 
-    with_verdicts: shards of scores without verdicts are an error. progress: is told how many rows
-    are done. Raises OodcliError for shards that are not of one job, and when one is missing.
+    with_verdicts: raise an error for shards of scores without verdicts. progress: called with the
+    number of rows done. Raises OodcliError if the shards belong to different jobs, or one is
+    missing.
     """
     return _merge(
         [Path(each) for each in shards],
@@ -630,12 +638,12 @@ def _model(
 
 
 def _word(detector: str | Path | type[Detector]) -> str:
-    """As ``-d`` takes it."""
+    """The detector as ``-d`` accepts it."""
     return _name_of(detector) if isinstance(detector, type) else str(detector)
 
 
 def _texts(parameters: Parameters | None) -> dict[str, dict[str, str]]:
-    """As ``-p`` takes them."""
+    """The hyper-parameters as ``-p`` accepts them."""
     return {
         name: {key: str(value) for key, value in given.items()}
         for name, given in (parameters or {}).items()

@@ -1,4 +1,4 @@
-"""What was recorded of one block of images: the only thing that a detector ever sees."""
+"""The records of one block of images. A detector sees nothing else."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """The *input* of one BatchNorm layer and what the network itself remembers of it.
+    """The *input* of one BatchNorm layer, and the layer's own statistics.
 
-    mean, var: (N, C), spatial mean and unbiased spatial variance (0 where there is one position).
-    running_mean, running_var, weight, bias: (C,). spatial_size: number of positions, H·W.
-    The pseudo-layer ``input`` is the normalised image: running mean 0, running variance 1, eps 0.
+    mean, var: (N, C), spatial mean and unbiased spatial variance (0 if there is one position).
+    running_mean, running_var, weight, bias: (C,). spatial_size: number of positions, H·W. The
+    pseudo-layer ``input`` is the normalised image: running mean 0, running variance 1, eps 0.
     """
 
     running_mean: Tensor
@@ -86,11 +86,11 @@ class OdinStep:
 
 @dataclass(frozen=True)
 class Features:
-    """One block of N rows, in input order. Whatever was not recorded is None or absent.
+    """One block of N rows, in input order. Records that do not exist are None or absent.
 
-    mirror: the same records of the mirror images, where those were recorded too. logits_level:
-    False where logits are log-probabilities, so that an unknown constant is missing in each row.
-    Raises ValueError when the tensors disagree about N.
+    mirror: the records of the mirrored images, if recorded. logits_level: False if the logits are
+    log-probabilities, which lack an unknown constant per row. Raises ValueError if the tensors
+    disagree about N.
     """
 
     count: int
@@ -117,7 +117,7 @@ class Features:
         return self.count
 
     def rows(self) -> dict[str, Tensor]:
-        """Every recorded tensor with one row an image, by its name in the cache file."""
+        """Every recorded tensor with one row per image, by its name in the cache file."""
         named = {place: getattr(self, field_of(place)) for place in ("label", *WHOLE)}
         for name, layer in self.layers.items():
             for part in LAYER_PARTS:
@@ -161,7 +161,7 @@ class Features:
         )
 
     def to(self, device: torch.device) -> Features:
-        """The same block with everything on another device."""
+        """The same block on another device."""
         norms = {
             name: replace(
                 norm,
@@ -187,7 +187,7 @@ class Features:
 
     @cached_property
     def recorded(self) -> frozenset[str]:
-        """Which of the words of ``needs`` this block can satisfy."""
+        """The records among ``needs`` that this block has."""
         constants = {
             "head": self.head is not None,
             "logits.level": self.logits is not None and self.logits_level,
@@ -198,13 +198,13 @@ class Features:
         return frozenset(own) | {word for word, found in constants.items() if found}
 
     def require(self, needs: Iterable[str], who: str) -> None:
-        """Raises DetectorError naming what is lacking and the option that records it."""
+        """Raises DetectorError that names the missing records and the option that records them."""
         missing = sorted(frozenset(needs) - self.recorded)
         if missing:
             raise DetectorError(f"{who} needs {lacking(missing, who)}")
 
     def shared(self, compute: Callable[..., Value], *args: Hashable) -> Value:
-        """``compute(self, *args)``, once for this block however many detectors ask for it."""
+        """``compute(self, *args)``, computed once per block for all detectors."""
         key = (compute, *args)
         if key not in self._shared:
             self._shared[key] = compute(self, *args)
@@ -212,14 +212,14 @@ class Features:
         return value
 
     def finite(self, needs: Iterable[str]) -> Tensor:
-        """(N,) bool: rows in which everything named by ``needs`` is finite."""
+        """(N,) bool: rows in which all records of ``needs`` are finite."""
         found = [self.shared(_finite, need) for need in needs]
         masks = [mask for mask in found if mask is not None]
         return torch.stack(masks).all(0) if masks else torch.ones(self.count, dtype=torch.bool)
 
 
 def _finite(block: Features, need: str) -> Tensor | None:
-    """(N,) bool for one word of ``needs``; None where it names nothing that has a row an image."""
+    """(N,) bool for one record of ``needs``; None if it has no rows."""
     found = []
     for name, rows in block.rows().items():
         if need == word_of(name) and rows.ndim > 1:
@@ -229,8 +229,8 @@ def _finite(block: Features, need: str) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some consecutive inputs, readable or not. paths, errors: one each, None where readable.
-    labels: (N,) int64, -1 = unknown. features: the readable rows, in order."""
+    """Consecutive inputs, readable or not. paths, errors: one each, None if readable. labels: (N,)
+    int64, -1 = unknown. features: the readable rows, in order."""
 
     paths: tuple[str, ...]
     labels: Tensor
@@ -239,15 +239,15 @@ class Rows:
 
 
 def recorded(rows: Record | None) -> Record:
-    """A record that ``require`` has already vouched for."""
+    """A record whose presence ``require`` has checked."""
     if rows is None:
         raise DetectorError("a record is missing that its block claims to have")
     return rows
 
 
 def concatenate(blocks: Sequence[Features]) -> Features:
-    """One block with the rows of all. Raises ValueError when there is none, or they differ in
-    what was recorded."""
+    """One block with the rows of all blocks. Raises ValueError without blocks, or if their records
+    differ."""
     if not blocks:
         raise ValueError("no rows")
     rows = [block.rows() for block in blocks]

@@ -1,37 +1,37 @@
-"""What a long job logs for the person who waits for it. The command line prints the lines as notes,
-and those of level DEBUG with ``--verbose``."""
+"""Log lines of long jobs. The command line prints them as notes, and DEBUG lines with
+``--verbose``."""
 
 from __future__ import annotations
 
 import logging
 
 WORD = "word"
-"""Key of a record's ``extra``: what stands before the line in place of ``note``; may be empty."""
+"""Key of a record's ``extra``: the prefix of the line instead of ``note``; may be empty."""
 DONE = "done"
-"""Key of a record's ``extra``: a step of the job that is done, in a word or two."""
+"""Key of a record's ``extra``: a finished step of the job, in a word or two."""
 
 RANK = "rank"
-"""Key of a record's ``extra``: the number of this process among those that torchrun has started."""
+"""Key of a record's ``extra``: the rank of this process under torchrun."""
 
 
 def say(log: logging.Logger, message: str, word: str = "note") -> None:
-    """Logs a line at level INFO."""
+    """Log a line at level INFO."""
     log.info("%s", message, extra={WORD: word})
 
 
 def rank(log: logging.Logger, number: int, of: int) -> None:
-    """Logs at level INFO which of several processes this is: the command line is quiet in all but
-    the first."""
+    """Log the rank of this process at level INFO. The command line is quiet in all but the
+    first."""
     log.info("process %d of %d that torchrun has started", number, of, extra={RANK: number})
 
 
 def done(log: logging.Logger, step: str) -> None:
-    """Logs at level DEBUG that a step is done: the command line measures its time."""
+    """Log at level DEBUG that a step is done. The command line measures its time."""
     log.debug("done: %s", step, extra={DONE: step})
 
 
 def duration(seconds: float) -> str:
-    """For a person: 40 s, 3 min, 2.5 h."""
+    """Seconds as text: 40 s, 3 min, 2.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

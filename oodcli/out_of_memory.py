@@ -1,4 +1,4 @@
-"""When memory runs out: how to tell, and what to let go of."""
+"""Out of memory: recognise it, release memory, retry with smaller batches."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
-"""In what torch says, in lower case; the last is said by CUDA's libraries."""
+"""Parts of torch's messages, in lower case; the last one is from CUDA's libraries."""
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether memory was too short, of whatever device."""
+    """Whether an exception means out of memory, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = str(error).lower()
@@ -25,18 +25,18 @@ def ran_out(error: BaseException) -> bool:
 
 
 def let_go(device: torch.device) -> None:
-    """Gives back what torch keeps of freed memory, which is in pieces of the wrong size. To be
-    called after the handler of the error, which holds on to what was allocated."""
+    """Release torch's cached blocks, which are fragmented after an out-of-memory error. Call it
+    after the handler of the error, which still references what was allocated."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def too_short(device: torch.device, size: tuple[int, int]) -> str:
-    """One sentence for a memory that does not even hold one image (H, W)."""
+    """Error message for a device that cannot hold even one image (H, W)."""
     elsewhere = "" if device.type == "cpu" else "--device cpu, "
     return (
-        f"the memory of {device} is too short for one image of {size[0]}×{size[1]}: try "
-        f"{elsewhere}a smaller --input-size, or less at once"
+        f"out of memory on {device} with a single image of {size[0]}×{size[1]}: try {elsewhere}a "
+        "smaller --input-size, or fewer records or detectors"
     )
 
 
@@ -48,9 +48,9 @@ def halving(
     *,
     level: int = logging.INFO,
 ) -> tuple[Result, int]:
-    """``run(size)`` and the size, which is halved for as long as memory runs out. device: whose
-    memory that is. hopeless: what to raise where a size of 1 is too large. level: at which each
-    halving is logged."""
+    """``run(size)`` and the size, which is halved while memory runs out. device: the device of the
+    memory. hopeless: what to raise if a size of 1 is too large. level: log level of each
+    halving."""
     while True:
         try:
             return run(size), size
@@ -59,7 +59,7 @@ def halving(
                 raise
             if size <= 1:
                 raise hopeless(error) from error
-        # Outside of the handler, whose error holds on to what was allocated.
+        # Outside the handler: its error references what was allocated.
         let_go(device)
         words = "out of memory at batch size %d; retrying with %d"
         log.log(level, words, size, size // 2)

@@ -1,8 +1,9 @@
-"""What can be recorded of an image: one row a record, from which everything else reads.
+"""The records: what can be recorded of an image. Every other list of records derives from this
+table.
 
 A new record is one row here, one field of ``features.Features`` (or of ``Layer`` or ``BatchNorm``)
-that is named as its place, and one line in the ``Recorder``. Nothing heavy is imported: completion
-reads the names.
+named after its place, and one line in the ``Recorder``. Nothing heavy is imported, because help and
+completion read the names.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 class Record:
     """One record.
 
-    place: of its rows in a feature cache; ``*`` stands for the name of a layer. cheap: whether a
-    plain forward pass gives it. lacks: half a sentence for a cache without it, where recording it
-    is not the whole answer. cannot: half a sentence for a network that cannot give it.
+    place: dataset in a feature cache; ``*`` stands for the name of a layer. cheap: a plain forward
+    pass gives it. lacks: advice for a cache without it, if recording it is not the whole answer.
+    cannot: reason why a network cannot give it.
     """
 
     place: str
@@ -26,8 +27,8 @@ class Record:
     cannot: str = ""
 
 
-_NOT_LINEAR = "a network whose last layer is not linear has no head, and often no embedding"
-_NO_TAPS = "no layer to tap was found in it (choose some with --layers)"
+_NOT_LINEAR = "a network that does not end in a linear layer has no head, and often no embedding"
+_NO_TAPS = "no layers were found in it (choose some with --layers)"
 _NO_BATCHNORM = "it has no BatchNorm layer with running statistics"
 
 RECORDS: Mapping[str, Record] = {
@@ -42,12 +43,12 @@ RECORDS: Mapping[str, Record] = {
     "layers.std": Record("layers/*/std", cheap=True, cannot=_NO_TAPS),
     "layers.gram": Record("layers/*/gram", cannot="no stages were found in it"),
     "layers.peak": Record(
-        "layers/*/peak", cheap=True, cannot="no layer with several positions was found in it"
+        "layers/*/peak", cheap=True, cannot="none of its layers has several positions"
     ),
     "layers.gradient": Record("layers/*/gradient", cannot=_NO_TAPS),
     "layers.sensitivity": Record(
         "layers/*/sensitivity",
-        lacks="sensitivities exist for virtual images only: extract a file made by invert",
+        lacks="sensitivities exist only for virtual images: extract a file from invert",
         cannot=_NO_BATCHNORM,
     ),
     "batchnorm.mean": Record("batchnorm/*/mean", cheap=True),
@@ -56,24 +57,24 @@ RECORDS: Mapping[str, Record] = {
     "deconf.h": Record(
         "deconf/h",
         cheap=True,
-        lacks="only a checkpoint trained with a DeConf head, for Generalized ODIN, has it",
+        lacks="only a checkpoint trained with a DeConf head (Generalized ODIN) has it",
         cannot="Generalized ODIN needs a checkpoint trained with a DeConf head",
     ),
     "mos.others": Record(
         "mos/others",
         cheap=True,
-        lacks="only a checkpoint trained with MOS's groups of classes has it",
+        lacks="only a checkpoint trained with groups of classes (MOS) has it",
         cannot="MOS needs a checkpoint trained with groups of classes (--arch …+mos:SIZES)",
     ),
 }
-"""Records with a row an image: the words of ``extract --record`` and of ``Detector.needs``."""
+"""Records with one row per image: the names of ``extract --record`` and ``Detector.needs``."""
 
 CONSTANTS: Mapping[str, Record] = {
     "head": Record("head", lacks=_NOT_LINEAR, cannot="its last layer is not linear"),
     "logits.level": Record(
         "logits_level",
-        lacks="the network returns log-probabilities: return the logits to have it",
-        cannot="it returns log-probabilities, of which the logits' level is not known",
+        lacks="the network returns log-probabilities: return logits instead",
+        cannot="it returns log-probabilities, which lack the level of the logits",
     ),
     "batchnorm.running": Record(
         "batchnorm/*/running_mean",
@@ -83,19 +84,21 @@ CONSTANTS: Mapping[str, Record] = {
     "mirror": Record("mirror", lacks="record the mirror images with: oodcli extract … --mirror"),
     "label": Record("label", lacks="labels come from sub-folders, lists, or an .npz with labels"),
 }
-"""What else a detector can need, or ``score`` with ``--mirror``: nothing records it by its word."""
+"""Other needs of detectors and of ``score --mirror``, which ``--record`` does not name."""
 
 ROW_RECORDS = tuple(RECORDS)
+ON_REQUEST = tuple(word for word in RECORDS if word != "layers.sensitivity")
+"""Records of ``extract --record``; invert measures the sensitivities."""
 CHEAP = frozenset(word for word, record in RECORDS.items() if record.cheap)
 KNOWN_RECORDS = frozenset(RECORDS) | (frozenset(CONSTANTS) - {"mirror"})
-"""What a detector can need."""
+"""Everything that a detector can need."""
 
 WHOLE = tuple(record.place for record in RECORDS.values() if "*" not in record.place)
-"""Places of records of the image as a whole, as opposed to those of a layer."""
+"""Places of records of the whole image, as opposed to records of a layer."""
 
 
 def parts_of(group: str) -> tuple[str, ...]:
-    """What is recorded of each layer: the last words of the places ``group/*/…``."""
+    """The records of each layer: last parts of the places ``group/*/…``."""
     return tuple(
         record.place.rpartition("/")[2]
         for record in RECORDS.values()
@@ -113,18 +116,20 @@ def field_of(place: str) -> str:
 
 
 def word_of(name: str) -> str:
-    """The word of a dataset's name: ``layers/layer1.0.bn1/mean`` → ``layers.mean``."""
+    """The record of a dataset: ``layers/layer1.0.bn1/mean`` → ``layers.mean``."""
     first, *rest = name.split("/")
     return ".".join([first, *rest[-1:]])
 
 
 def lacking(missing: Iterable[str], who: str) -> str:
-    """Half a sentence: what was not recorded, and how to record it."""
+    """Part of a sentence: the missing records, and how to record them."""
     missing = list(missing)
     known = {**RECORDS, **CONSTANTS}
     told = set(missing) - ({"logits.level"} if "logits" in missing else set())
     hints = dict.fromkeys(known[word].lacks for word in known if word in told and word != "label")
-    if set(missing) - set(CONSTANTS) and "layers.sensitivity" not in missing:  # else that is it
+    if (
+        set(missing) - set(CONSTANTS) and "layers.sensitivity" not in missing
+    ):  # otherwise its own hint is enough
         hints[f"record it with: oodcli extract CHECKPOINT IMAGES --for {who}"] = None
     if "label" in missing:
         hints[CONSTANTS["label"].lacks] = None

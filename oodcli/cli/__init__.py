@@ -71,15 +71,14 @@ oodcli detectors --json
 oodcli demo -o oodcli-demo
 """,
 }
-"""What stands at the end of each command's help."""
+"""Examples at the end of each command's help."""
 
 
 class Command(TyperCommand):
-    """A subcommand whose options stand in sections, as its parameters' help panels say, and whose
-    help ends with examples."""
+    """A subcommand whose help groups options by their help panel and ends with examples."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Typer's own plain help puts all options into one section."""
+        """Write one section per panel; typer's plain help has only one."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -92,13 +91,13 @@ class Command(TyperCommand):
                 formatter.write_dl(rows)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """As they are: nothing is filled."""
+        """Write the examples without wrapping."""
         with formatter.section("Examples"):
             for line in EXAMPLES[str(self.name)].splitlines():
                 formatter.write(f"  {line}\n")
 
     def invoke(self, ctx: Any) -> Any:
-        """Raises typer.BadParameter when it is to say both nothing and everything."""
+        """Run the command. Raises typer.BadParameter for --quiet with --verbose."""
         quiet, verbose = (bool(ctx.params.get(name)) for name in ("quiet", "verbose"))
         if quiet and verbose:
             raise typer.BadParameter("--quiet and --verbose contradict each other: give one", ctx)
@@ -115,8 +114,8 @@ class Command(TyperCommand):
 app = typer.Typer(
     name="oodcli",
     help=(
-        "Tells which inputs a trained image classifier should not be trusted on, from its "
-        "checkpoint; with the training data or without."
+        "Find the images that an image classifier should not be trusted on, using its checkpoint; "
+        "with or without the training data."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -155,19 +154,18 @@ def root(
 ) -> None:
     """Options of oodcli itself."""
     console.heed(logging.INFO)
-    # A compiler without a GPU need not be told of.
+    # torch reports a compiler without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # What Pillow warns of is in the row of that image, or does not matter.
+    # An image that Pillow warns about is decoded, or has a row with an error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    # torch 2.11 warns of itself when an exported program is loaded and run.
+    # torch 2.11 warns about its own code when it loads and runs an exported program.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 def main() -> None:
-    """Runs the command line. A fault of the user's is one sentence and status 1; a fault of ours
-    keeps its traceback."""
-    # Before torch is imported: threads that wait for work and spin slow down whatever runs beside.
+    """Run the command line. A user's error is one sentence and status 1; a bug is a traceback."""
+    # Before torch is imported: by default, idle threads spin and slow down other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     interrupts.listen()
     if "_OODCLI_COMPLETE" in os.environ:
@@ -183,7 +181,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
-        # With EPIPE whoever read our output has gone, and there is nobody left to tell.
+        # With EPIPE the reader of our output has gone.
         if error.errno != errno.EPIPE:
             console.say(
                 f"oodcli: standard output could not be written: {error.strerror}", always=True

@@ -1,4 +1,4 @@
-"""Where things are printed: results on standard output, everything else on standard error."""
+"""Printing: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 quiet = False
-"""--quiet: nothing on standard error but errors."""
+"""--quiet: only errors on standard error."""
 verbose = False
-"""--verbose: details, too."""
+"""--verbose: print details as well."""
 
 who = ""
-"""Which of several processes of torchrun this is, for its errors; empty where it is none."""
+"""Rank of this process under torchrun, for its errors; otherwise empty."""
 
 _laps: list[tuple[str, float]] = []
-"""What a command has done, and when it was done with that; first, when it began."""
+"""The finished steps of a command and the times at which they ended; the first is the start."""
 
 
 def say(message: str, *, always: bool = False) -> None:
-    """Lines on standard error, for a person; on a terminal they break between words, but for a
-    command to be copied. always: even with --quiet."""
+    """Print lines to standard error, wrapped to the terminal; commands to copy are not wrapped.
+    always: even with --quiet."""
     if quiet and not always:
         return
     message = "\n".join(map(harmless, message.split("\n")))
@@ -50,15 +50,15 @@ def say(message: str, *, always: bool = False) -> None:
 
 
 def detail(message: str) -> None:
-    """With --verbose: what was decided or assumed, and is not said otherwise."""
+    """Print a decision or an assumption, with --verbose."""
     if verbose:
         say(f"detail: {message}")
 
 
 @contextmanager
 def command(*, quietly: bool, in_detail: bool) -> Iterator[None]:
-    """A command, and how much it says. With --verbose it ends, however it does, with the time that
-    each of its steps took."""
+    """Set the volume for a command. With --verbose, print the time of each of its steps at the
+    end."""
     global quiet, verbose, _laps
     outer = quiet, verbose, _laps  # a demo consists of commands
     quiet, verbose, _laps = quietly, in_detail, [("", time.monotonic())]
@@ -76,7 +76,7 @@ def command(*, quietly: bool, in_detail: bool) -> Iterator[None]:
 
 
 def lap(what: str) -> None:
-    """A step of the command is done: what, in a word or two."""
+    """Record that a step of the command is done; what: the step in a word or two."""
     _laps.append((what, time.monotonic()))
 
 
@@ -85,8 +85,8 @@ def _exact(seconds: float) -> str:
 
 
 def harmless(text: str) -> str:
-    """The text with everything escaped that could move a terminal's cursor or begin another line:
-    names in messages are whatever a file says."""
+    """The text with control characters escaped, which could move the cursor or start a new line.
+    Names from files can contain them."""
     if text.isprintable():
         return text
     return "".join(
@@ -95,8 +95,8 @@ def harmless(text: str) -> str:
 
 
 class Notes(logging.Handler):
-    """What the core logs while it works, as notes; with --verbose also its details, and the steps
-    that are done."""
+    """Prints log records of the core as notes; with --verbose also its details and finished
+    steps."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, notes.RANK):
@@ -111,13 +111,13 @@ class Notes(logging.Handler):
 
 
 def _rank(number: int) -> None:
-    """Of several processes of torchrun, the first one prints, and the others only errors."""
+    """Under torchrun only the first process prints notes; the others print errors."""
     global quiet, who
     who, quiet = f"rank {number}", quiet or number > 0
 
 
 def heed(level: int) -> None:
-    """Prints what the core logs from this level on."""
+    """Print log records of the core from this level on."""
     log = logging.getLogger("oodcli")
     log.handlers[:] = [Notes()]
     log.setLevel(level)
@@ -128,12 +128,12 @@ def _folded(line: str, columns: int) -> str:
 
 
 def emit(text: str) -> None:
-    """A result, on standard output."""
+    """Print a result to standard output."""
     print(text)
 
 
 def emit_json(value: Any) -> None:
-    """A result as JSON; numbers that JSON lacks become strings."""
+    """Print a result as JSON; numbers that JSON lacks become strings."""
     print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str))
 
 
@@ -151,7 +151,7 @@ def width() -> int:
 
 
 def emit_table(table: Table) -> None:
-    """A table fitted to the terminal; plain characters in a pipe."""
+    """Print a table fitted to the terminal; plain characters in a pipe."""
     from rich.console import Console
 
     Console(width=width(), no_color=None if sys.stdout.isatty() else True).print(table)
@@ -167,19 +167,21 @@ def command_line() -> str:
 def progress(
     total: int, what: str, per_image: int = 1, *, before: int = 0
 ) -> Iterator[Callable[[float], None]]:
-    """A bar with images/s and the time left on a terminal; elsewhere a line a minute.
+    """A progress bar with images/s and the remaining time on a terminal; elsewhere a line per
+    minute.
 
-    The yielded function is told how much more is done; total is in the same unit, of which an
-    image has per_image, and so is what was done before; a total of 0 is not known. It raises what a
-    signal has asked for."""
+    The yielded function is called with increments. total and before, what is already done, are in
+    the same unit, in which an image counts per_image; a total of 0 is unknown. The function raises
+    when a signal has arrived.
+    """
     with _shown(total, what, per_image, before) as advance, interrupts.loop(advance) as step:
         yield step
 
 
 @contextmanager
 def watching(what: str) -> Iterator[Callable[[float, int], None]]:
-    """The same for ``progress=`` of ``oodcli.api``, which is told how many images are done, and of
-    how many; it begins when it is called first."""
+    """The same bar for ``progress=`` of ``oodcli.api``, which is called with the number of images
+    done and their total. The bar starts at the first call."""
     with ExitStack() as stack:
 
         def begin(done: float, total: int) -> tuple[Callable[[float], None], float]:
@@ -190,7 +192,7 @@ def watching(what: str) -> Iterator[Callable[[float, int], None]]:
 
 @contextmanager
 def steps(what: str, unit: str) -> Iterator[Callable[[float, int], None]]:
-    """The same for a few long steps, such as detectors that are fitted; signals act at once."""
+    """The same bar for a few long steps, such as fitting detectors; signals act at once."""
     with ExitStack() as stack:
 
         def begin(done: float, total: int) -> tuple[Callable[[float], None], float]:
@@ -202,8 +204,8 @@ def steps(what: str, unit: str) -> Iterator[Callable[[float, int], None]]:
 def _differences(
     begin: Callable[[float, int], tuple[Callable[[float], None], float]],
 ) -> Callable[[float, int], None]:
-    """Is told how much is done in all, and tells what ``begin`` returns how much more that is than
-    before."""
+    """A function that is called with the amount done in all, and passes the increments on to the
+    function that ``begin`` returns."""
     advance: Callable[[float], None] | None = None
     before = 0.0
 

@@ -1,4 +1,4 @@
-"""``oodcli demo``: the whole pipeline on an embedded default; the tutorial."""
+"""``oodcli demo``: the whole pipeline on a bundled data set; the tutorial."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from oodcli.cli.options import Force, Quiet, Verbose
 
 def command(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where everything goes.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for all files.")
     ] = Path("oodcli-demo"),
     force: Force = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train on digits, forget the data, and detect what is no digit."""
+    """Run the whole pipeline on a small network trained on digits."""
     from oodcli.errors import FileError
     from oodcli.files.atomic import make_folder
 
@@ -34,13 +34,13 @@ def command(
         _run(story, [*words, *(["--force"] if force else [])], volume)
     console.say(
         f"\nEverything is in {output}: the contact sheet digits.virtual.png shows what the network "
-        "remembers, report/report.html what the detectors can do, photographs.csv a score for "
+        "remembers, report/report.html compares the detectors, photographs.csv has a score for "
         "every image."
     )
 
 
 def _pipeline(output: Path) -> list[tuple[str, list[str]]]:
-    """What is asked, and the command that answers it."""
+    """Questions, and the commands that answer them."""
     checkpoint, virtual, cache = (
         str(output / name)
         for name in ("digits.safetensors", "digits.virtual.h5", "digits.features.h5")
@@ -63,15 +63,21 @@ def _pipeline(output: Path) -> list[tuple[str, list[str]]]:
     scores = ("evaluate", "--id", str(output / "digits.csv"), *ood)
     return [
         ("What is this checkpoint?", ["inspect", checkpoint]),
-        ("Recall images of every class from it.", list(recall)),
-        ("What does the network make of them?", ["extract", checkpoint, virtual, "-o", cache]),
-        ("Fit two detectors on that; no real image was used.", list(fit)),
+        ("Invert it: recall images of every class.", list(recall)),
         (
-            "Score digits that the network has not seen,",
+            "Record the network's activations on them.",
+            ["extract", checkpoint, virtual, "-o", cache],
+        ),
+        ("Fit two detectors on the recording. No real image is used.", list(fit)),
+        (
+            "Score digits that the network has not seen.",
             score(str(output / "digits-test.npz"), "digits"),
         ),
-        *((f"and what is no digit: {name}.", score(images, name)) for name, images in sets.items()),
-        ("How well do the scores tell them apart?", [*scores, "-o", str(output / "report")]),
+        *(
+            (f"Score images that are not digits: {name}.", score(images, name))
+            for name, images in sets.items()
+        ),
+        ("How well do the scores separate them?", [*scores, "-o", str(output / "report")]),
     ]
 
 
@@ -88,7 +94,7 @@ def _prepare(output: Path) -> None:
 
 
 def _run(story: str, words: list[str], volume: list[str]) -> None:
-    """Runs a command as a user would, after printing it."""
+    """Print a command, then run it as a user would."""
     from oodcli.cli import app
 
     console.say(f"\n# {story}\n$ {shlex.join(['oodcli', *words])}")

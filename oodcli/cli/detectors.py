@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def command(json: Json = False) -> None:
-    """Every detector: its source, what it needs, what it is fitted on."""
+    """List every detector with its source and its needs."""
     from oodcli import detectors
 
     kinds = [detectors.get(name) for name in detectors.names()]
@@ -43,15 +43,15 @@ def command(json: Json = False) -> None:
 
 
 def fitted_on(kind: type[Detector]) -> str:
-    """In words, for a table."""
+    """The images that a detector is fitted on, for a table."""
     if not kind.fitted:
         return "nothing"
     if kind.reference_images is not None:
         return "noise"
     if kind.needs_pool:
-        return "virtual images, a pool of them, noise"
+        return "virtual images, a matched pool, noise"
     if kind.needs_ood:
         return "ID and OOD images"
-    if "layers.sensitivity" in kind.fit_needs():  # which is measured while images are inverted
+    if "layers.sensitivity" in kind.fit_needs():  # measured while images are inverted
         return "virtual images"
     return "virtual or real images" + (", OOD if given" if kind.uses_ood else "")

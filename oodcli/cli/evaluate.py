@@ -15,7 +15,7 @@ from oodcli.errors import OodcliError
 if TYPE_CHECKING:
     from oodcli.api import Evaluated, Evaluation
 
-_LAYERS = "Figures of layers, from what extract wrote"
+_LAYERS = "Figures of layers, from feature caches"
 
 
 def command(
@@ -23,7 +23,10 @@ def command(
     id_file: Annotated[
         Path | None,
         typer.Option(
-            "--id", metavar="F", help="Scores of in-distribution images.", show_default=False
+            "--id",
+            metavar="F",
+            help="Scores of in-distribution images (.csv, .jsonl or .parquet).",
+            show_default=False,
         ),
     ] = None,
     ood: Annotated[
@@ -31,7 +34,7 @@ def command(
         typer.Option(
             "--ood",
             metavar="NAME=F",
-            help="Scores of an OOD set; with --layers, its features. Repeatable.",
+            help="Scores of an OOD set; with --layers, its feature cache. Repeatable.",
         ),
     ],
     detector: Annotated[
@@ -40,8 +43,8 @@ def command(
             "--detector",
             "-d",
             metavar="NAME|FILE",
-            help="Only this column. Repeatable. With --layers, an artefact of lsgm, whose "
-            "transitions are drawn.",
+            help="Detector to compare. Repeatable. With --layers, an artefact of lsgm whose "
+            "transitions to draw.",
             autocompletion=complete_detectors,
             show_default="all",
         ),
@@ -52,27 +55,27 @@ def command(
             "--output",
             "-o",
             metavar="DIR",
-            help="For report.html, tables, figures.",
+            help="Folder for report.html, tables and figures.",
             show_default=False,
         ),
     ] = None,
     resamples: Annotated[
-        int, typer.Option(min=0, help="Bootstrap resamples for 95 % intervals; 0 for none.")
+        int, typer.Option(min=0, help="Bootstrap resamples for 95% intervals; 0 for none.")
     ] = 1000,
     min_auroc: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
-            help="Exit with 4 when the mean AUROC of a detector is lower.",
+            help="Gate: exit with 4 when the mean AUROC of a detector is lower.",
             show_default=False,
         ),
     ] = None,
     thumbnails: Annotated[
         bool,
-        typer.Option("--thumbnails/--no-thumbnails", help="Small images in the page of -o."),
+        typer.Option("--thumbnails/--no-thumbnails", help="Show thumbnails in report.html."),
     ] = True,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -81,7 +84,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="F.h5",
-            help="Features of in-distribution images: draw the papers' figures instead.",
+            help="Feature cache of in-distribution images: draw the papers' figures instead.",
             show_default=False,
             rich_help_panel=_LAYERS,
         ),
@@ -90,7 +93,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="F.h5",
-            help="Features of virtual images.",
+            help="Feature cache of virtual images.",
             show_default=False,
             rich_help_panel=_LAYERS,
         ),
@@ -99,7 +102,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="F.h5",
-            help="The virtual images themselves, to be shown beside real ones.",
+            help="Virtual images to show beside real ones.",
             show_default=False,
             rich_help_panel=_LAYERS,
         ),
@@ -108,13 +111,13 @@ def command(
         str | None,
         typer.Option(
             "--map",
-            help="Of the features: pca or tsne.",
+            help="Projection of the features: pca or tsne.",
             show_default="pca",
             rich_help_panel=_LAYERS,
         ),
     ] = None,
 ) -> None:
-    """Compare how well scores tell in-distribution from OOD images."""
+    """Compare how well detectors separate ID from OOD images."""
     if layers is not None:
         _refuse("--layers", {"--id": id_file, "--min-auroc": min_auroc})
         _draw(
@@ -139,16 +142,16 @@ def command(
         if min_auroc is not None:
             _gate(evaluated, min_auroc)
     else:
-        raise typer.BadParameter("give scores with --id, or features with --layers")
+        raise typer.BadParameter("give scores with --id, or feature caches with --layers")
 
 
 def _refuse(mode: str, others: Mapping[str, object]) -> None:
-    """Raises OodcliError for an option that does not go with ``mode``."""
+    """Raises OodcliError for an option that ``mode`` does not accept."""
     for option, value in others.items():
         if value is not None:
             raise OodcliError(
-                f"{option} does not go with {mode}: --id compares scores, --layers draws figures "
-                "of feature caches"
+                f"{option} cannot be used with {mode}: --id compares scores, --layers draws "
+                "figures of feature caches"
             )
 
 
@@ -179,7 +182,7 @@ def _compare(
     else:
         _print(evaluated.evaluation)
     if evaluated.files:
-        console.say(f"wrote {len(evaluated.files)} files into {output}: report.html shows them")
+        console.say(f"wrote {len(evaluated.files)} files to {output}: open report.html")
     return evaluated
 
 
@@ -195,7 +198,7 @@ def _draw(
     from oodcli import api
 
     if output is None:
-        raise OodcliError("--layers draws figures: say where they go, with -o DIR")
+        raise OodcliError("--layers draws figures: give a folder for them with -o DIR")
     if len(artefacts) > 1:
         raise OodcliError("--layers draws the transitions of one artefact: give -d once")
     lsgm = Path(artefacts[0]) if artefacts else None
@@ -211,7 +214,7 @@ def _draw(
                 "ablation": report.ablation or None,
             }
         )
-    console.say(f"wrote {len(report.paths)} files into {output}")
+    console.say(f"wrote {len(report.paths)} files to {output}")
 
 
 def _named(ood: list[str]) -> dict[str, Path]:
@@ -221,7 +224,7 @@ def _named(ood: list[str]) -> dict[str, Path]:
         if not (name and equals and path):
             raise OodcliError(f"--ood {text}: expected NAME=FILE, such as textures=textures.csv")
         if name in named:
-            raise OodcliError(f"--ood {name} is given twice: every set has one name")
+            raise OodcliError(f"--ood {name} is given twice: use a different name for each set")
         named[name] = Path(path)
     return named
 

@@ -1,4 +1,4 @@
-"""``oodcli extract``: activations and gradients of images, cached."""
+"""``oodcli extract``: cache activations and gradients of images."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from oodcli.cli.options import (
     parameters,
     takes_model,
 )
+from oodcli.records import ON_REQUEST
 
 
 @takes_model
@@ -32,15 +33,19 @@ def command(
     images: Images,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Default: IMAGES.features.h5", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Cache to write, by default IMAGES.features.h5.",
+            show_default=False,
+        ),
     ] = None,
     record: Annotated[
         str | None,
         typer.Option(
-            metavar="WORD,WORD",
-            help="logits, embedding, layers.mean, layers.std, layers.gradient, batchnorm.mean, "
-            "batchnorm.var, layers.gram, layers.peak, odin.logits, deconf.h, mos.others, or all.",
-            show_default="everything that one pass gives; of virtual images, the gradients too",
+            metavar="RECORD,RECORD",
+            help=f"Records to store: {', '.join(ON_REQUEST)}, or all.",
+            show_default="what a forward pass gives; for virtual images also the gradients",
             autocompletion=complete_records,
         ),
     ] = None,
@@ -49,7 +54,7 @@ def command(
         typer.Option(
             "--for",
             metavar="NAME,NAME",
-            help="Record what these detectors need; FILE.py:CLASS is one of your own.",
+            help="Detectors whose records to store; FILE.py:CLASS for your own.",
             autocompletion=complete_detector_list,
             show_default=False,
         ),
@@ -59,13 +64,14 @@ def command(
         typer.Option(
             min=0,
             max=1,
-            help="Put patches of others into virtual images until the network is right on this "
-            "share of them, its published test accuracy: rows to calibrate on.",
+            help="Published test accuracy of the network: degrade virtual images with patches of "
+            "others until the network has this accuracy on them. Use the cache with fit "
+            "--calibrate.",
             show_default=False,
         ),
     ] = None,
     mirror: Annotated[
-        bool, typer.Option("--mirror", help="Record the mirror images, too.")
+        bool, typer.Option("--mirror", help="Record the mirrored images as well.")
     ] = False,
     param: Parameters = None,
     json: Json = False,
@@ -104,16 +110,11 @@ def command(
     if json:
         console.emit_json(vars(extracted))
     accuracy = extracted.accuracy
-    console.say(
-        f"wrote {extracted.file}: {extracted.images} images, {extracted.unreadable} unreadable"
-        + (
-            ""
-            if accuracy is None
-            else f"; the network is right on {accuracy:.2%} of those labelled"
-        )
-    )
+    unreadable = verdicts.counted((extracted.unreadable, "unreadable"), before=", ")
+    right = "" if accuracy is None else f"; accuracy {accuracy:.2%} on the labelled ones"
+    console.say(f"wrote {extracted.file}: {extracted.images} images{unreadable}{right}")
     verdicts.say_left_out(extracted.left_out)
-    if extracted.unreadable and not console.who:  # torchrun would take it for a crash
+    if extracted.unreadable and not console.who:  # torchrun reports it as a crash
         raise typer.Exit(3)
 
 

@@ -1,4 +1,4 @@
-"""What ``oodcli inspect`` shows of a file, in words."""
+"""The table that ``oodcli inspect`` prints about a file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ WHAT = {
 
 
 def of_file(found: dict[str, Any]) -> dict[str, Any]:
-    """What a person is shown of what ``describe_file`` has found."""
+    """The rows of the table, from the description of ``describe_file``."""
     about = {"detector": _detector, "scores": _scores, "metrics": _metrics, "partial": _partial}
     kind = found["kind"].partition(".")[0]
-    facts = {"file": found["file"], "what it is": WHAT[kind], **about.get(kind, _rows)(found)}
+    facts = {"file": found["file"], "type": WHAT[kind], **about.get(kind, _rows)(found)}
     return {name: value for name, value in facts.items() if value not in (None, "")}
 
 
 def facts_table(facts: Mapping[str, Any]) -> Table:
-    """A line for each fact, in two columns."""
+    """A table of two columns, with a line for each fact."""
     from rich.table import Table
     from rich.text import Text
 
@@ -37,18 +37,18 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, Text(harmless(str(value))))  # no markup: [3] in a path is no style
+        table.add_row(name, Text(harmless(str(value))))  # no markup: [3] in a path is not a style
     return table
 
 
 def _rows(found: dict[str, Any]) -> dict[str, Any]:
-    """Of virtual images and of feature caches."""
+    """Facts about virtual images and feature caches."""
     made, quality = found["made"], found.get("quality")
     facts = {"rows": f"{found['rows']}, {found['unreadable']} unreadable"}
     facts["rows"] += f", {found['labelled']} labelled"
     if quality:
         facts["quality"] = (
-            f"the network agrees on {quality['agreement']:.1%}, cross entropy "
+            f"target class predicted on {quality['agreement']:.1%}, cross entropy "
             f"{quality['cross_entropy']:.3g} nats"
         )
     if found.get("settings"):
@@ -67,7 +67,7 @@ def _rows(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _grouped(records: dict[str, int]) -> list[tuple[str, str]]:
-    """Datasets of one kind together: ``layers/*/mean`` in 9 layers, widths from 16 to 64."""
+    """Datasets grouped by kind: ``layers/*/mean`` in 9 layers, widths from 16 to 64."""
     groups: dict[str, list[int]] = {}
     for name, width in records.items():
         match name.removeprefix("mirror/").split("/"):
@@ -119,7 +119,7 @@ def _detector(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _how(made: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
-    """How a file was made. recorded: how its rows were."""
+    """How a file was created. recorded: how its rows were recorded."""
     versions = (
         f"{name} {made[key]}"
         for name, key in (("oodcli", "oodcli_version"), ("torch", "torch_version"))
@@ -136,12 +136,12 @@ def _how(made: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
         "input": input_of(preprocessing) if preprocessing else None,
         "mean, std": mean_std(preprocessing) if preprocessing else None,
         "checkpoint": made["checkpoint_sha256"],
-        "weights": "the averaged ones (--ema)" if made.get("averaged") else None,
+        "weights": "averaged (--ema)" if made.get("averaged") else None,
     }
 
 
 def _shard(made: dict[str, Any]) -> str | None:
-    """Which part of a whole the rows are."""
+    """The shard that the rows belong to."""
     shard = made.get("shard")
     if shard is None:
         return None
@@ -166,9 +166,9 @@ def _scores(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scored(made: dict[str, Any] | None) -> dict[str, Any]:
-    """What the file beside the scores says."""
+    """Facts from the metadata file beside the scores."""
     if made is None:
-        return {"made by": "not said: there is no file beside it that does"}
+        return {"made by": "unknown: its metadata file is missing"}
     return {
         "images from": made["source"],
         "shard": _shard(made),
@@ -188,7 +188,7 @@ def _metrics(found: dict[str, Any]) -> dict[str, Any]:
             f"{each['set']}: {each['source']}, {each['rows']} rows, {each['unreadable']} unreadable"
             for each in found.get("counts", ())
         ),
-        "made by": made.get("command") or "not said: metrics.json beside it says it",
+        "made by": made.get("command") or "not stored in this file: inspect metrics.json",
         "versions": f"oodcli {made['oodcli_version']}" if made.get("oodcli_version") else None,
         "bootstrap": f"{found['resamples']} resamples, seed {made['seed']}" if made else None,
     }
@@ -218,13 +218,13 @@ def input_of(preprocessing: dict[str, Any]) -> str:
 
 
 def decoded(preprocessing: dict[str, Any]) -> list[str]:
-    """How pixels are read, where that is not the default; older files do not say."""
+    """Settings for decoding pixels that differ from the default; older files lack them."""
     found = []
     if preprocessing.get("exif", "turn") == "keep":
-        found.append("not turned by EXIF")
+        found.append("EXIF orientation ignored")
     if preprocessing.get("image_range"):
         low, high = preprocessing["image_range"]
-        found.append(f"more than 8 bits from {low:g}…{high:g}")
+        found.append(f"range above 8 bits {low:g}…{high:g}")
     return found
 
 

@@ -25,7 +25,8 @@ def command(
         Path | None,
         typer.Argument(
             metavar="CACHE.h5",
-            help="Made by extract. Not needed to calibrate detectors that need no fitting.",
+            help="Cache written by extract. Leave it out to calibrate detectors that need no "
+            "fitting.",
             show_default=False,
         ),
     ] = None,
@@ -35,8 +36,8 @@ def command(
             "--detector",
             "-d",
             metavar="NAME|FILE",
-            help="A detector's name, an artefact's path, or FILE.py:CLASS, one of your own; 'all' "
-            "for every one that can be fitted on CACHE.h5. Repeatable.",
+            help="Detector: a name, an artefact's path, or FILE.py:CLASS for your own; 'all' for "
+            "every detector that CACHE.h5 can fit. Repeatable.",
             autocompletion=complete_detectors,
             show_default=False,
         ),
@@ -46,23 +47,24 @@ def command(
         list[Path] | None,
         typer.Option(
             metavar="F.h5",
-            help="Rows for the verdicts of score --fpr: real images, virtual ones matched to the "
-            "published accuracy, or (repeated) both.",
-            show_default="every fifth row (at most 5,000), where CACHE.h5 holds real images",
+            help="Cache to calibrate 'score --fpr' on: real images, accuracy-matched virtual "
+            "images (extract --match-accuracy), or both. Repeatable.",
+            show_default="every fifth row of CACHE.h5, at most 5,000, if it holds real images",
         ),
     ] = None,
     ood: Annotated[
         Path | None,
         typer.Option(
-            metavar="F.h5", help="OOD rows, for detectors that learn from them.", show_default=False
+            metavar="F.h5",
+            help="Cache of OOD images, for detectors that learn from them.",
+            show_default=False,
         ),
     ] = None,
     noise: Annotated[
         Path | None,
         typer.Option(
             metavar="F.h5",
-            help="Rows of noise, for 1c-sum, c2ir-peak, duo and trio; the others are fitted on "
-            "CACHE.h5.",
+            help="Cache of noise images, for 1c-sum, c2ir-peak, duo and trio.",
             show_default=False,
         ),
     ] = None,
@@ -70,12 +72,12 @@ def command(
         Path | None,
         typer.Option(
             metavar="F.csv",
-            help="Columns path and ood (0 or 1): rows of CACHE.h5 that somebody marked.",
+            help="Labels of rows of CACHE.h5: a table with the columns path and ood (0 or 1).",
             show_default=False,
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the artefacts go.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the artefacts.")
     ] = Path("detectors"),
     json: Json = False,
     force: Force = False,
@@ -121,9 +123,10 @@ def _sentence(artefact: Mapping[str, Any]) -> str:
     if artefact["calibrated_on"]:
         low, high = artefact["achieved_at_0.05"]
         words.append(
-            f"calibrated on {artefact['calibrated_on']} (p-values from "
-            f"{artefact['resolution']:.2g}; a nominal 5 % achieves {low:.1%} to {high:.1%})"
+            f"calibrated on {artefact['calibrated_on']} (smallest p-value "
+            f"{artefact['resolution']:.2g}; expect {100 * low:.1f}–{high:.1%} false alarms at "
+            "--fpr 0.05)"
         )
     if artefact["threshold"] is not None:
-        words.append(f"labelled rows part at {artefact['threshold']:.6g}")
+        words.append(f"threshold from labels {artefact['threshold']:.6g}")
     return ": ".join([words[0], ", ".join(words[1:])]) if len(words) > 1 else words[0]

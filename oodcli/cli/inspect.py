@@ -1,4 +1,4 @@
-"""``oodcli inspect``: what a file is; of a checkpoint, which detectors it allows."""
+"""``oodcli inspect``: describe a file; for a checkpoint, list the detectors it allows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def describe(classifier: Classifier, path: Path) -> dict[str, Any]:
-    """Everything that is shown, as JSON can hold it."""
+    """The description of a checkpoint, as JSON."""
     from oodcli import detectors
     from oodcli.recording.recorder import recordable
 
@@ -60,7 +60,7 @@ def command(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="A checkpoint; or virtual images, a cache, a detector, scores or metrics.",
+            help="Checkpoint, virtual images, cache, artefact, scores or metrics.",
             show_default=False,
         ),
     ],
@@ -68,19 +68,19 @@ def command(
         Path | None,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="With --verify: what FILE should have been made from.",
+            help="Checkpoint that FILE should come from; with --verify.",
             show_default=False,
         ),
     ] = None,
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Take the checksums of FILE again, and say which of them hold."
+            "--verify", help="Recompute the checksums of FILE and print which of them match."
         ),
     ] = False,
     write_card: Annotated[
         bool,
-        typer.Option("--write-card", help="Write what was found into a checkpoint's model card."),
+        typer.Option("--write-card", help="Write the findings to the checkpoint's model card."),
     ] = False,
     json: Json = False,
     force: Force = False,
@@ -89,7 +89,7 @@ def command(
     *,
     model: ModelOptions,
 ) -> None:
-    """What a checkpoint or an output of oodcli is, and how it was made."""
+    """Describe a checkpoint or an output of oodcli."""
     from oodcli.cli.facts import facts_table, of_file
     from oodcli.errors import FileError, OodcliError
     from oodcli.files.describe import describe_file, kind_of
@@ -97,11 +97,11 @@ def command(
 
     if checkpoint is not None and not verify:
         raise OodcliError(
-            f"{checkpoint} is only looked at with --verify: add that, or leave it out"
+            f"{checkpoint} is only used with --verify: add --verify, or leave the checkpoint out"
         )
     kind = kind_of(file)
     if write_card and (verify or kind != "checkpoint"):
-        raise OodcliError("--write-card is for a checkpoint alone")
+        raise OodcliError("--write-card needs a checkpoint, and excludes --verify")
     if verify:
         _verify(file, kind, checkpoint, json)
         return
@@ -167,7 +167,7 @@ def _print(found: dict[str, Any]) -> None:
         "other taps": others or "none",
         "head": f"{head['name']}, {head['width']} features"
         if head
-        else found["retrained_head"] or "none: last layer not linear",
+        else found["retrained_head"] or "none: the last layer is not linear",
         "sha256": found["sha256"],
     }
     console.emit_table(facts_table(facts))
@@ -175,7 +175,7 @@ def _print(found: dict[str, Any]) -> None:
     for column in ("detector", "possible", "how"):
         verdicts.add_column(column, overflow="fold")
     for detector in found["detectors"]:
-        how = "fit it on a cache first" if detector["fitted"] else "needs no fitting"
+        how = "fit it first" if detector["fitted"] else "needs no fitting"
         if not detector["allowed"]:
             how = f"lacks {', '.join(detector['lacks'])}"
         verdicts.add_row(detector["name"], "yes" if detector["allowed"] else "no", how)

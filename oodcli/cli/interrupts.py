@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGHUP. While a loop runs they end it between two of its steps: an exception
-raised by a signal in the middle of one can be lost, as torch's compiled code loses some."""
+"""Ctrl-C, SIGTERM and SIGHUP. During a loop they stop it between two steps: an exception raised by
+a signal inside a step can be lost, for example in torch's compiled code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _looping = False
 
 
 def listen() -> None:
-    """Takes the signals that would end the process, but for those that its parent has ignored."""
+    """Handle the signals that would end the process, except those that its parent ignores."""
     global _asked
     _asked = None
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -31,7 +31,7 @@ def _ask(number: int, frame: FrameType | None) -> None:
 
 
 def stop_if_asked() -> None:
-    """Raises KeyboardInterrupt or SystemExit when a signal has come."""
+    """Raises KeyboardInterrupt or SystemExit if a signal has arrived."""
     if _asked == signal.SIGINT:
         raise KeyboardInterrupt
     if _asked is not None:
@@ -40,7 +40,7 @@ def stop_if_asked() -> None:
 
 @contextmanager
 def loop(advance: Callable[[float], None]) -> Iterator[Callable[[float], None]]:
-    """While it is open, signals wait for the next call of what it yields, which calls advance."""
+    """While open, signals wait for the next call of the yielded function, which calls advance."""
     global _looping
 
     def step(count: float) -> None:

@@ -26,44 +26,54 @@ from oodcli.cli.options import (
 def command(
     checkpoint: Checkpoint,
     per_class: Annotated[
-        int, typer.Option(min=1, help="Virtual images of each class (the paper: 2500).")
+        int, typer.Option(min=1, help="Virtual images per class; the paper uses 2500.")
     ] = 100,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Default: NAME.virtual.h5", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write, by default CHECKPOINT.virtual.h5.",
+            show_default=False,
+        ),
     ] = None,
     objective: Annotated[
         str,
         typer.Option(
-            help="kl (ours), paper (C2IR eq. 5) or deepinversion.",
+            help="Objective: kl (ours), paper (C2IR, eq. 5) or deepinversion.",
             autocompletion=words("kl", "paper", "deepinversion"),
         ),
     ] = "kl",
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps of an image: 50 for kl, else 2000.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Optimisation steps per image.",
+            show_default="50 for kl, otherwise 2000",
+        ),
     ] = None,
     classes: Annotated[
-        str | None, typer.Option(metavar="0-4,7", help="Only these.", show_default="all")
+        str | None,
+        typer.Option(metavar="0-4,7", help="Classes to invert.", show_default="all"),
     ] = None,
     mirror: Annotated[
         bool | None,
         typer.Option(
-            help="Mirror at random while inverting; not for classes that change under it, such "
-            "as text, hands or medical sides.",
-            show_default="as the objective: kl mirrors",
+            help="Mirror images at random while inverting. Turn it off for classes that mirroring "
+            "changes, such as text or left and right hands.",
+            show_default="on for kl, otherwise off",
         ),
     ] = None,
     compiled: Annotated[
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile the step, or not; the images differ in their last digits.",
+            help="Compile the step. Compiled and uncompiled images differ in the last digits.",
             show_default="if the job is long and that is faster",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how long it would take, and stop.")
+        bool, typer.Option("--dry-run", help="Print how long the job would run, and exit.")
     ] = False,
     json: Json = False,
     force: Force = False,
@@ -110,8 +120,8 @@ def command(
     gaps = inverted.batchnorm_gap
     worst = max(gaps, key=lambda name: gaps[name])
     console.say(
-        f"cross entropy {inverted.cross_entropy:.3g} nats; the network agrees with the target "
-        f"class on {inverted.agreement:.1%}; BatchNorm gap (KL, nats) "
-        f"{sum(gaps.values()) / len(gaps):.3f} on average, {gaps[worst]:.3f} at worst ({worst})"
+        f"the network predicts the target class on {inverted.agreement:.1%}, cross entropy "
+        f"{inverted.cross_entropy:.3g} nats; BatchNorm gap (KL, nats) mean "
+        f"{sum(gaps.values()) / len(gaps):.3f}, worst {gaps[worst]:.3f} ({worst})"
     )
     console.say(f"wrote {inverted.file} and {inverted.contact_sheet}")

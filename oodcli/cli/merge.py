@@ -1,4 +1,4 @@
-"""``oodcli merge``: the shards of a job to one file."""
+"""``oodcli merge``: merge the shards of a job into one file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ def command(
         list[Path],
         typer.Argument(
             metavar="SHARD",
-            help="All files that invert, extract or score made with --shard, in any order.",
+            help="Every file that invert, extract or score wrote with --shard, in any order.",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The whole.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Merged file.", show_default=False)
+    ],
     max_ood_fraction: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Exit with 4 when by any detector more than this share is OOD, without a verdict, "
-            "unreadable or left out.",
+            help="Gate: exit with 4 when any detector calls more than this share OOD. Images "
+            "without a verdict, unreadable or left out count as OOD.",
             show_default=False,
         ),
     ] = None,
@@ -37,7 +39,7 @@ def command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Put together what several jobs made with --shard."""
+    """Merge the outputs of sharded jobs."""
     from oodcli import api
 
     with console.watching("merge") as progress:
@@ -51,10 +53,8 @@ def command(
         )
     if json:
         console.emit_json(merged.about)
-    console.say(
-        f"wrote {output}: {merged.rows} rows of {merged.shards} shards, {merged.unreadable} "
-        "unreadable"
-    )
+    unreadable = verdicts.counted((merged.unreadable, "unreadable"), before=", ")
+    console.say(f"wrote {output}: {merged.rows} rows of {merged.shards} shards{unreadable}")
     for name, share in merged.ood_fraction.items():
         console.say(f"{name}: {share:.1%} OOD{verdicts.without(merged.unjudged.get(name, 0))}")
     verdicts.say_left_out(merged.left_out)

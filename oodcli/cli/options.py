@@ -36,7 +36,7 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A .pt, .pth, .th, .bin, .safetensors or .pt2 file.",
+        help="Checkpoint: a .pt, .pth, .th, .bin, .safetensors or .pt2 file.",
         show_default=False,
     ),
 ]
@@ -44,21 +44,24 @@ Images = Annotated[
     str,
     typer.Argument(
         metavar="IMAGES",
-        help="A folder, a text list, .npz, .tar, .zip, a virtual .h5, torchvision:DATASET?…, "
-        "noise:KIND?…, or - for a list on standard input.",
+        help="Images: a folder, a list of paths, an .npz, .tar or .zip file, the .h5 of invert, "
+        "torchvision:DATASET?…, noise:KIND?…, or - for a list on standard input.",
         show_default=False,
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Begin again; without it, an interrupted job goes on.")
+    bool,
+    typer.Option(
+        "--restart", help="Discard partial results. By default an interrupted job resumes."
+    ),
 ]
 Shard = Annotated[
     str | None,
     typer.Option(
         "--shard",
         metavar="N/OF",
-        help="Only this part of the job, such as 3/64; 'oodcli merge' puts the parts together.",
+        help="Part of the job to run, such as 3/64. 'oodcli merge' merges the parts.",
         show_default=False,
     ),
 ]
@@ -69,16 +72,16 @@ Timeout = Annotated[
         metavar="SECONDS",
         min=0.001,
         max=86400,
-        help="Decode images in processes of their own: one that takes longer, or ends its "
-        "process, is a row with an error.",
+        help="Time limit for decoding an image, in a separate process. An image that exceeds it "
+        "or crashes the process becomes a row with an error.",
         show_default=False,
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on standard error but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors to stderr.")]
 Verbose = Annotated[
     bool,
     typer.Option(
-        "--verbose", "-v", help="Say what was decided and how long it took on standard error, too."
+        "--verbose", "-v", help="Also print decisions and the time of each step to stderr."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
@@ -88,8 +91,8 @@ Detectors = Annotated[
         "--detector",
         "-d",
         metavar="NAME|FILE",
-        help="A detector's name, an artefact's path, or FILE.py:CLASS, one of your own; 'all' for "
-        "every one that needs no fitting. Repeatable.",
+        help="Detector: a name, an artefact's path, or FILE.py:CLASS for your own; 'all' for every "
+        "detector that needs no fitting. Repeatable.",
         autocompletion=complete_detectors,
         show_default=False,
     ),
@@ -100,54 +103,65 @@ Parameters = Annotated[
         "--param",
         "-p",
         metavar="NAME.KEY=VALUE",
-        help="A hyper-parameter of a detector. Repeatable.",
+        help="Hyper-parameter of a detector, such as knn.k=20. Repeatable.",
         show_default=False,
     ),
 ]
 
-_MODEL = "The model, where the model card and recognition do not say"
+_MODEL = "Model (overrides the model card)"
+_RUN = "Execution"
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What may be said about a checkpoint, and how to run it."""
+    """Options that describe a checkpoint, and those that say how to run it."""
 
     arch: Annotated[
         str | None,
         typer.Option(
-            help="A built-in name, torchvision:NAME, timm:NAME or FILE.py:FACTORY; a retrained "
-            "head after it: +deconf-cosine, +deconf-euclid, +deconf-inner or +mos:4,3,3.",
+            help="Architecture: a built-in name, torchvision:NAME, timm:NAME or FILE.py:FACTORY. "
+            "Append a retrained head: +mos:4,3,3, +deconf-cosine, +deconf-euclid or "
+            "+deconf-inner.",
             autocompletion=complete_architectures,
             rich_help_panel=_MODEL,
         ),
     ] = None
     num_classes: Annotated[
-        int | None, typer.Option(min=2, help="Checked against the head.", rich_help_panel=_MODEL)
+        int | None,
+        typer.Option(min=2, help="Number of classes; must match the head.", rich_help_panel=_MODEL),
     ] = None
     input_size: Annotated[
         str | None,
-        typer.Option(metavar="H,W", help="Or one number.", rich_help_panel=_MODEL),
+        typer.Option(
+            metavar="H,W",
+            help="Input height and width, or one number for both.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None
     mean: Annotated[
         str | None,
-        typer.Option(metavar="R,G,B", help="Of pixels in [0, 1].", rich_help_panel=_MODEL),
+        typer.Option(metavar="R,G,B", help="Mean of pixels in [0, 1].", rich_help_panel=_MODEL),
     ] = None
     std: Annotated[
         str | None,
-        typer.Option(metavar="R,G,B", help="Of the same pixels.", rich_help_panel=_MODEL),
+        typer.Option(
+            metavar="R,G,B",
+            help="Standard deviation of pixels in [0, 1].",
+            rich_help_panel=_MODEL,
+        ),
     ] = None
     resize: Annotated[
         str | None,
         typer.Option(
             metavar="N|H,W",
-            help="Before a centre crop: length of the shorter side, or height and width.",
+            help="Size before the centre crop: the shorter side, or height and width.",
             rich_help_panel=_MODEL,
         ),
     ] = None
     interpolation: Annotated[
         str | None,
         typer.Option(
-            help="Of the resize: nearest, bilinear, bicubic, lanczos, box or hamming.",
+            help="Filter of the resize: nearest, bilinear, bicubic, lanczos, box or hamming.",
             autocompletion=words("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
             rich_help_panel=_MODEL,
         ),
@@ -155,8 +169,8 @@ class ModelOptions:
     crop: Annotated[
         str | None,
         typer.Option(
-            help="center: resize the shorter side, then cut the middle out; squash: resize both "
-            "sides.",
+            help="Crop: center resizes the shorter side, then crops the centre; squash resizes "
+            "both sides.",
             autocompletion=words("center", "squash"),
             rich_help_panel=_MODEL,
         ),
@@ -164,8 +178,8 @@ class ModelOptions:
     exif: Annotated[
         str | None,
         typer.Option(
-            help="turn: photographs upright as their EXIF block says, the default; keep: as "
-            "stored.",
+            help="EXIF orientation: turn rotates photographs upright (default); keep leaves them "
+            "as stored.",
             autocompletion=words("turn", "keep"),
             rich_help_panel=_MODEL,
         ),
@@ -174,64 +188,67 @@ class ModelOptions:
         str | None,
         typer.Option(
             metavar="LOW,HIGH",
-            help="Values that are black and white in images of more than 8 bits.",
+            help="Values of black and white in images of more than 8 bits.",
             rich_help_panel=_MODEL,
         ),
     ] = None
     class_names: Annotated[
         str | None,
         typer.Option(
-            metavar="A,B,…|FILE", help="Or a file, one name a line.", rich_help_panel=_MODEL
+            metavar="A,B,…|FILE",
+            help="Class names, or a file with one name per line.",
+            rich_help_panel=_MODEL,
         ),
     ] = None
     card: Annotated[
-        Path | None, typer.Option(help="A model card elsewhere.", rich_help_panel=_MODEL)
+        Path | None,
+        typer.Option(
+            help="Model card to use instead of the one beside CHECKPOINT.", rich_help_panel=_MODEL
+        ),
     ] = None
     layers: Annotated[
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="Modules to tap in place of blocks and stages.",
+            help="Modules to record instead of blocks and stages.",
             rich_help_panel=_MODEL,
         ),
     ] = None
     ema: Annotated[
-        bool, typer.Option("--ema", help="Prefer averaged weights.", rich_help_panel=_MODEL)
+        bool, typer.Option("--ema", help="Use averaged (EMA) weights.", rich_help_panel=_MODEL)
     ] = False
     trust_pickle: Annotated[
         bool,
         typer.Option(
             "--trust-pickle",
-            help="Load a pickled module, or code that a model card names: both can do anything.",
+            help="Load a pickled module, or run code that the model card names. Either can run any "
+            "code: use it only for files that you trust.",
             rich_help_panel=_MODEL,
         ),
     ] = False
     device: Annotated[
         str,
         typer.Option(
-            help="auto, cpu, cuda, cuda:1, …",
+            help="Device, such as cpu or cuda:1.",
             autocompletion=words("auto", "cpu", "cuda", "mps"),
-            rich_help_panel="How it runs",
+            rich_help_panel=_RUN,
         ),
     ] = "auto"
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images at a time.", rich_help_panel="How it runs")
+        int | None, typer.Option(min=1, help="Images per batch.", rich_help_panel=_RUN)
     ] = None
     precision: Annotated[
         str,
         typer.Option(
             help="auto, float32 or bfloat16.",
             autocompletion=words("auto", "float32", "bfloat16"),
-            rich_help_panel="How it runs",
+            rich_help_panel=_RUN,
         ),
     ] = "auto"
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of everything random.", rich_help_panel="How it runs")
-    ] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.", rich_help_panel=_RUN)] = 0
 
     def checkpoint(self, path: Path) -> GivenCheckpoint:
-        """The checkpoint, with what is said about its network. Raises OodcliError for what makes
-        no sense."""
+        """The checkpoint with its overrides. Raises OodcliError for a malformed option."""
         from oodcli.api import Checkpoint, Overrides
 
         overrides = Overrides(
@@ -252,7 +269,7 @@ class ModelOptions:
         return Checkpoint(path, overrides, self.ema, self.trust_pickle)
 
     def running(self) -> dict[str, Any]:
-        """How it runs, as the functions of ``oodcli.api`` take it."""
+        """Keyword arguments of the functions of ``oodcli.api`` that say how to run."""
         names = ("device", "batch_size", "precision", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -261,7 +278,7 @@ _HINTS = get_type_hints(ModelOptions, include_extras=True)
 
 
 def takes_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command, whose parameter ``model`` is a ModelOptions, an option for each field."""
+    """Adds an option for each field of ModelOptions to a command with a parameter ``model``."""
     own = inspect.signature(command, eval_str=True)
     extra = [
         inspect.Parameter(

@@ -37,7 +37,7 @@ def command(
         Path,
         typer.Argument(
             metavar="CHECKPOINT|CACHE.h5",
-            help="A checkpoint, followed by IMAGES; or a cache made by extract, alone.",
+            help="Checkpoint, followed by IMAGES; or a cache written by extract.",
             show_default=False,
         ),
     ],
@@ -45,8 +45,8 @@ def command(
         str | None,
         typer.Argument(
             metavar="IMAGES",
-            help="A folder, a text list, .npz, .tar, .zip, a virtual .h5, torchvision:DATASET?…, "
-            "noise:KIND?…, or - for a list on standard input.",
+            help="Images: a folder, a list of paths, an .npz, .tar or .zip file, the .h5 of "
+            "invert, torchvision:DATASET?…, noise:KIND?…, or - for a list on standard input.",
             show_default=False,
         ),
     ] = None,
@@ -57,7 +57,7 @@ def command(
         typer.Option(
             "--output",
             "-o",
-            help=".csv, .jsonl or .parquet; CSV on standard output without it.",
+            help="Scores file: .csv, .jsonl or .parquet. Without it, CSV on standard output.",
             show_default=False,
         ),
     ] = None,
@@ -67,8 +67,8 @@ def command(
             metavar="RATE",
             min=0,
             max=1,
-            help="Verdicts with this false-alarm rate, by the artefacts' calibration: adds NAME.p "
-            "and NAME.ood.",
+            help="False-alarm rate of the verdicts, by the artefacts' calibration. Adds NAME.p and "
+            "NAME.ood.",
             show_default=False,
             rich_help_panel=_VERDICT,
         ),
@@ -77,8 +77,9 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="NAME=NUMBER",
-            help="Scores above it are OOD: adds NAME.ood. Repeatable. Or 'split': two groups with "
-            "the least variance within; or 'labelled': as learnt by fit --labelled.",
+            help="Threshold above which a score is OOD. Adds NAME.ood. Repeatable. Or 'split' for "
+            "the two groups with the least variance within (Otsu), or 'labelled' for the "
+            "threshold of fit --labelled.",
             show_default=False,
             rich_help_panel=_VERDICT,
         ),
@@ -89,7 +90,7 @@ def command(
             metavar="SHARE",
             min=0,
             max=1,
-            help="The expected share of OOD images: the highest scores of the stream are OOD.",
+            help="Expected share of OOD images: the highest scores are OOD.",
             show_default=False,
             rich_help_panel=_VERDICT,
         ),
@@ -100,8 +101,8 @@ def command(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Exit with 4 when by any detector more than this share is OOD, without a verdict, "
-            "unreadable or left out.",
+            help="Gate: exit with 4 when any detector calls more than this share OOD. Images "
+            "without a verdict, unreadable or left out count as OOD.",
             show_default=False,
             rich_help_panel=_VERDICT,
         ),
@@ -110,11 +111,11 @@ def command(
         bool,
         typer.Option(
             "--mirror",
-            help="Add the score of the mirror image; not for classes that change under mirroring.",
+            help="Add the score of the mirrored image. Not for classes that mirroring changes.",
         ),
     ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Add NAME.why: what made the score, where known.")
+        bool, typer.Option("--explain", help="Explain scores in NAME.why, where the detector can.")
     ] = False,
     json: Json = False,
     force: Force = False,
@@ -125,8 +126,8 @@ def command(
         str | None,
         typer.Option(
             metavar="ray|ray://HOST:PORT",
-            help="Score over a Ray cluster; IMAGES may also be an address such as s3://…, a "
-            "pattern of .tar files, or Parquet.",
+            help="Ray cluster to score on. IMAGES may also be an address such as s3://…, a pattern "
+            "of .tar files, or Parquet.",
             show_default=False,
         ),
     ] = None,
@@ -139,7 +140,9 @@ def command(
     from oodcli import api
 
     if json and output is None:
-        raise OodcliError("--json prints the summary on standard output: name a file with -o")
+        raise OodcliError(
+            "--json prints the summary on standard output: write the scores to a file with -o"
+        )
     decides = fpr is not None or bool(threshold) or contamination is not None
     if max_ood_fraction is not None and not decides:
         raise OodcliError(
@@ -173,7 +176,7 @@ def command(
     _say(scored)
     if verdicts.gate_failed(scored.doubts, max_ood_fraction):
         raise typer.Exit(4)
-    if scored.unreadable and not console.who:  # torchrun would take it for a crash
+    if scored.unreadable and not console.who:  # torchrun reports it as a crash
         raise typer.Exit(3)
 
 
@@ -184,16 +187,16 @@ def _summary(scored: Scored) -> dict[str, Any]:
 
 
 def _say(scored: Scored) -> None:
-    # A column such as knn[real] says on what it was fitted.
+    # The name of a column such as knn[real] contains what it was fitted on.
     names = ", ".join(
         f"{name} ({rows})" if rows and not name.endswith(f"[{rows}]") else name
         for name, rows in scored.fitted_on.items()
     )
-    console.say(
-        f"{scored.rows} images scored by {names}; "
-        f"{scored.unreadable} unreadable, {scored.infinite} with an infinite score (OOD)"
-        + (f"; wrote {scored.output}" if scored.output else "")
+    faults = verdicts.counted(
+        (scored.unreadable, "unreadable"), (scored.infinite, "with an infinite score (OOD)")
     )
+    written = f"; wrote {scored.output}" if scored.output else ""
+    console.say(f"{scored.rows} images scored by {names}{faults}{written}")
     for name, data in scored.saw_ood.items():
         console.say(f"{name} has learnt from {data}")
     for name, part in scored.ood_fraction.items():

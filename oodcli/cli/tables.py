@@ -19,11 +19,10 @@ _GAP = 2
 def evaluation_table(
     evaluation: Evaluation, width: int, metrics: Sequence[str] = ("auroc", "tnr95")
 ) -> Table:
-    """A row for each detector, in percent, the best of a column in bold; at most ``width`` wide.
+    """A row per detector, in percent, the best of a column in bold; at most ``width`` wide.
 
-    The columns are as many as fit: all metrics of all sets, or the first metric of all sets and the
-    others of the mean alone, or the mean of all metrics. Names of sets are folded, at their hyphens
-    where that is enough.
+    It has as many columns as fit: all metrics of all sets, or the first metric of all sets and the
+    others of the mean only, or the mean of all metrics. Names of sets wrap, preferably at hyphens.
     """
     from rich import box
     from rich.table import Table
@@ -61,7 +60,7 @@ def evaluation_table(
 def _layout(
     evaluation: Evaluation, width: int, metrics: Sequence[str]
 ) -> tuple[list[tuple[str, str]], list[int]]:
-    """(set, metric) of each column, and how wide each is."""
+    """(set, metric) of each column, and its width."""
     last = evaluation.columns[-1]
     everything = [(set_, metric) for set_ in evaluation.columns for metric in metrics]
     means = [(last, metric) for metric in metrics]
@@ -76,5 +75,5 @@ def _layout(
 
 
 def _longest(name: str) -> int:
-    """The longest part of a name that is folded at its hyphens."""
+    """The longest part of a name that wraps at its hyphens."""
     return max(map(len, textwrap.wrap(name, 1, break_long_words=False)), default=0)

@@ -1,4 +1,4 @@
-"""``oodcli --version``: what a report of a fault should begin with, and what the devices can do."""
+"""``oodcli --version``: versions and devices, for bug reports."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from oodcli._version import __version__
 
 
 def lines() -> Iterator[str]:
-    """The first at once, for programs; the devices take the second that it takes to import
-    torch."""
+    """Lines of ``--version``. The devices come last: they need torch, which takes a second to
+    import."""
     yield f"oodcli {__version__}"
     yield f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield f"torch {installed('torch')}, torchvision {installed('torchvision')}"
@@ -24,7 +24,7 @@ def lines() -> Iterator[str]:
 
 
 def in_short() -> str:
-    """What runs, and where, in one line; without importing torch."""
+    """The versions and the working folder in one line, without importing torch."""
     return (
         f"oodcli {__version__}, Python {platform.python_version()}, torch {installed('torch')}, in "
         f"{Path.cwd()}"
@@ -32,7 +32,7 @@ def in_short() -> str:
 
 
 def installed(package: str) -> str:
-    """Its version, or that it is not there."""
+    """The version of a package, or ``is not installed``."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -99,8 +99,7 @@ def get(name: str) -> type[Detector]:
         return own.known[name].kind
     raise DetectorError(
         f"no detector is called '{name}': known are {', '.join(_CLASSES)} "
-        "(a fitted one is given by the path of its .safetensors file, one of your own by "
-        "FILE.py:CLASS)"
+        "(give a fitted one by the path of its .safetensors file, your own by FILE.py:CLASS)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows that a detector compares with, and that need not be in memory."""
+"""Rows that a detector compares with, in memory or in their file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every detector is: a frozen object whose fields are its fitted state."""
+"""The base class of detectors: a frozen object whose fields are its fitted state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Detector(ABC):
 
     fitted: ClassVar[bool] = False
     heavy: ClassVar[bool] = False
-    """Slow enough to be scored on the GPU, where there is one."""
+    """Slow enough to score on the GPU, if there is one."""
 
     uses_ood: ClassVar[bool] = False
     needs_ood: ClassVar[bool] = False
@@ -50,7 +50,7 @@ class Detector(ABC):
     """``contributions`` lists the terms of a score."""
 
     strict_on_virtual: ClassVar[bool] = False
-    """Reads statistics that virtual images are made to match, so thresholds on them are wrong."""
+    """It reads statistics that inversion matches, so thresholds from virtual images are wrong."""
 
     @classmethod
     def fit(cls, train: Blocks, *args: Any, **hyperparameters: Any) -> Self:
@@ -99,7 +99,7 @@ class Detector(ABC):
         return False
 
     def explain(self, test: Features) -> list[str]:
-        """For each row, the three terms that raise its score most, in words."""
+        """For each row, the three terms that raise its score most, as text."""
         return largest_in_words(*self.contributions(test))
 
     def learn(self, labelled: Sequence[Features], ood: Tensor) -> Self:

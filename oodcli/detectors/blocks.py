@@ -50,7 +50,7 @@ def finite_rows(train: Blocks, needs: Iterable[str], who: str) -> Iterator[Featu
         if len(kept):
             yield kept
     if not count:
-        raise DetectorError(f"{who}: there is no row to fit on")
+        raise DetectorError(f"{who}: no rows to fit on")
 
 
 def score_in_halves(score: Callable[[Features], Tensor], test: Features, who: str) -> Tensor:
@@ -68,13 +68,13 @@ def score_in_halves(score: Callable[[Features], Tensor], test: Features, who: st
             if ran_out(error):
                 raise
             raise DetectorError(
-                f"the fitted {who} does not go with these features ({first_line(error)}): fit it "
-                "again, on features of this network"
+                f"the fitted {who} does not match these features ({first_line(error)}): fit it "
+                "again on features of this network"
             ) from error
 
     def too_large(error: BaseException) -> DetectorError:
         return DetectorError(
-            f"not enough memory to score one image with {who} ({first_line(error)}): try "
+            f"out of memory with a single image scored by {who} ({first_line(error)}): try "
             "--device cpu"
         )
 

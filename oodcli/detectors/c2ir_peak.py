@@ -97,7 +97,7 @@ class C2IRPeak(Summed):
 
     name = "c2ir-peak"
     source = "this project, on C2IR and Liu et al. 2020"
-    about = "energy, c2ir-z's deviations and peak: logarithms, on an accuracy-matched pool"
+    about = "logarithms of energy, c2ir-z's deviations and peak, scaled on an accuracy-matched pool"
     needs = C2IRZ.needs | Peak.needs
     noise_images = OneClassSum.reference_images
 
@@ -113,7 +113,7 @@ class C2IRPeak(Summed):
         with_peak = of_noise < of_pool
         if not with_peak:
             log.info(
-                f"{cls.name}: peak is left out, for noise has the higher peaks ({of_noise:.3g}, "
+                f"{cls.name}: peak is left out: noise has higher peaks ({of_noise:.3g}, "
                 f"the pool {of_pool:.3g})"
             )
         rows, scale = cls._on_pool(_parts(deviation, with_peak), pool)
@@ -122,8 +122,8 @@ class C2IRPeak(Summed):
         (of_both,), (unit,) = (each.tolist() for each in median_and_spread(both))
         if not unit > 0:
             raise DetectorError(
-                f"{cls.name}: energy and c2ir-z say opposite things of the {len(rows)} rows of the "
-                "pool, so their sum has no scale: calibrate on more and different images"
+                f"{cls.name}: energy and c2ir-z contradict each other on the {len(rows)} rows of "
+                "the pool, so their sum has no scale: calibrate on more and different images"
             )
         median[0] += of_both * spread[0]
         spread[:2] *= unit

@@ -11,20 +11,20 @@ from torch import Tensor
 from oodcli.errors import DetectorError
 
 ROWS_A_CLASS = 5
-"""Rows to calibrate on for each class on average, from which a class without any is no chance."""
+"""Average calibration rows per class from which a class without rows is not a coincidence."""
 
 POOL_WEIGHT = 30.0
-"""How many real images a pool of accuracy-matched virtual images counts for beside real ones."""
+"""Weight of a pool of accuracy-matched virtual images beside real images, in real images."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of images that count as in-distribution, and how much each counts.
+    """Scores of in-distribution images, and their weights.
 
     scores: (n,) float64, ascending. weights: (n,), 1 for a real image; beside real images a
-    virtual pool counts for 30 in all. real, virtual: how many rows of each. matched_accuracy: what
-    the pool was degraded to; None without a pool. classes: of the network; without_rows: those of
-    which there is no row; 0 and None in artefacts of before.
+    virtual pool weighs 30 in all. real, virtual: numbers of rows. matched_accuracy: accuracy that
+    the pool was degraded to; None without a pool. classes: number of classes of the network;
+    without_rows: classes without a row; 0 and None in older artefacts.
     """
 
     scores: Tensor
@@ -37,37 +37,45 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 1 or not len(self.scores) or self.scores.shape != self.weights.shape:
-            raise DetectorError("a calibration needs as many weights as scores, and at least one")
+            raise DetectorError("a calibration needs one weight per score, and at least one score")
 
     @property
     def words(self) -> str:
-        """What every table says of a verdict that rests on this."""
+        """Basis of a verdict, as every table prints it."""
         if not self.virtual:
             return f"{self.real} real images"
         real = f"{self.real} real images" if self.real else "no real data"
         return f"virtual, matched to accuracy {self.matched_accuracy:.4g}, {real}"
 
     @property
+    def images(self) -> str:
+        """The images in short, for a line of the terminal."""
+        real = f"{self.real} real images"
+        if not self.virtual:
+            return real
+        return f"virtual and {real}" if self.real else "virtual images"
+
+    @property
     def without_verdict(self) -> tuple[int, ...]:
-        """Classes of which nothing is known: without a row where there are ``ROWS_A_CLASS`` for
-        each on average. With fewer, a class may lack rows by chance."""
+        """Classes without a row, if there are ``ROWS_A_CLASS`` rows per class on average. With
+        fewer, a class may lack rows by chance."""
         enough = self.real + self.virtual >= ROWS_A_CLASS * self.classes
         return (self.without_rows or ()) if enough else ()
 
     @property
     def unit(self) -> float:
-        """What the tried image itself counts for: as one of the pool, where there is a pool. With 1
-        beside a pool of 30, verdicts are some two points more lenient (measured on ResNet-20)."""
+        """Weight of the scored image itself: that of a pool image, if there is a pool. A weight of
+        1 beside a pool of 30 makes verdicts about two points more lenient (on ResNet-20)."""
         return float(self.weights.min())
 
     @property
     def mass(self) -> float:
-        """How many images the rows count for, with the one that is tried."""
+        """Total weight of the rows and of the scored image."""
         return float(self.weights.sum()) + self.unit
 
     @property
     def resolution(self) -> float:
-        """The smallest p-value that a score can have."""
+        """The smallest possible p-value."""
         return self.unit / self.mass
 
     def p_value(self, scores: Tensor) -> Tensor:
@@ -80,9 +88,9 @@ class Calibration:
         return (self.unit + after[first]) / self.mass
 
     def achieved(self, rate: float, level: float = 0.9) -> tuple[float, float]:
-        """Interval in which the false-alarm rate lies that a nominal ``rate`` achieves on new
-        images like the calibration rows, for the luck of their draw: quantiles of a Beta
-        distribution with l = ⌊rate·(n + 1)⌋ and n + 1 − l (Vovk 2012, prop. 2a), n + 1 the mass."""
+        """Interval of the false-alarm rate that a nominal ``rate`` achieves on new images like the
+        calibration rows, given their sampling error: quantiles of a Beta distribution with
+        l = ⌊rate·(n + 1)⌋ and n + 1 − l, where n + 1 is the mass (Vovk 2012, prop. 2a)."""
         from scipy.stats import beta
 
         flagged = int(rate * self.mass + 1e-9)
@@ -95,14 +103,14 @@ class Calibration:
 def calibrate(
     real: Sequence[Tensor], pools: Sequence[Tensor], matched_accuracy: float | None
 ) -> Calibration:
-    """Real rows count 1 each; a pool counts 30 in all beside real rows, and 1 a row alone.
+    """Real rows weigh 1 each; a pool weighs 30 in all beside real rows, and 1 per row alone.
 
-    real, pools: scores of each file, (n,). Raises DetectorError when there is no score at all.
+    real, pools: scores of each file, (n,). Raises DetectorError without a score.
     """
     nothing = torch.zeros(0, dtype=torch.float64)
     r, v = (torch.cat([nothing, *parts]) for parts in (real, pools))
     if not len(r) + len(v):
-        raise DetectorError("there is no row to calibrate on")
+        raise DetectorError("no rows to calibrate on")
     share = min(1.0, POOL_WEIGHT / (len(v) + 1)) if len(r) and len(v) else 1.0
     weights = torch.cat([torch.ones_like(r), torch.full_like(v, share)])
     scores, order = torch.cat([r, v]).sort()
@@ -138,12 +146,12 @@ def contamination_threshold(scores: Tensor, share: float) -> float:
 
 
 def labelled_threshold(scores: Tensor, ood: Tensor) -> float:
-    """The threshold with the best mean of true positive and true negative rate on rows that
-    somebody marked. scores: (N,), ood: (N,) bool. Raises DetectorError when one kind is missing."""
+    """The threshold with the best mean of true positive and true negative rate on labelled rows.
+    scores: (N,), ood: (N,) bool. Raises DetectorError when one kind is missing."""
     inside, outside = scores[~ood].double(), scores[ood].double()
     if not len(inside) or not len(outside):
         raise DetectorError(
-            "labelled rows must be of both kinds: mark some 0 (ID) and some 1 (OOD)"
+            "labelled rows must be of both kinds: label some 0 (ID) and some 1 (OOD)"
         )
     values = torch.unique(torch.cat([inside, outside]))  # ascending
     inside, outside = inside.sort().values, outside.sort().values

@@ -81,7 +81,7 @@ def class_moments(
             total[name].index_add_(0, label, kept)
             square[name].index_add_(0, label, kept.square())
     if not count.sum() > 0:
-        raise DetectorError("there is no row to fit on")
+        raise DetectorError("no rows to fit on")
     return ClassMoments(count, total, square)
 
 
@@ -91,6 +91,6 @@ def column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     Returns (I,), (I,). Raises DetectorError when none is left."""
     rows = rows[torch.isfinite(rows).all(1)]
     if not len(rows):
-        raise DetectorError("not one row to fit on has finite scores")
+        raise DetectorError("no row to fit on has finite scores")
     mean, sd = rows.mean(0), rows.std(0, correction=0)
     return mean, torch.where(sd > 1e-12 * mean.abs(), sd, 1.0)

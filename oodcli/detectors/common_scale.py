@@ -87,7 +87,7 @@ class Summed(Detector):
             kept.append((scores[good], _terms_of(parts, block)[good]))
         rows, terms = (torch.cat(each) for each in zip(*kept, strict=True))
         if not len(rows):
-            raise DetectorError(f"{cls.name}: not one row of the pool has finite scores")
+            raise DetectorError(f"{cls.name}: no row of the pool has finite scores")
         median, spread = median_and_spread(rows)
         for part, value in zip(parts, spread.tolist(), strict=True):
             if not value > 0:

@@ -21,7 +21,7 @@ class DMS(BatchNormIndicator):
 
     name = "dms"
     source = "Begon & Geurts 2021, eq. 27"
-    about = "squared departure of the channel means from BatchNorm's"
+    about = "squared deviation of the channel means from BatchNorm's"
     needs = frozenset({"batchnorm.mean", "batchnorm.running"})
 
     def _of(self, test: Features, channels: slice) -> Tensor:

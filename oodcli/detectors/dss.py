@@ -24,7 +24,7 @@ class DSS(BatchNormIndicator):
 
     name = "dss"
     source = "Begon & Geurts 2021, eq. 29"
-    about = "squared departure of the channels' standard deviations from BatchNorm's"
+    about = "squared deviation of the channels' standard deviations from BatchNorm's"
     needs = frozenset({"batchnorm.var", "batchnorm.running"})
 
     def _of(self, test: Features, channels: slice) -> Tensor:

@@ -21,7 +21,7 @@ class Duo(Summed):
 
     name = "duo"
     source = "this project, on C2IR and Begon & Geurts 2021"
-    about = "c2ir-z + 1c-sum, each by its median and quartiles on accuracy-matched virtual images"
+    about = "c2ir-z + 1c-sum, each scaled by its quartiles on accuracy-matched virtual images"
     needs = C2IRZ.needs | OneClassSum.needs
     noise_images = OneClassSum.reference_images
     further: ClassVar[tuple[Detector, ...]] = ()

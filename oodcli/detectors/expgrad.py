@@ -30,7 +30,7 @@ class ExpGrad(LastLayerGradient):
 
     name = "expgrad"
     source = "RG, eq. 5"
-    about = "minus the log-length of the gradient of Σ exp z"
+    about = "minus the log-norm of the gradient of Σ exp z"
 
     def _score(self, test: Features) -> Tensor:
         return expgrad(recorded(test.logits), test.shared(embedding_length))

@@ -25,7 +25,7 @@ class GradNorm(LastLayerGradient):
 
     name = "gradnorm"
     source = "Huang et al. 2021; RG, eq. 3 and 6"
-    about = "minus the gradient's length towards a uniform softmax"
+    about = "minus the norm of the gradient towards a uniform softmax"
 
     def _score(self, test: Features) -> Tensor:
         return gradnorm(test.shared(probabilities), test.shared(embedding_length))

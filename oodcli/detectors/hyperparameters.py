@@ -1,4 +1,4 @@
-"""Hyper-parameters of a detector: those of ``fit``, or of a detector that needs no fitting."""
+"""Hyper-parameters: the arguments of ``fit``, or the fields of a detector that needs no fitting."""
 
 from __future__ import annotations
 

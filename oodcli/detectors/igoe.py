@@ -28,7 +28,7 @@ class Igoe(LastLayerGradient):
 
     name = "igoe"
     source = "Igoe et al. 2022; RG, eq. 4"
-    about = "expected length of the log-likelihood's gradient"
+    about = "expected norm of the log-likelihood's gradient"
 
     def _score(self, test: Features) -> Tensor:
         return igoe(test.shared(probabilities), test.shared(embedding_length))

@@ -23,7 +23,9 @@ def chosen_layers(block: Features, which: str, who: str) -> list[str]:
         try:
             found = [name for name in means if re.fullmatch(which, name)]
         except re.error as error:
-            raise DetectorError(f"{who}: '{which}' is no regular expression ({error})") from error
+            raise DetectorError(
+                f"{who}: '{which}' is not a regular expression ({error})"
+            ) from error
     if not found:
         raise DetectorError(
             f"{who}: no layer for '{which}' (expected stages, blocks or a regular expression); "

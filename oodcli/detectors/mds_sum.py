@@ -80,7 +80,7 @@ class MDSSum(Detector):
         if not (weight > 0).any():
             raise DetectorError(
                 f"{self.name}: the OOD rows are nearer to the classes than the rows fitted on, so "
-                "no layer tells them apart"
+                "no layer separates them"
             )
         listed = ", ".join(
             f"{n} {w:.3g}" for n, w in zip(self.layers, weight.tolist(), strict=True)

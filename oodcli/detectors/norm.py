@@ -20,7 +20,7 @@ class Norm(LatentSpace):
 
     name = "norm"
     source = "Begon & Geurts 2021, eq. 14"
-    about = "minus the length of the embedding"
+    about = "minus the norm of the embedding"
 
     indicator = staticmethod(norm)
 

@@ -54,7 +54,7 @@ def load(word: str) -> type[Detector]:
         raise DetectorError(f"{word}: name the class as well, as {file or word}:CLASS")
     path = Path(file)
     if not path.is_file():
-        raise DetectorError(f"{word}: there is no file {file} (in {Path.cwd().name}/)")
+        raise DetectorError(f"{word}: no file {file} (in {Path.cwd().name}/)")
     try:
         code = path.read_bytes()
     except OSError as error:

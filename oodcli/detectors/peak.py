@@ -19,7 +19,7 @@ class Peak(Detector):
 
     name = "peak"
     source = "this project"
-    about = "minus the length of the last map's highest activations"
+    about = "minus the norm of the last feature map's peak activations"
     needs = frozenset({"layers.peak"})
     explains = True
 

@@ -20,7 +20,7 @@ class PeakEnergy(Detector):
 
     name = "peak-energy"
     source = "this project, with Liu et al. 2020"
-    about = "minus the squared length of the last map's highest activations times the free energy"
+    about = "minus the squared norm of the last feature map's peaks, times the free energy"
     needs = Peak.needs | {"logits", "logits.level"}
 
     def _score(self, test: Features) -> Tensor:

@@ -20,6 +20,6 @@ class Proj(LatentSpace):
 
     name = "proj"
     source = "Begon & Geurts 2021, eq. 16"
-    about = "minus the embedding's length along the predicted class's weights"
+    about = "minus the embedding's projection onto the predicted class's weights"
 
     indicator = staticmethod(projection)

@@ -32,7 +32,7 @@ class RG(Detector):
 
     name = "rg"
     source = "RG, eq. 8"
-    about = "free energy times the clipped length of the embedding"
+    about = "free energy times the clipped norm of the embedding"
     needs = frozenset({"logits", "embedding", "head"})
 
     T: float = 1.0

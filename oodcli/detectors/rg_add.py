@@ -37,7 +37,7 @@ class RGAdd(Detector):
 
     name = "rg-add"
     source = "RG, eq. 12"
-    about = "free energy plus the clipped length of the embedding, balanced by their spreads"
+    about = "free energy plus the clipped norm of the embedding, scaled to equal spread"
     needs = frozenset({"logits", "embedding", "head"})
     fitted = True
 

@@ -32,7 +32,7 @@ class Supervised(Detector):
 
     name = "supervised"
     source = "Begon & Geurts 2021, §3"
-    about = "linear SVM on 18 indicators, from labelled in- and out-of-distribution rows"
+    about = "linear SVM on 18 indicators, trained on labelled ID and OOD rows"
     needs = OneClassSum.needs
     fitted = True
     uses_ood = True
@@ -52,8 +52,7 @@ class Supervised(Detector):
         require_positive(cls.name, C=C)
         if ood is None:
             raise DetectorError(
-                f"{cls.name} needs out-of-distribution rows, too: oodcli fit CACHE.h5 "
-                f"-d {cls.name} --ood OOD.h5"
+                f"{cls.name} also needs OOD rows: oodcli fit CACHE.h5 -d {cls.name} --ood OOD.h5"
             )
         groups = [
             torch.cat([indicators(b, INDICATORS) for b in finite_rows(blocks, cls.needs, cls.name)])

@@ -53,7 +53,7 @@ class Thinkback(Detector):
 
     name = "thinkback"
     source = "Thinkback, eq. 5 and 7"
-    about = "squared length of the head's gradient by the predicted label"
+    about = "squared norm of the head's gradient for the predicted label"
     needs = frozenset({"logits", "embedding", "head"})
 
     T: float | Literal["auto"] = 1.0
@@ -62,7 +62,7 @@ class Thinkback(Detector):
         if self.T == "auto":
             raise DetectorError(
                 "thinkback.T=auto must be fitted first: 'oodcli fit CACHE.h5 -d thinkback "
-                "-p thinkback.T=auto' makes thinkback.safetensors, whose path -d takes"
+                "-p thinkback.T=auto' writes thinkback.safetensors; give its path to -d"
             )
         require_positive(self.name, T=self.T)
 

@@ -50,7 +50,7 @@ class ThinkbackNorm(Detector):
 
     name = "thinkback-norm"
     source = "Thinkback, eq. 6 and 7"
-    about = "thinkback, each weight by its mean square in distribution"
+    about = "thinkback, each weight scaled by its mean square on ID rows"
     needs = frozenset({"logits", "embedding", "head"})
     fitted = True
 

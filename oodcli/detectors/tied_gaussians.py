@@ -46,7 +46,7 @@ def whitened(covariance: Tensor, where: str) -> Tensor:
         condition = largest / float(values[0]) if float(values[0]) > 0 else torch.inf
         log.info(
             f"{where}: the covariance is singular ({dead} of {len(values)} directions, condition "
-            f"{condition:.2g}), so {ridge:.2g} is added to its diagonal"
+            f"{condition:.2g}), adding {ridge:.2g} to its diagonal"
         )
         values = values.clamp_min(0) + ridge
     whitening: Tensor = (vectors / values.sqrt()).contiguous()

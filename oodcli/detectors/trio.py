@@ -14,6 +14,6 @@ class Trio(Duo):
     second."""
 
     name = "trio"
-    about = "c2ir-z + 1c-sum + peak, each by its median and quartiles on the accuracy-matched pool"
+    about = "c2ir-z + 1c-sum + peak, each scaled by its quartiles on the accuracy-matched pool"
     needs = Duo.needs | Peak.needs
     further = (Peak(),)

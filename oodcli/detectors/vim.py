@@ -45,7 +45,7 @@ class ViM(Detector):
 
     name = "vim"
     source = "Wang et al. 2022, eq. 4-7"
-    about = "residual off the principal space of the embedding, as a virtual logit"
+    about = "virtual logit from the embedding's residual outside its principal subspace"
     needs = frozenset({"logits", "embedding", "head"})
     fitted = True
     heavy = True

@@ -1,4 +1,4 @@
-"""Fitted detectors as safetensors: tensors, and metadata that say what they belong to."""
+"""Fitted detectors as safetensors: tensors, and metadata about their origin."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from oodcli.networks.preprocessing import Preprocessing
 FORMAT = "oodcli-detector"
 VERSION = 1
 CALIBRATION = "calibration/"
-"""Prefix of the tensors that are not the detector's state."""
+"""Prefix of the tensors that belong to calibrations."""
 
 TENSORS_SHA256 = "tensors_sha256"
 
@@ -55,13 +55,13 @@ class Artefact:
 
     @property
     def saw(self) -> str:
-        """The OOD data that the detector has learnt from, in words; empty where there are none."""
+        """The OOD data that the detector has learnt from, as text; empty if none."""
         ood = self.fitted_on.get("ood")
         return f"OOD images ({ood})" if ood else ""
 
     @property
     def without_rows(self) -> tuple[int, ...]:
-        """Classes of which no row was fitted on."""
+        """Classes without a fitting row."""
         return _numbers(self.fitted_on.get("classes_without_rows")) or ()
 
     @property
@@ -71,7 +71,7 @@ class Artefact:
 
 
 def write_artefact(artefact: Artefact, path: Path) -> None:
-    """Writes where ``atomic`` says. Raises OSError when the disk refuses."""
+    """Write to a path from ``atomic``. Raises OSError if the disk refuses."""
     detector = artefact.detector
     metadata = {
         "format": FORMAT,
@@ -113,18 +113,18 @@ def write_artefact(artefact: Artefact, path: Path) -> None:
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Metadata, and the tensors' shapes. Raises FileError when the file is missing, damaged, of a
-    newer version or no artefact."""
+    """Metadata, and the tensors' shapes. Raises FileError for a file that is missing, damaged, of a
+    newer version or not an artefact."""
     if not path.is_file():
-        raise FileError(f"{path} does not exist: 'oodcli fit' makes artefacts")
+        raise FileError(f"{path} does not exist: 'oodcli fit' writes artefacts")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is damaged or no safetensors file ({error})") from error
+        raise FileError(f"{path} is damaged or not a safetensors file ({error})") from error
     if metadata.get("format") != FORMAT:
-        raise FileError(f"{path} is no detector of oodcli: 'oodcli fit' makes them")
+        raise FileError(f"{path} is not a detector of oodcli: 'oodcli fit' writes these")
     if metadata.get("version") != str(VERSION):
         raise FileError(
             f"{path} has format version {metadata.get('version')}, this oodcli reads {VERSION}: "
@@ -134,13 +134,14 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 
 def read_artefact(path: Path) -> Artefact:
-    """Raises FileError as read_header does, and when what the file says makes no detector."""
+    """Read a detector. Raises FileError as read_header does, and for contents that do not form a
+    detector."""
     metadata, shapes = read_header(path)
     name = metadata.get("detector", "")
     if name and not detectors.is_known(name):
         raise FileError(
-            f"{path} holds a '{name}', which this oodcli does not have: if it is a detector of "
-            "your own, name its code in the same command, with -d FILE.py:CLASS"
+            f"{path} holds a '{name}', which this oodcli does not have: if it is your own "
+            "detector, give its code in the same command with -d FILE.py:CLASS"
         )
     try:
         kind = detectors.get(metadata["detector"])
@@ -188,13 +189,13 @@ def read_artefact(path: Path) -> Artefact:
 
 
 def _numbers(found: Any) -> tuple[int, ...] | None:
-    """Raises ValueError or TypeError for what is no list of numbers; None is what older files
-    have."""
+    """Raises ValueError or TypeError for anything but a list of numbers; None comes from older
+    files."""
     return None if found is None else tuple(int(number) for number in found)
 
 
 def _object(text: str) -> dict[str, Any]:
-    """Raises ValueError when the text is no JSON object."""
+    """Raises ValueError for text that is not a JSON object."""
     found = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, got {type(found).__name__}")

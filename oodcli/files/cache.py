@@ -1,4 +1,4 @@
-"""The feature cache: what was recorded of each image, in HDF5."""
+"""The feature cache: the records of each image, in HDF5."""
 
 from __future__ import annotations
 
@@ -40,25 +40,23 @@ from oodcli.records import LAYER_PARTS, NORM_PARTS, WHOLE, field_of, word_of
 FORMAT = "oodcli-features"
 
 LOGITS_LEVEL = "logits_level"
-"""Root attribute, False where /logits are log-probabilities; else it is not there."""
+"""Root attribute, False if /logits are log-probabilities; otherwise absent."""
 
 BLOCK_BYTES = 1 << 26
 BLOCK_ROWS = 8192
 
 
 def listed(paths: Sequence[str], labels: Tensor, errors: Sequence[str | None]) -> bytes:
-    """What ``rows_sha256`` is taken of: path, label and error of each row, a NUL after each, which
-    no text in HDF5 contains."""
+    """The input of ``rows_sha256``: path, label and error of each row, each followed by a NUL,
+    which text in HDF5 cannot contain."""
     rows = zip(paths, labels.tolist(), errors, strict=True)
     return "".join(f"{path}\0{label}\0{error or ''}\0" for path, label, error in rows).encode()
 
 
 class CacheWriter:
-    """Appends blocks of N rows in turn; unreadable images keep a row of NaN and their error.
-    The checksum of the list is taken as the rows pass, and is in the file once all ``count`` are.
-
-    Raises ValueError when a block records something else than the first one did.
-    """
+    """Appends blocks of N rows in turn; unreadable images keep a row of NaN and their error. The
+    checksum of the list is computed as rows are written, and stored after all ``count`` rows.
+    Raises ValueError for a block with other records than the first."""
 
     def __init__(self, file: h5py.File, provenance: Provenance, count: int) -> None:
         provenance.write(file, FORMAT)
@@ -97,7 +95,7 @@ class CacheWriter:
         self._sum_up()
 
     def declare(self, features: Features) -> None:
-        """What is recorded of a row, where there was none that could be read. features: of any
+        """Create the datasets of the records, for a cache without a readable row. features: any
         number of rows, none of which is written."""
         if not self._rows:
             named = {name: rows for name, rows in features.rows().items() if name != "label"}
@@ -227,11 +225,11 @@ class FeatureCache:
 
     @property
     def widths(self) -> dict[str, int]:
-        """How many numbers a row has in each dataset."""
+        """Numbers per row of each dataset."""
         return {n: rows.shape[1] for n, rows in self._constants.rows().items() if n != "label"}
 
     def listing(self) -> Iterator[tuple[tuple[str, ...], Tensor, tuple[str, ...]]]:
-        """Paths, labels and errors (empty where there is none) of all rows, in blocks."""
+        """Paths, labels and errors (empty if none) of all rows, in blocks."""
         for start in range(0, self.count, BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
             with damage(self.path):
@@ -251,7 +249,7 @@ class FeatureCache:
             yield self._block(constants, first, min(first + size, end))
 
     def block_rows(self, needs: Iterable[str]) -> int:
-        """How many rows a block has."""
+        """Number of rows of a block."""
         return _block_rows(only(self._constants, frozenset(needs)))
 
     def _block(self, constants: Features, start: int, stop: int) -> Rows:
@@ -271,7 +269,7 @@ class FeatureCache:
         return Rows(paths, labels, errors, features)
 
     def require(self, needs: Iterable[str], who: str) -> None:
-        """Raises DetectorError naming what was not recorded and how to record it."""
+        """Raises DetectorError that names the missing records and how to record them."""
         self._constants.require(needs, who)
 
     def rows(
@@ -288,7 +286,7 @@ def _block_rows(constants: Features) -> int:
 
 
 def _unlike(features: Features, classes: int) -> str:
-    """The first record whose width does not fit the others, in words; empty where all do."""
+    """The first record whose width does not fit the others, as text; empty if all fit."""
     rows = features.rows()
     if {"batchnorm.mean", "batchnorm.var"} & features.recorded and INPUT not in features.batchnorm:
         return f"/batchnorm/{INPUT} is missing"
@@ -348,13 +346,13 @@ class CachedRows:
 
 @contextmanager
 def open_cache(path: Path) -> Iterator[FeatureCache]:
-    """Raises FileError when path is no cache, or is damaged."""
+    """Open a feature cache. Raises FileError for a file that is damaged or not a cache."""
     with reading(path, FORMAT, "oodcli extract") as file:
         yield FeatureCache(path, file)
 
 
 def only(features: Features, needs: frozenset[str]) -> Features:
-    """The same rows with nothing recorded but what ``needs`` names; constants stay."""
+    """The same rows with only the records of ``needs``; constants stay."""
 
     def kept(part: Any, where: str, parts: Iterable[str]) -> Any:
         lost = (each for each in parts if word_of(f"{where}{each}") not in needs)

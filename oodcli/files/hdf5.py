@@ -104,7 +104,7 @@ class Provenance:
         names = values.get("class_names") or dataset(file, "class_names", "OS")[()].decode()
         names = json.loads(names)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("class_names is no list of names")
+            raise ValueError("class_names is not a list of names")
         return cls(
             checkpoint_sha256=str(values["checkpoint_sha256"]),
             arch=str(values["arch"]),
@@ -149,7 +149,7 @@ def dataset(file: h5py.Group, name: str, kinds: str, *, by_rows: bool = False) -
     goes into a ``damage``."""
     found = file[name]
     if not isinstance(found, h5py.Dataset) or found.shape is None:
-        raise TypeError(f"/{name} is no array")
+        raise TypeError(f"/{name} is not an array")
     if found.dtype.kind not in kinds:
         raise TypeError(f"/{name} is of the wrong type, {found.dtype}")
     if found.is_virtual or found.external:
@@ -168,7 +168,7 @@ def group_of(file: h5py.Group, name: str) -> Mapping[str, Any]:
     taken for the names in it."""
     found: Mapping[str, Any] = file.get(name, {})
     if isinstance(found, h5py.Dataset):
-        raise TypeError(f"/{name} is no group")
+        raise TypeError(f"/{name} is not a group")
     return found
 
 
@@ -204,10 +204,10 @@ def damage(path: Path) -> Iterator[None]:
         reason = first_line(error)
         if "filter returned failure" in reason:  # fletcher32, the only one that we use
             raise FileError(
-                f"{path}: a checksum does not hold: the file is damaged, make it again"
+                f"{path}: a checksum does not match: the file is damaged, create it again"
             ) from error
         raise FileError(
-            f"{path} is truncated, damaged or no HDF5 file ({reason}): make it again"
+            f"{path} is truncated, damaged or not an HDF5 file ({reason}): create it again"
         ) from error
 
 
@@ -216,20 +216,20 @@ def reading(path: Path, format_name: str, made_by: str) -> Iterator[h5py.File]:
     """An open file of the right format and version. Raises FileError for anything else. What is
     read from it goes into a ``damage``."""
     if not path.is_file():
-        raise FileError(f"{path} does not exist: '{made_by}' makes such files")
+        raise FileError(f"{path} does not exist: '{made_by}' writes such files")
     with ExitStack() as stack:
         with damage(path):
             file = stack.enter_context(opened(path))
             found = file.attrs.get("format")
             if found != format_name:
                 raise FileError(
-                    f"{path} has format '{found}', expected '{format_name}': '{made_by}' makes "
+                    f"{path} has format '{found}', expected '{format_name}': '{made_by}' writes "
                     "such files"
                 )
             if int(file.attrs["version"]) != VERSION:
                 raise FileError(
                     f"{path} has format version {file.attrs['version']}, this oodcli reads "
-                    f"{VERSION}: use a newer oodcli, or make the file again"
+                    f"{VERSION}: use a newer oodcli, or create the file again"
                 )
         yield file
 

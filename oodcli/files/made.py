@@ -1,4 +1,4 @@
-"""How a scores file was made: beside it as ``SCORES.json``, because it has no place for that."""
+"""Metadata of a scores file, in ``SCORES.json`` beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT = "oodcli-scores"
 VERSION = 1
 SHA256 = "scores_sha256"
 LARGEST = 1 << 24
-"""Bytes of such a file: names of a thousand classes are 20 kB."""
+"""Largest size of a metadata file in bytes; the names of a thousand classes take 20 kB."""
 
 
 def made_path(scores: Path) -> Path:
@@ -25,8 +25,8 @@ def made_path(scores: Path) -> Path:
 
 
 def write_made(made: Mapping[str, Any], scores: Path, path: Path) -> None:
-    """Writes where ``atomic`` says. made: what JSON can hold. scores: the finished file, whose
-    SHA-256 is added. Raises OSError when the disk refuses."""
+    """Write to a path from ``atomic``. made: metadata that JSON can hold. scores: the finished
+    file, whose SHA-256 is added. Raises OSError if the disk refuses."""
     from oodcli.files.hashes import file_sha256
 
     about = {"format": FORMAT, "version": VERSION, **made, SHA256: file_sha256(scores)}
@@ -34,8 +34,8 @@ def write_made(made: Mapping[str, Any], scores: Path, path: Path) -> None:
 
 
 def read_made(scores: Path) -> dict[str, Any] | None:
-    """What is known of how a scores file was made; None where nothing is beside it. Raises
-    FileError when that is damaged, or of a newer version."""
+    """Metadata of a scores file; None without a file beside it. Raises FileError if that file is
+    damaged, or of a newer version."""
     path = made_path(scores)
     try:
         with path.open("rb") as file:
@@ -49,7 +49,7 @@ def read_made(scores: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise FileError(f"{path} does not say how {scores.name} was made: move it away")
+        raise FileError(f"{path} does not describe {scores.name}: move it away")
     if found.get("version") != VERSION:
         raise FileError(
             f"{path} has format version {found.get('version')}, this oodcli reads {VERSION}: use a "
@@ -64,7 +64,7 @@ def read_made(scores: Path) -> dict[str, Any] | None:
 
 
 _ADDED_LATER = {"exif": "turn", "image_range": None, "crop_rounding": "even"}
-"""Keys of a preprocessing that older files lack, with what was done then."""
+"""Keys of a preprocessing that older files lack, and the behaviour at the time."""
 
 
 _KINDS: Mapping[str, type | UnionType] = {
@@ -128,7 +128,7 @@ def require_same_origin(made: Mapping[str, Mapping[str, Any] | None]) -> None:
 def _pairs(
     known: Mapping[str, Mapping[str, Any]],
 ) -> list[tuple[tuple[str, Mapping[str, Any]], tuple[str, Mapping[str, Any]]]]:
-    """The first with each of the others."""
+    """The first item with each of the others."""
     items = list(known.items())
     return [(items[0], each) for each in items[1:]]
 

@@ -1,4 +1,4 @@
-"""Rows that somebody marked as in- or out-of-distribution."""
+"""Rows labelled as in- or out-of-distribution by hand."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from oodcli.errors import FileError
 
 
 def read_marks(path: Path) -> dict[str, bool]:
-    """path → whether it was marked as OOD, from a CSV file with the columns ``path`` and ``ood``
-    (0 or 1; other columns are ignored, rows with an empty ``ood`` are left out). Raises FileError
-    for anything else."""
+    """path → whether it is labelled OOD, from a CSV file with the columns ``path`` and ``ood`` (0
+    or 1; other columns are ignored, rows with an empty ``ood`` are left out). Raises FileError for
+    another file."""
     marks: dict[str, bool] = {}
     try:
         with path.open(encoding="utf-8", newline="") as stream:
@@ -27,5 +27,5 @@ def read_marks(path: Path) -> dict[str, bool]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FileError(f"{path} cannot be read ({error}): expected a CSV file") from error
     if not marks:
-        raise FileError(f"{path} marks no row: set ood to 0 (ID) or 1 (OOD)")
+        raise FileError(f"{path} labels no row: set ood to 0 (ID) or 1 (OOD)")
     return marks

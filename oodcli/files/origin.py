@@ -1,4 +1,5 @@
-"""Of which network a file tells, and the sentence where two files tell of different ones."""
+"""The network that a file belongs to, and the error message if two files belong to different
+ones."""
 
 from __future__ import annotations
 
@@ -11,20 +12,20 @@ if TYPE_CHECKING:
     from oodcli.networks.preprocessing import Preprocessing
 
 ALIKE = "use the same options or model card for both"
-"""What to do about different preprocessing."""
+"""Next step for different preprocessing."""
 
 
 def weights_of(averaged: bool) -> str:
-    """Which of a checkpoint's weights were taken, in words."""
+    """Which of a checkpoint's weights are used, as text."""
     return f"{'averaged' if averaged else 'plain'} weights"
 
 
 @dataclass(frozen=True)
 class Words:
-    """How the sentence on a difference begins and goes on: ``{mine} the checkpoint 012…, but
-    {theirs} 345…: {hint}``. weights: in place of ``{theirs} its`` before ``plain weights``.
-    inputs: in place of both before settings of the preprocessing. hint, inputs_hint: what to do
-    about another checkpoint, or another preprocessing."""
+    """Parts of the message about a difference: ``{mine} the checkpoint 012…, but {theirs} 345…:
+    {hint}``. weights: replaces ``{theirs} its`` before ``plain weights``. inputs: replaces both
+    before settings of the preprocessing. hint, inputs_hint: next step for another checkpoint, or
+    another preprocessing."""
 
     mine: str
     theirs: str
@@ -36,8 +37,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Origin:
-    """The network that something was made with. averaged, preprocessing: None where that is not
-    known, and not compared."""
+    """The network behind a file. averaged, preprocessing: None if unknown, and not compared."""
 
     checkpoint_sha256: str
     averaged: bool | None = None
@@ -46,8 +46,7 @@ class Origin:
     def require_same(
         self, other: Origin, words: Words, *, kind: type[OodcliError] = FileError
     ) -> None:
-        """Raises an error of that kind where the two are of different checkpoints, weights or
-        preprocessing."""
+        """Raises an error of that kind for different checkpoints, weights or preprocessing."""
         mine, theirs = self.checkpoint_sha256, other.checkpoint_sha256
         if mine != theirs:
             raise kind(
@@ -66,7 +65,7 @@ class Origin:
 def require_same_weights(
     mine: bool | None, theirs: bool | None, words: Words, *, kind: type[OodcliError] = FileError
 ) -> None:
-    """The same of the weights alone."""
+    """Raises an error of that kind for different weights."""
     if mine is not None and theirs is not None and mine != theirs:
         raise kind(
             f"{words.mine} the {weights_of(mine)} of the checkpoint, but "

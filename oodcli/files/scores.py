@@ -109,7 +109,9 @@ class ScoresWriter:
     ) -> None:
         header = (*LEADING, *columns, *TRAILING)
         if len(set(header)) != len(header):
-            raise ValueError(f"two columns of a scores file have one name: {', '.join(header)}")
+            raise ValueError(
+                f"two columns of a scores file have the same name: {', '.join(header)}"
+            )
         if isinstance(target, Path):
             self._format = format or format_of(target)
         else:
@@ -423,7 +425,7 @@ def read_scores(path: Path, kind: Format | None = None) -> Scores:
     """
     kind = kind or format_of(path)
     if not path.exists():
-        raise FileError(f"{path}: no such file: write it with oodcli score -o")
+        raise FileError(f"{path} does not exist: write it with oodcli score -o")
     if path.is_dir():
         raise FileError(f"{path} is a folder, expected a scores file")
     try:
@@ -489,7 +491,7 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
         raise FileError(f"{path} is empty: expected a scores file, as oodcli score writes it")
     doubled = sorted({name for name in header if list(header).count(name) > 1})
     if doubled:
-        raise FileError(f"{path}, {where}: column {doubled[0]!r} is there more than once")
+        raise FileError(f"{path}, {where}: column {doubled[0]!r} occurs more than once")
     if "" in header:
         raise FileError(f"{path}, {where}: a column has no name: remove it")
     missing = [name for name in LEADING + TRAILING if name not in header]
@@ -596,12 +598,12 @@ def _csv_rows(path: Path) -> Iterator[_Numbered]:
                 if len(cells) != width:
                     raise FileError(
                         f"{path}, {where}: {len(cells)} cells where the header has {width}: "
-                        "the file is cut off or was edited; score again"
+                        "the file is truncated or was edited; score again"
                     )
                 yield where, cells
         except csv.Error as error:
             raise FileError(
-                f"{path}, line {line}: not CSV ({error}): the file is cut off or was edited; "
+                f"{path}, line {line}: not CSV ({error}): the file is truncated or was edited; "
                 "score again"
             ) from None
 
@@ -618,8 +620,8 @@ def _json_rows(path: Path) -> Iterator[_Numbered]:
             except (ValueError, RecursionError) as error:  # also of a number of 5000 digits
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise FileError(
-                    f"{path}, {where}: not JSON ({reason}): the file is cut off or was "
-                    "edited; score again"
+                    f"{path}, {where}: not JSON ({reason}): the file is truncated or was edited; "
+                    "score again"
                 ) from None
             if not isinstance(pairs, _Pairs):
                 raise FileError(f"{path}, {where}: expected an object, one a line")
@@ -660,7 +662,7 @@ def _parquet_rows(path: Path) -> Iterator[_Numbered]:
     # Besides Arrow's own: ValueError and OverflowError for a time that Python cannot hold.
     except (arrow.ArrowException, ValueError, OverflowError, MemoryError, LookupError) as error:
         reason = first_line(error)
-        raise FileError(f"{path} is not parquet, or is cut off ({reason}): score again") from None
+        raise FileError(f"{path} is not parquet, or is truncated ({reason}): score again") from None
 
 
 def _parquet_texts(path: Path, file: Any) -> list[str]:
@@ -694,7 +696,7 @@ def _parquet_cells(path: Path, name: str, column: Any) -> list[Any]:
 def _too_large(path: Path, name: str) -> FileError:
     return FileError(
         f"{path}: column {name!r} unpacks to more than {_UNPACKED >> 20} MB for a few rows: it is "
-        "no scores file"
+        "not a scores file"
     )
 
 

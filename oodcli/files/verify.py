@@ -1,4 +1,4 @@
-"""The checksums of a file, taken again."""
+"""Verify a file by its checksums."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from oodcli.files.made import made_path, read_made
 
 BLOCK_BYTES = 1 << 25
 DEEPEST = 16
-"""Groups within one another: a group that is in itself has no end."""
+"""Levels of nested groups; a group that contains itself has no end."""
 
 UNKNOWN = "not checked: no checksum was stored when the file was written"
 
 Checks: TypeAlias = Iterator[tuple[str, str]]
-"""What was checked, and what was found."""
+"""Name of a check, and its result."""
 
 
 def verify(path: Path, kind: Kind, checkpoint: Path | None = None) -> Checks:
-    """Takes every checksum of a file again. checkpoint: the one that the file should have been made
-    from. Raises FileError at the first that does not hold, naming both values."""
+    """Recompute every checksum of a file. checkpoint: the checkpoint that the file should come
+    from. Raises FileError at the first mismatch, with both values."""
     if kind == "virtual":
         yield from _virtual(path)
     elif kind == "features":
@@ -46,18 +46,17 @@ def verify(path: Path, kind: Kind, checkpoint: Path | None = None) -> Checks:
         yield from _scores(path)
     elif kind == "checkpoint":
         raise FileError(
-            f"{path} is a checkpoint, which has no checksums of its own: 'oodcli inspect --verify "
-            f"FILE {path}' checks a file against it"
+            f"{path} is a checkpoint, which has no checksums of its own: check a file against it "
+            f"with 'oodcli inspect --verify FILE {path}'"
         )
     else:
         raise FileError(
-            f"{path} has no checksums to be taken again: virtual images, feature caches, "
-            "detectors and scores have"
+            f"{path} has no checksums: only virtual images, feature caches, detectors and scores do"
         )
     if checkpoint is not None:
         made = describe_file(path, kind)["made"]
         if made is None:
-            raise FileError(f"{path} does not say which checkpoint it was made from")
+            raise FileError(f"{path} does not name its checkpoint")
         recorded = made["checkpoint_sha256"]
         try:
             found = checkpoint_sha256(checkpoint)
@@ -80,7 +79,7 @@ def _virtual(path: Path) -> Checks:
             if len(file[name]) != len(images):
                 raise FileError(
                     f"{path}: /{name} has {len(file[name])} rows, but /images has {len(images)}: "
-                    "the file is damaged, make it again"
+                    "the file is damaged, create it again"
                 )
         yield "rows", f"{len(images)} in each of {2 + len(names)} datasets"
         listed = (virtual.listed(images[part], labels[part]) for part in _parts(images))
@@ -114,7 +113,7 @@ def _list(path: Path, file: h5py.File, listed: Iterable[bytes], what: str) -> st
     if found != recorded:
         raise FileError(
             f"{path}: {ROWS_SHA256} is {recorded[:12]}…, but its {what} give {found[:12]}…: rows "
-            "were changed, added or left out; make the file again"
+            "were changed, added or removed; create the file again"
         )
     return f"{ROWS_SHA256} {found[:12]}… is that of the {what}"
 
@@ -148,10 +147,10 @@ def _contents(
         if recorded is not None and digest.hexdigest() != recorded:
             raise FileError(
                 f"{path}: /{name} was written with the sha256 {recorded[:12]}…, but has "
-                f"{digest.hexdigest()[:12]}…: the file is damaged, make it again"
+                f"{digest.hexdigest()[:12]}…: the file is damaged, create it again"
             )
         known += has_checksum
-    yield "contents", f"{known} datasets hold what was written" if known else UNKNOWN
+    yield "contents", f"{known} datasets match their checksums" if known else UNKNOWN
     yield "numbers", f"finite in all {int(good.sum())} rows without an error"
 
 
@@ -183,7 +182,7 @@ def _require_finite(
 
 
 def _parts(dataset: h5py.Dataset) -> Iterator[slice]:
-    """All rows of a dataset, in blocks; none where it is one number."""
+    """All rows of a dataset, in blocks; nothing for a single number."""
     if not dataset.shape:
         return
     row = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
@@ -216,7 +215,7 @@ def _detector(path: Path) -> Checks:
 def _scores(path: Path) -> Checks:
     made = read_made(path)
     if made is None:
-        yield "scores", f"not checked: no {made_path(path).name} beside it says how it was made"
+        yield "scores", f"not checked: no {made_path(path).name} beside it describes it"
         return
     found = file_sha256(path)
     if found != made[SCORES_SHA256]:

@@ -32,7 +32,7 @@ MADE_BY = "oodcli invert"
 
 
 def listed(images: NDArray[np.float16], labels: NDArray[np.int64]) -> Iterator[bytes]:
-    """What ``rows_sha256`` is taken of: the bytes of each image, followed by its label's."""
+    """The input of ``rows_sha256``: the bytes of each image, followed by its label's."""
     for image, label in zip(images, labels, strict=True):
         yield image.tobytes() + label.tobytes()
 
@@ -75,8 +75,8 @@ class VirtualWriter:
     def finish(
         self, quality: Mapping[str, Any], sums: Mapping[str, NDArray[np.float64]] | None = None
     ) -> None:
-        """sums: what the quality of a part is made of, so that it can be told of the whole. Raises
-        ValueError when not all images are there."""
+        """sums: sums behind the quality of a shard, for the quality of the whole. Raises ValueError
+        if images are missing."""
         if self._row != len(self._label):
             raise ValueError(f"{self._row} of {len(self._label)} images were made")
         self._file.attrs["quality"] = json.dumps(quality)
@@ -86,8 +86,8 @@ class VirtualWriter:
 
 
 class VirtualFile:
-    """An open file of virtual images. count: how many. sums: what its quality is made of, where it
-    is a part of a whole; empty elsewhere."""
+    """An open file of virtual images. count: their number. sums: sums behind the quality of a
+    shard; otherwise empty."""
 
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
@@ -136,13 +136,13 @@ def _order(file: h5py.File, layer: str) -> int:
 
 @contextmanager
 def open_virtual(path: Path) -> Iterator[VirtualFile]:
-    """Raises FileError when path is no file of virtual images, or is damaged."""
+    """Open virtual images. Raises FileError for a file that is damaged or does not hold any."""
     with reading(path, FORMAT, MADE_BY) as file:
         yield VirtualFile(path, file)
 
 
 def read_provenance(path: Path) -> Provenance:
-    """Raises FileError when path is no file of virtual images."""
+    """Raises FileError for a file without virtual images."""
     with reading(path, FORMAT, MADE_BY) as file, damage(path):
         return Provenance.read(file)
 

@@ -96,7 +96,7 @@ class ArchiveOfArrays(ImageSource):
             )
         if self._columns_first and math.prod(shape) > LARGEST_WHOLE:
             raise ImagesError(
-                f"{self.name}: 'images' is in Fortran's order, which must be read as a whole, and "
+                f"{self.name}: 'images' is in Fortran order, which must be read as a whole, and "
                 "too large for that: save numpy.ascontiguousarray(images)"
             )
 
@@ -251,7 +251,7 @@ class VirtualImages(ImageSource):
                 if int(file.attrs.get("version", VERSION)) > VERSION:
                     raise ImagesError(
                         f"{path} has format version {file.attrs['version']}, this oodcli reads "
-                        f"{VERSION}: use a newer oodcli, or make it again with oodcli invert"
+                        f"{VERSION}: use a newer oodcli, or run oodcli invert again"
                     )
                 self._made_by = Preprocessing.from_dict(json.loads(file.attrs["preprocessing"]))
                 shape = dataset(file, "images", "f", by_rows=True).shape
@@ -261,22 +261,20 @@ class VirtualImages(ImageSource):
             *(RecursionError, MemoryError),
         ) as error:
             raise ImagesError(
-                f"{path} lacks a part of a virtual file ({unreadable_file(error)}): make it again "
-                "with oodcli invert"
+                f"{path} lacks a part of a virtual file ({unreadable_file(error)}): run oodcli "
+                "invert again"
             ) from error
         except (OSError, RuntimeError) as error:
             raise ImagesError(
-                f"{path} is damaged, cut short or not an HDF5 file: make it again with oodcli "
-                "invert"
+                f"{path} is damaged, truncated or not an HDF5 file: run oodcli invert again"
             ) from error
         if len(shape) != 4 or shape[1] != self._made_by.channels or labels.shape != shape[:1]:
             raise ImagesError(
                 f"{path}: /images has shape {shape} and /label {labels.shape}, expected "
-                f"(N, {self._made_by.channels}, height, width) and (N,): make it again with "
-                "oodcli invert"
+                f"(N, {self._made_by.channels}, height, width) and (N,): run oodcli invert again"
             )
         if 0 in shape:
-            raise ImagesError(f"{path} has no images: make it again with oodcli invert")
+            raise ImagesError(f"{path} has no images: run oodcli invert again")
         found = numbered(
             torch.from_numpy(labels.astype(np.int64)),
             num_classes,
@@ -301,12 +299,12 @@ class VirtualImages(ImageSource):
     def _check_format(self, found: Any) -> None:
         if found == "oodcli-features":
             raise ImagesError(
-                f"{self.name} is a feature cache, not images: 'oodcli score CACHE.h5' and 'oodcli "
-                "fit CACHE.h5' take it, without a checkpoint"
+                f"{self.name} is a feature cache, not images: use 'oodcli score CACHE.h5' or "
+                "'oodcli fit CACHE.h5', without a checkpoint"
             )
         if found != VIRTUAL_FORMAT:
             raise ImagesError(
-                f"{self.name} is an HDF5 file, but not one of virtual images: make one with "
+                f"{self.name} is an HDF5 file, but not one of virtual images: create one with "
                 "oodcli invert"
             )
 
@@ -329,7 +327,7 @@ class VirtualImages(ImageSource):
                     normalised = torch.from_numpy(images[start:stop].astype(np.float32))
                 except (OSError, RuntimeError, ValueError, MemoryError) as error:
                     raise ImagesError(
-                        f"{self.name} is damaged at image {start}: make it again with oodcli invert"
+                        f"{self.name} is damaged at image {start}: run oodcli invert again"
                     ) from error
                 return partial(self._decode, self.labels[start:stop], normalised)
 

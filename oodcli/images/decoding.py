@@ -148,12 +148,12 @@ class Crew:
                 raise
             if isinstance(answer, Fault):
                 self._end(process)
-                raise RuntimeError(f"a process that decodes images failed:\n{answer.traceback}")
+                raise RuntimeError(f"a process for decoding images failed:\n{answer.traceback}")
             self._give_back(process)
             if isinstance(answer, str):
                 raise UnreadableError(answer)
             return answer
-        raise UnreadableError(f"its decoder died ({how})")
+        raise UnreadableError(f"its decoder crashed ({how})")
 
     def _any(self) -> _Process:
         """One that waits for an image, or a new one."""
@@ -190,8 +190,8 @@ class Crew:
             except LOST:
                 reason = self._end(process)
         raise ImagesError(
-            f"a process that decodes images cannot be started ({reason}): without a timeout for "
-            "an image there is no need of one"
+            f"a process for decoding images cannot be started ({reason}): leave out "
+            "--timeout-per-image to decode without one"
         )
 
     def _give_back(self, process: _Process) -> None:

@@ -84,8 +84,8 @@ def folder(root: Path, class_names: Sequence[str]) -> FileList:
     found = sorted(_walk(str(root), "", (), left_out))
     if not found:
         raise ImagesError(
-            f"{root} has no images: files with a suffix such as .jpg or .png are looked for, "
-            f"also in sub-folders{_instead(left_out)}"
+            f"{root} has no images: no file with a suffix such as .jpg or .png, nor in its "
+            f"sub-folders{_instead(left_out)}"
         )
     labels = by_folder([PurePosixPath(path).parts[:-1] for path in found], class_names)
     files = [(root / path).as_posix() for path in found]
@@ -93,7 +93,7 @@ def folder(root: Path, class_names: Sequence[str]) -> FileList:
 
 
 def _instead(left_out: Mapping[str, int]) -> str:
-    return f" ({listed(left_out)} are there)" if left_out else ""
+    return f" (only {listed(left_out)})" if left_out else ""
 
 
 def listed(left_out: Mapping[str, int]) -> str:
@@ -172,11 +172,11 @@ def parse_list(name: str, text: bytes, beside: Path, class_names: Sequence[str])
     """
     what = "standard input" if name == "-" else name
     if b"\0" in text:
-        raise ImagesError(f"{what} is not a text list: give one path a line")
+        raise ImagesError(f"{what} is not a text list: give one path per line")
     lines = text.decode("utf-8-sig", "surrogateescape").split("\n")
     rows = [_parse_line(line.strip(), beside, class_names) for line in lines if line.strip()]
     if not rows:
-        raise ImagesError(f"{what} lists no images: give one path a line")
+        raise ImagesError(f"{what} lists no images: give one path per line")
     labels = written([label for _, label in rows], class_names, "labels of the list")
     files = [(beside / path).as_posix() for path, _ in rows]
     return FileList(name, files, labels)
@@ -221,7 +221,7 @@ class _Archive(ImageSource):
             ) from error
         if not self._members:
             raise ImagesError(
-                f"{path} has no images: files with a suffix such as .jpg or .png are looked for"
+                f"{path} has no images: no file with a suffix such as .jpg or .png"
                 f"{_instead(self.left_out)}"
             )
         parents = [_parts(member.name)[:-1] for member in self._members]
@@ -369,7 +369,7 @@ class TarOfImages(_Archive):
         members = [member for name, member in found.items() if self._is_row(name)]
         in_order = sorted(members, key=lambda member: member.name)
         if compressed and [m.name for m in members] != [m.name for m in in_order]:
-            return members, "rows are in the order of the compressed archive, not sorted by path"
+            return members, "rows follow the order of the compressed archive, not of their paths"
         return in_order, None
 
     @contextmanager

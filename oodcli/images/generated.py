@@ -124,8 +124,8 @@ class TorchvisionImages(ImageSource):
         maker = getattr(datasets, kind, None) if kind in datasets.__all__ else None
         if not (inspect.isclass(maker) and issubclass(maker, datasets.VisionDataset)):
             raise ImagesError(
-                f"{name}: torchvision has no dataset '{kind}': names are as in "
-                "torchvision.datasets, e.g. CIFAR10"
+                f"{name}: torchvision has no dataset '{kind}': use a name from "
+                "torchvision.datasets, such as CIFAR10"
             )
         parameters = _parameters(maker)
         _refuse_unknown(name, query, sorted(parameters))
@@ -137,8 +137,8 @@ class TorchvisionImages(ImageSource):
             self._count = len(self._dataset)
         except Exception as error:  # a dataset's own code, on the user's files
             raise ImagesError(
-                f"{name}: the dataset cannot be opened ({unreadable_file(error)}): give "
-                "root=FOLDER where it lies, or add download=true"
+                f"{name}: the dataset cannot be opened ({unreadable_file(error)}): give its "
+                "folder with root=FOLDER, or add download=true"
             ) from error
         if self._count == 0:
             raise ImagesError(f"{name} has no images")

@@ -99,7 +99,7 @@ def match(
         last = len(names) - 1
         return Labels(
             torch.arange(len(names)),
-            f"the network's classes have no names: {what} taken in their order as classes 0 "
+            f"the network's classes have no names: {what} read in their order as classes 0 "
             f"({printable(names[0])}) to {last} ({printable(names[-1])}); {_OVERRIDE}",
         )
     strangers = [name for name in names if name not in index] or list(names)
@@ -147,17 +147,17 @@ def _by_number(
         note = None
     else:
         have = "the network's classes have no names: " if plain else ""
-        note = f"{have}{what} taken {first.words}; {_OVERRIDE}"
+        note = f"{have}{what} read {first.words}; {_OVERRIDE}"
     first = replace(first, note=note, what=what, by_number=True)
     # ImageNet's classes are numbered in one way alone, and classes with names in lists mostly.
     if not differing or (not plain and (usual or of_imagenet(class_names))):
         return first
     other = _reading(how, names, by_text, as_text, differing[:1])
-    note = f"{what} are numbers and taken {first.words}, not {other.words}; {_OVERRIDE}"
+    note = f"{what} are numbers, read {first.words}, not {other.words}; {_OVERRIDE}"
     other = replace(
         other,
         what=what,
-        note=f"{what} are numbers and taken {other.words}, not {first.words}; {_OVERRIDE}",
+        note=f"{what} are numbers, read {other.words}, not {first.words}; {_OVERRIDE}",
     )
     return replace(first, note=note, others=(other,))
 
@@ -207,11 +207,11 @@ def _by_wnid(
         if strange:
             inside = [name for name in names if name in table]
             words = _reading("as ImageNet's classes", inside, known, ()).words
-        note = f"{what} taken {words}{more}; {_OVERRIDE}"
+        note = f"{what} read {words}{more}; {_OVERRIDE}"
         return Labels(torch.tensor(found, dtype=torch.int64), note, of_imagenet=True)
     if len(like) == len(names) == CLASSES_OF_IMAGENET and not own:
         note = (
-            f"{what} are 1,000 WordNet ids, though not ImageNet's: taken in their order as classes "
+            f"{what} are 1,000 WordNet ids, though not ImageNet's: read in their order as classes "
             f"0 ({names[0]}) to 999 ({names[-1]}); {_OVERRIDE}"
         )
         return Labels(torch.arange(len(names)), note, of_imagenet=True)
@@ -272,7 +272,7 @@ def numbered(labels: Tensor, num_classes: int, what: str, *, exact: bool = False
     if least == 1 and high == num_classes and not exact:
         return Labels(
             torch.where(labels == UNKNOWN, labels, labels - 1),
-            f"{what} go from 1 to {high}: taken as the network's classes 0 to {high - 1} in their "
+            f"{what} go from 1 to {high}: read as the network's classes 0 to {high - 1} in their "
             f"order; {_OVERRIDE}",
         )
     wrong = high if high >= num_classes else low

@@ -1,4 +1,4 @@
-"""IMAGES of the command line → the source that they name."""
+"""IMAGES of the command line → a source."""
 
 from __future__ import annotations
 
@@ -40,12 +40,10 @@ def open_images(
     *,
     stdin: TextIO | None = None,
 ) -> ImageSource:
-    """The source that ``spec`` names: one of the kinds of IMAGES, or one image file.
-
-    class_names: the network's, "0", "1", … where nobody said. Only names, labels and headers are
-    read here; the source's ``note`` is what the user should be told of them. Raises ImagesError
-    when there is nothing to read, when the file is damaged, or when the kind is not known.
-    """
+    """The source that ``spec`` names: one of the kinds of IMAGES, or one image file. class_names:
+    the network's; "0", "1", … if it has none. Only names, labels and headers are read here; the
+    source's ``note`` is for the user. Raises ImagesError if there is nothing to read, the file is
+    damaged, or its kind is unknown."""
     scheme, colon, rest = spec.partition(":")
     if colon and scheme == "noise":
         return Noise(spec, rest)
@@ -54,17 +52,17 @@ def open_images(
     if spec == "-":
         return list_from_stream(sys.stdin if stdin is None else stdin, class_names)
     if not spec:  # an unset variable of a shell; as a path it would be the working directory
-        raise ImagesError(f"the images are named by an empty word: give {KINDS}")
+        raise ImagesError(f"IMAGES is empty (an unset shell variable?): give {KINDS}")
     path = Path(spec)
     if os.path.isdir(path):  # unlike Path.is_dir, False for what is out of reach
         return folder(path, class_names)
     if is_remote(spec):
         raise ImagesError(
-            f"{spec}: addresses, patterns of .tar files and Parquet of images are read by "
-            "'oodcli score … --engine ray'"
+            f"{spec}: addresses, patterns of .tar files and Parquet files of images need 'oodcli "
+            "score … --engine ray'"
         )
     if not os.path.exists(path):
-        raise ImagesError(f"{spec} does not exist, or is out of reach: give {KINDS}")
+        raise ImagesError(f"{spec} does not exist, or cannot be reached: give {KINDS}")
     name = path.name.lower()
     if name.endswith(".npz"):
         return ArchiveOfArrays(path, class_names)
@@ -78,4 +76,6 @@ def open_images(
         return FileList(spec, [spec])
     if path.suffix.lower() in LISTS:
         return list_from_text(path, class_names)
-    raise ImagesError(f"{spec}: files of the kind '{path.suffix}' are not known: give {KINDS}")
+    raise ImagesError(
+        f"{spec}: files with the suffix '{path.suffix}' are not supported: give {KINDS}"
+    )

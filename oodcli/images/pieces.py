@@ -245,7 +245,7 @@ def _parquet(piece: Piece) -> Iterator[_Row]:
         )
         if image is None:
             raise ImagesError(
-                f"{piece.where} has the columns {', '.join(names)}, none of which is "
+                f"{piece.where} has the columns {', '.join(names)}, but none of "
                 f"{', '.join(IMAGE_COLUMNS)}: rename the one with the bytes of the images"
             )
         before = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
@@ -278,7 +278,7 @@ def _parquet_row(
     load = (
         partial(load_bytes, cell)
         if isinstance(cell, bytes)
-        else partial(refuse, "the row has no bytes of an image")
+        else partial(refuse, "the row has no image")
     )
     given = row[label] if label is not None else None
     known = given if isinstance(given, int | str) and not isinstance(given, bool) else None
@@ -323,7 +323,7 @@ def _fsspec() -> Any:
         import fsspec
     except ImportError:
         raise ImagesError(
-            "images elsewhere than in local folders need fsspec: pip install 'oodcli[ray]'"
+            "images outside local folders need fsspec: pip install 'oodcli[ray]'"
         ) from None
     return fsspec
 
@@ -332,7 +332,7 @@ def _filesystem(address: str) -> tuple[Any, str]:
     try:
         filesystem, path = _fsspec().core.url_to_fs(address)
     except (ImportError, ValueError, OSError) as error:  # a scheme that needs another package
-        raise ImagesError(f"{address} is out of reach: {unreadable_file(error)}") from error
+        raise ImagesError(f"{address} cannot be reached: {unreadable_file(error)}") from error
     return filesystem, path
 
 
@@ -374,7 +374,7 @@ def _glob(filesystem: Any, path: str, spec: str) -> list[str]:
     except Exception as error:  # what a file system may raise
         raise ImagesError(f"{spec} cannot be listed: {unreadable_file(error)}") from error
     if not files:
-        raise ImagesError(f"{spec} does not exist, or is out of reach")
+        raise ImagesError(f"{spec} does not exist, or cannot be reached")
     return files
 
 
@@ -382,9 +382,7 @@ def _listed(filesystem: Any, path: str, spec: str) -> list[str]:
     found = _find(filesystem, path, spec)
     files = sorted(name for name in found if is_image(name[len(path) :]))
     if not files:
-        raise ImagesError(
-            f"{spec} has no images: files with a suffix such as .jpg or .png are looked for"
-        )
+        raise ImagesError(f"{spec} has no images: no file with a suffix such as .jpg or .png")
     return files
 
 

@@ -1,4 +1,4 @@
-"""One image file → the pixels that the network should see. All that knows Pillow is here."""
+"""One image file → the pixels for the network. Only this module uses Pillow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUFFIXES = frozenset((
     ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc",
     ".tga", ".ico", ".avif", ".heic", ".heif", ".hif", ".mpo",
 ))
-"""What counts as an image in folders and archives."""
+"""Suffixes of images in folders and archives."""
 
 RAW = (
     ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".raf", ".orf", ".rw2",
@@ -38,12 +38,12 @@ OTHER_PICTURES = (
     ".sgi", ".xbm", ".xpm", ".qoi", ".bpg", ".flif", ".pct", ".pict",
 )
 UNREADABLE = {
-    **dict.fromkeys(RAW, "raw data of a camera, whose embedded preview is no stand-in: develop it"),
-    **dict.fromkeys(OTHER_PICTURES, "a picture in a format that is not read: convert it"),
-    **dict.fromkeys((".dcm", ".dicom"), "a DICOM file, which is not read: export it"),
-    **dict.fromkeys((".svg", ".svgz", ".wmf", ".emf"), "a drawing, which has no pixels: render it"),
+    **dict.fromkeys(RAW, "camera raw data: develop it"),
+    **dict.fromkeys(OTHER_PICTURES, "in an unsupported image format: convert it"),
+    **dict.fromkeys((".dcm", ".dicom"), "a DICOM file: export it"),
+    **dict.fromkeys((".svg", ".svgz", ".wmf", ".emf"), "a vector drawing: render it"),
 }
-"""Suffixes of pictures that are rows, but cannot be read; the reason and what to do."""
+"""Suffixes of pictures that are rows, but cannot be read; the reason and the next step."""
 
 TEXTS = frozenset((
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".md", ".rst", ".xml", ".yaml", ".yml",
@@ -98,7 +98,7 @@ AT_ONCE = 1 << 20
 
 
 class UnreadableError(Exception):
-    """Why one image cannot be read: the text of its row's error."""
+    """Reason why one image cannot be read: the text in its row's error."""
 
 
 Load = Callable[[], Image.Image]
@@ -126,12 +126,12 @@ class Fitted(NamedTuple):
 
 
 def refuse(reason: str) -> NoReturn:
-    """The Load of an image that is known to be unreadable."""
+    """A Load of an image that is known to be unreadable."""
     raise UnreadableError(reason)
 
 
 def suffix_of(name: str) -> str:
-    """In small letters."""
+    """The suffix in lower case."""
     return os.path.splitext(name)[1].lower()
 
 
@@ -187,11 +187,8 @@ def load_bytes(encoded: bytes) -> Image.Image:
 
 
 def decode(stream: IO[bytes]) -> Image.Image:
-    """The first frame of an image, as it is stored.
-
-    Raises UnreadableError for what is not an image, damaged, cut short, or larger than Pillow's
-    limit against decompression bombs.
-    """
+    """The first frame of an image, as stored. Raises UnreadableError for data that is not an image,
+    damaged, truncated, or larger than Pillow's limit against decompression bombs."""
     try:
         formats = (*FORMATS, HEIF) if _is_heif(stream) and heif_is_read() else FORMATS
         with Image.open(stream, formats=formats) as image:
@@ -277,7 +274,7 @@ def colours(
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether these are grey levels of more than 8 bits."""
+    """Whether the image has grey levels of more than 8 bits."""
     return image.mode == "F" or image.mode.startswith("I")
 
 

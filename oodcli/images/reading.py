@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
 BYTES_AHEAD = 1 << 28
-"""Fetched and not yet decoded: an archive of a few kilobytes can unpack to any number of them."""
+"""Bytes fetched and not yet decoded: an archive of a few kilobytes can unpack to any size."""
 
 MOST_WORKERS = 32
 
@@ -115,7 +115,7 @@ def _warn(count: int, kind: str, top: float) -> None:
 
 
 class _Room:
-    """For bytes that were fetched and are not decoded yet."""
+    """Limits the bytes that are fetched and not yet decoded."""
 
     def __init__(self) -> None:
         self._used = 0
@@ -123,7 +123,7 @@ class _Room:
         self._changed = threading.Condition()
 
     def take(self, size: int) -> None:
-        """Waits until there is room, or nobody else has any."""
+        """Wait until there is room, or no other thread holds any."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or not self._used or self._used + size <= BYTES_AHEAD
@@ -136,14 +136,14 @@ class _Room:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Nobody waits any longer: what was to be decoded may have been cancelled."""
+        """Wake every waiting thread: decoding may have been cancelled."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
 
 def processors() -> int:
-    """Those that this process may use: in a container fewer than the machine has."""
+    """Processors that this process may use: in a container fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What every kind of images has in common."""
+"""The interface of all sources of images."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ class ImageSource(ABC):
         """Where the images of the rows [start, stop) came from, printable as UTF-8."""
 
     def weight(self, start: int, stop: int) -> int:
-        """Bytes that are in memory between fetching and decoding these rows; 0 for few."""
+        """Bytes in memory between fetching and decoding these rows; 0 if few."""
         return 0
 
     @abstractmethod
     def reading(self) -> AbstractContextManager[Fetch]:
-        """Opens what must be open while rows are read."""
+        """Open the files while rows are read."""
 
     def read_as(self, labels: Labels) -> None:
-        """From now on the labels are these: one of the readings, or another one of as many."""
+        """Replace the labels by another reading, or by other labels of the same number."""
         self.known = labels
         self.labelled = bool((labels.values >= 0).any())
         self.note = "; ".join(note for note in (labels.note, self.order_note) if note) or None

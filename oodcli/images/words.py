@@ -1,4 +1,4 @@
-"""Names of files and reasons for faults as text that any terminal and file can hold."""
+"""File names and reasons as text that any terminal and file can hold."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Virtual images: the impressions that a network keeps of its classes in its BatchNorm layers."""
+"""Virtual images, inverted from the BatchNorm statistics of a network."""

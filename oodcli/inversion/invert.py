@@ -78,9 +78,9 @@ def refuse_without_batchnorm(classifier: Classifier) -> None:
     """Raises CheckpointError for a network that keeps no BatchNorm statistics."""
     if not classifier.batchnorms:
         raise CheckpointError(
-            f"{classifier.arch} has no BatchNorm layer with running statistics, and inversion "
-            "recalls images from those: score it with detectors that need no fitting (msp, energy, "
-            "odin: 'oodcli inspect' lists them), or fit on real images"
+            f"{classifier.arch} has no BatchNorm layer with running statistics, which inversion "
+            "needs: score it with detectors that need no fitting (msp, energy, odin: 'oodcli "
+            "inspect' lists them), or fit on real images"
         )
 
 
@@ -150,7 +150,7 @@ def prepare(
     except Exception as error:  # whatever a compiler, or its absence, may raise
         reason = first_line(error)
         if compiled:
-            raise OodcliError(f"the step does not compile here ({reason})") from error
+            raise OodcliError(f"the step cannot be compiled ({reason})") from error
         log.info("not compiled: %s", reason)
         return plan, eager, seconds
     if compiled or then <= COMPILED_WITHIN * seconds:
@@ -188,7 +188,7 @@ def _half_steps(classifier: Classifier, plan: Plan) -> int:
             as_logits(classifier.network(image))
     except (RuntimeError, ValueError, AssertionError) as error:  # whatever torch says of shapes
         reason = first_line(error)
-        log.info("every step is at full size: the network does not take half of it (%s)", reason)
+        log.info("all steps run at full size: the network does not accept half of it (%s)", reason)
         return 0
     return wanted
 

@@ -1,4 +1,4 @@
-"""What a virtual image is asked to be: pure functions, and the settings of three objectives."""
+"""Objectives of inversion: pure functions, and the settings of three recipes."""
 
 from __future__ import annotations
 

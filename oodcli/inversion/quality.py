@@ -1,4 +1,4 @@
-"""How good virtual images are, by the network's own account."""
+"""Quality of virtual images, measured with the network itself."""
 
 from __future__ import annotations
 

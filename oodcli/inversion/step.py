@@ -204,7 +204,7 @@ class Step:
             if times != sum(tap.module == name for tap in self._taps):
                 raise CheckpointError(
                     f"{self.classifier.arch} cannot be inverted: its BatchNorm layer {name} is "
-                    "called in a way that a copy of the network does not follow; fit on real "
+                    "called in a way that the copy for inversion does not reproduce; fit on real "
                     "images instead, and report this architecture"
                 )
 

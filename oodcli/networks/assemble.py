@@ -150,8 +150,8 @@ def _by_batch(calls: Sequence[Call]) -> str:
         return ""
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return (
-        f"BatchNorm layer {next(iter(found))}{more} has no running statistics, so the scores of an "
-        "image depend on those in its batch: --batch-size 1 scores each image alone"
+        f"BatchNorm layer {next(iter(found))}{more} has no running statistics, so an image's "
+        "scores depend on the rest of its batch: --batch-size 1 scores each image alone"
     )
 
 
@@ -186,7 +186,9 @@ def _find_taps(
     try:
         pattern = None if layers is None else re.compile(layers)
     except re.error as error:
-        raise CheckpointError(f"--layers '{layers}' is no regular expression: {error}") from error
+        raise CheckpointError(
+            f"--layers '{layers}' is not a regular expression: {error}"
+        ) from error
     for call in calls:
         name, module, shape = call.name, call.module, call.shape
         if isinstance(module, _BatchNorm):

@@ -1,4 +1,4 @@
-"""What is said of a checkpoint: on the command line, and in the model card beside it."""
+"""Facts about a checkpoint from the command line and from the model card beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGEST_CARD = 1 << 22
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the command line gave; None = not given."""
+    """Values from the command line; None = not given."""
 
     arch: str | None = None
     num_classes: int | None = None
@@ -50,8 +50,8 @@ def read_card(path: Path) -> dict[str, Any]:
             content = file.read(LARGEST_CARD + 1)
         if len(content) > LARGEST_CARD:
             raise CheckpointError(
-                f"{path} is larger than {LARGEST_CARD >> 20} MB, so it is no model card: remove "
-                "it, or name the right one with --card"
+                f"{path} is larger than {LARGEST_CARD >> 20} MB, so it is not a model card: "
+                "remove it, or name the right one with --card"
             )
         card = tomllib.loads(content.decode("utf-8").replace("\r\n", "\n"))
     except OSError as error:
@@ -147,19 +147,20 @@ def write_card(classifier: Classifier, path: Path) -> None:
 
 
 def _is_arch(name: str) -> bool:
-    """Whether ``--arch`` takes the name (a pickled module's class or a program's is none)."""
+    """Whether ``--arch`` accepts the name. (Names of pickled modules and programs are not
+    accepted.)"""
     base = heads.split(name)[0] or ""
     return base.startswith("timm:") or ".py:" in base or architectures.known(base)
 
 
 def card_of(path: Path, overrides: Overrides, *, trust: bool) -> dict[str, Any]:
-    """The keys of a checkpoint's model card; none where it has no card. trust: run code that the
-    card names; it came with the checkpoint, and whoever uses that has not asked for it."""
+    """The keys of a checkpoint's model card; empty without a card. trust: run code that the card
+    names. It comes with the checkpoint, and the user has not asked for it."""
     where = overrides.card or card_path(path)
     card = read_card(where) if overrides.card is not None or where.is_file() else {}
     if ".py:" in card.get("arch", "") and overrides.arch is None and not trust:
         raise CheckpointError(
-            f"{where} names code, arch = {_shown(card['arch'])}, which can do anything when it is "
-            "run: read it, then name it yourself with --arch, or add --trust-pickle"
+            f"{where} names code, arch = {_shown(card['arch'])}, which can do anything when it "
+            "runs: read it, then give it yourself with --arch, or add --trust-pickle"
         )
     return card

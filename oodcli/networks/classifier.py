@@ -1,4 +1,4 @@
-"""A classifier as everything else sees it: a frozen network, its preprocessing, its layers."""
+"""A classifier: a frozen network with its preprocessing and layers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Classifier:
 
     @property
     def retrained(self) -> RetrainedHead | None:
-        """The head, where it was trained to tell what is out of distribution."""
+        """The head, if it was trained to detect OOD inputs."""
         found = None if self.head_name is None else self.network.get_submodule(self.head_name)
         return found if isinstance(found, RetrainedHead) else None
 

@@ -1,4 +1,4 @@
-"""A checkpoint file → what is in it. Nothing in it is run unless the user trusts it."""
+"""A checkpoint file → its contents. None of its code runs unless the user trusts it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from oodcli.networks.state_dict import AVERAGED, PLAIN
 SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".safetensors", ".pt2")
 
 UNPACKED = 20, 1 << 28
-"""An archive that unpacks to so many times its size, and to so many bytes, is no checkpoint:
-torch.save does not compress."""
+"""Factor and bytes from which an archive is a decompression bomb; torch.save does not compress."""
 
 
 def check_file(path: Path) -> None:
@@ -67,7 +66,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({first_sentence(error)}): copy it again"
+            f"{path} is not a complete safetensors file ({first_sentence(error)}): copy it again"
         ) from error
 
 
@@ -83,7 +82,7 @@ def read_torch(path: Path, trust_pickle: bool) -> Any:
             raise CheckpointError(
                 f"{path} holds a pickled {refused[1] or refused[2]}, not only tensors, and "
                 "unpickling can run any code that its author put there: save model.state_dict() "
-                "alone, or give --trust-pickle if you trust whoever made the file"
+                "alone, or give --trust-pickle if you trust its author"
             ) from error
         if trust_pickle and isinstance(error, ImportError | AttributeError):
             raise CheckpointError(
@@ -100,7 +99,7 @@ def read_torch(path: Path, trust_pickle: bool) -> Any:
 
 
 def find_module(content: Any) -> nn.Module | None:
-    """A pickled network: the content itself, or where a training script keeps it."""
+    """A pickled network: the content itself, or the entry where a training script stores it."""
     if isinstance(content, Mapping):
         content = next(
             (content[k] for k in (*PLAIN, *AVERAGED) if isinstance(content.get(k), nn.Module)),

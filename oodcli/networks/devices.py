@@ -1,4 +1,4 @@
-"""What devices can do."""
+"""Capabilities of devices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def multiplies_bfloat16(device: str) -> bool:
-    """Whether it does so in hardware. Anything else emulates it, which is slower than float32."""
+    """Whether the device multiplies bfloat16 in hardware. Emulation is slower than float32."""
     if device.startswith("cuda"):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # torch has no public name for this that reaches back to 2.11.

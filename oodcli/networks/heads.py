@@ -143,8 +143,8 @@ def sizes_from(slices: Tensor) -> tuple[int, ...]:
     starts, ends = [row[0] for row in rows], [row[-1] for row in rows]
     if starts != [0, *ends[:-1]] or any(b - a < 2 for a, b in rows):
         raise CheckpointError(
-            f"group_slices {slices.tolist()} does not say where MOS's groups begin and end, one "
-            "after the other: say their sizes with --arch NAME+mos:4,3,3"
+            f"group_slices {slices.tolist()} does not list MOS's groups one after the other: give "
+            "their sizes with --arch NAME+mos:4,3,3"
         )
     return tuple(int(end - start) - 1 for start, end in rows)
 
@@ -169,7 +169,7 @@ def last_linear(network: nn.Module, arch: str) -> str:
         name = each if isinstance(module, nn.Linear) else name
     if not name:
         raise CheckpointError(
-            f"{arch} has no linear layer, in whose place a retrained head could be: leave the head "
-            "out of --arch"
+            f"{arch} has no linear layer for a retrained head to replace: leave the head out of "
+            "--arch"
         )
     return name

@@ -1,4 +1,4 @@
-"""How images are prepared for a network: the options, the card, its defaults."""
+"""Preprocessing for a network: from options, the model card, and defaults."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _listed(size: int | tuple[int, int]) -> str:
 
 
 def _may_be_smaller(resize: Resize, size: tuple[int, int]) -> bool:
-    """Whether a picture may be smaller than the crop after the resize."""
+    """Whether an image may be smaller than the crop after the resize."""
     if isinstance(resize, int):
         return resize < max(size)
     return resize is not None and (resize[0] < size[0] or resize[1] < size[1])

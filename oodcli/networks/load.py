@@ -1,5 +1,4 @@
-"""From a checkpoint file to a Classifier: what the user said, then the model card, then what the
-tensors themselves tell."""
+"""From a checkpoint file to a Classifier: by the options, then the model card, then the tensors."""
 
 from __future__ import annotations
 

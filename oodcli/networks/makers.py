@@ -110,18 +110,18 @@ class TimmMaker(Maker):
         cannot = {}
         if mode == "border":
             cannot["resize"] = (
-                f"timm shows {self.arch} whole pictures with a border, which oodcli does not do: "
-                "say how it was trained with --crop squash or --crop center"
+                f"timm pads whole images with a border for {self.arch}, which oodcli cannot do: "
+                "set how it was trained with --crop squash or --crop center"
             )
         elif mode != "squash" and height != width:
             cannot["resize"] = (
-                f"timm resizes pictures for {self.arch} until they cover {height}x{width}, which "
-                "oodcli does not do: say how it was trained with --crop squash or --resize N"
+                f"timm resizes images for {self.arch} until they cover {height}x{width}, which "
+                "oodcli cannot do: set how it was trained with --crop squash or --resize N"
             )
         kind = config["interpolation"]
         if kind not in INTERPOLATIONS:
             cannot["interpolation"] = (
-                f"timm's interpolation for {self.arch} is '{kind}', which oodcli does not do: give "
+                f"timm's interpolation for {self.arch} is '{kind}', which oodcli cannot do: give "
                 f"--interpolation, one of {', '.join(INTERPOLATIONS)}"
             )
         found = Inputs(
@@ -161,7 +161,7 @@ class FactoryMaker(Maker):
         super().__init__(arch)
         file, _, name = arch.rpartition(":")
         if not Path(file).is_file():
-            raise CheckpointError(f"--arch {arch}: there is no file {file} (in {Path.cwd().name}/)")
+            raise CheckpointError(f"--arch {arch}: no file {file} (in {Path.cwd().name}/)")
         spec = importlib.util.spec_from_file_location("oodcli_user_architecture", file)
         if spec is None or spec.loader is None:
             raise CheckpointError(f"--arch {arch}: {file} cannot be imported")
@@ -171,7 +171,7 @@ class FactoryMaker(Maker):
             spec.loader.exec_module(module)
         except Exception as error:
             raise CheckpointError(
-                f"--arch {arch}: {file} fails with {type(error).__name__}: {first_sentence(error)}"
+                f"--arch {arch}: {file} raised {type(error).__name__}: {first_sentence(error)}"
             ) from error
         finally:
             sys.path.pop(0)
@@ -190,7 +190,7 @@ class FactoryMaker(Maker):
             network = self.factory(**count)
         except Exception as error:
             raise CheckpointError(
-                f"--arch {self.arch} fails with {type(error).__name__}: {first_sentence(error)}"
+                f"--arch {self.arch} raised {type(error).__name__}: {first_sentence(error)}"
             ) from error
         if not isinstance(network, nn.Module):
             raise CheckpointError(

@@ -127,8 +127,8 @@ def find_logits(
         if activation.undone_by(output.float(), logits):
             return Reading(
                 other,
-                note=f"the network's output {_named(other)} was taken as its logits: "
-                f"{_named(key)} is the {activation.name} of it",
+                note=f"the network's output {_named(other)} is used as its logits: {_named(key)} "
+                f"is its {activation.name}",
             ), output.float()
     module, before = _module_before(activation, logits, calls)
     if module is not None:
@@ -136,25 +136,25 @@ def find_logits(
             None,
             module,
             note=f"the network returns {activation.words}: the output of {module}, before its "
-            f"{activation.name}, was taken as the logits",
+            f"{activation.name}, is used as the logits",
         ), before
     if activation is LOG_SOFTMAX:
         return Reading(
             key,
             level=False,
-            note=f"the network returns {activation.words}, which were taken as logits up to a "
+            note=f"the network returns {activation.words}, which are used as logits up to a "
             "constant: detectors that need their level (energy, mls, peak-energy) are left out; "
-            "return the logits to have them",
+            "return logits to use them",
         ), logits
     if activation is SIGMOID and not _ends_in(network, image, key, "Sigmoid"):
         return Reading(
             key,
-            note="all outputs of the trial images lie between 0 and 1, and were taken as logits; "
-            "if they are probabilities, return the logits before them",
+            note="all outputs of the trial images lie between 0 and 1 and are used as logits; if "
+            "they are probabilities, return the logits instead",
         ), logits
     raise CheckpointError(
-        f"the network returns {activation.words}, and its logits cannot be read: return the "
-        f"logits, as they are before its {activation.name}"
+        f"the network returns {activation.words}, and its logits cannot be recovered: return the "
+        f"logits from before the {activation.name}"
     )
 
 
@@ -284,12 +284,12 @@ def _choose(
     if len({outputs[key].shape[1] for key in keys}) > 1:
         listed = " and ".join(f"{_named(key)} {_size(outputs[key])}" for key in keys)
         raise CheckpointError(
-            f"the network returns several outputs, and {listed} may each be its logits: give "
+            f"the network returns several outputs, and {listed} could each be its logits: give "
             "--num-classes, or return the logits alone"
         )
     others = ", ".join(_named(key) for key in outputs if key != keys[0])
     return keys[0], (
-        f"the network's output {_named(keys[0])}, {outputs[keys[0]].shape[1]} wide, was taken as "
+        f"the network's output {_named(keys[0])}, {outputs[keys[0]].shape[1]} wide, is used as "
         f"its logits, not {others}"
     )
 

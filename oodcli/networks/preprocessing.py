@@ -66,7 +66,7 @@ class Preprocessing:
         if self.input_size[0] * self.input_size[1] > LARGEST_INPUT:
             raise CheckpointError(
                 f"input_size {self.input_size} is more than {LARGEST_INPUT} pixels: no classifier "
-                "takes such images"
+                "has such an input"
             )
         if self.resize is not None:
             sides = (self.resize,) if isinstance(self.resize, int) else self.resize

@@ -80,7 +80,7 @@ def load_program(path: Path, *, trust: bool = False) -> tuple[nn.Module, tuple[i
     batch = shape[0] if isinstance(shape[0], int) else None
     if math.prod(shape[1:]) * (batch or 1) > LARGEST_EXAMPLE:
         raise CheckpointError(
-            f"{path} takes images of {tuple(shape)}, too large to try it: {REEXPORT}"
+            f"{path} takes images of {tuple(shape)}, too large to try: {REEXPORT}"
         )
     images = torch.randn((3, *shape[1:]), generator=torch.Generator().manual_seed(0))
     try:
@@ -136,7 +136,7 @@ def _load(path: Path, trust: bool) -> torch.export.ExportedProgram:
             if not trust and not _computes(node):
                 raise CheckpointError(
                     f"{path} calls {node.target}, which is not a tensor operation: give "
-                    "--trust-pickle if you trust whoever made the file"
+                    "--trust-pickle if you trust its author"
                 )
     return program
 
@@ -164,7 +164,7 @@ def _check_archive(path: Path) -> None:
         texts = [reader.get_record(name).decode() for name in models]
         graphs = [json.loads(text) for text in texts]
     except (RuntimeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a whole .pt2 archive: export it again") from error
+        raise CheckpointError(f"{path} is not a complete .pt2 archive: export it again") from error
     if not models:
         raise CheckpointError(
             f"{path} holds no program of torch.export (or one of torch 2.7 or older): export it "
@@ -177,12 +177,12 @@ def _check_archive(path: Path) -> None:
         if found:
             raise CheckpointError(
                 f"{path} holds {what} ({found[0]}), which can run any code: export the plain "
-                "network, or give --trust-pickle if you trust whoever made the file"
+                "network, or give --trust-pickle if you trust its author"
             )
     if odd:
         raise CheckpointError(
             f"{path} holds the expression '{odd[0][:60]}', which could run any code: give "
-            "--trust-pickle if you trust whoever made the file"
+            "--trust-pickle if you trust its author"
         )
 
 

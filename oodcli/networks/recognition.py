@@ -103,7 +103,7 @@ def _deconf(
     note = (
         f"a DeConf head with a bias: +deconf-{form}"
         if form == "inner"
-        else f"a DeConf head without a bias was taken for +deconf-{form} (override: "
+        else f"a DeConf head without a bias is read as +deconf-{form} (override: "
         f"--arch {found.arch}+deconf-euclid)"
     )
     return _with_head(found, retrained, "" if head else note)
@@ -127,7 +127,7 @@ def _mos(state: dict[str, Tensor], slices: Any, head: str, given: Overrides, pat
     retrained = heads.GroupHead(linear, sizes)
     found.module.set_submodule(name, retrained)
     note = (
-        f"a MOS head +{retrained.suffix}, as {SLICES} says, so classes are numbered group by group "
+        f"a MOS head +{retrained.suffix}, from {SLICES}: classes are numbered group by group "
         f"(override: --arch {found.arch}+mos:SIZES)"
     )
     return _with_head(found, retrained, "" if head else note)
@@ -157,7 +157,7 @@ def _recognised(layouts: Layouts, given: Overrides, path: Path) -> Network | Non
             *_stem_notes(known.name, known.num_classes),
         ]
         if dropped:
-            notes.append(f"{some_of(dropped)} not part of it and left out")
+            notes.append(f"{some_of(dropped)} not part of it and ignored")
         return Network(network, known.name, architectures.inputs(known.name, network), tuple(notes))
     return None
 
@@ -172,7 +172,7 @@ def _unrecognised(layouts: Layouts, path: Path) -> CheckpointError:
             f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         )
     return CheckpointError(
-        f"{path}: the architecture is not recognised: {like}; name it with --arch, or give the "
+        f"{path}: the architecture is not recognised: {like}; give its name with --arch, or the "
         "code that builds it with --arch FILE.py:FACTORY"
     )
 
@@ -190,12 +190,11 @@ def _stem_notes(name: str, num_classes: int) -> list[str]:
     notes = []
     if "+cifar-stem" in name:
         notes.append(
-            "a 3x3 first convolution was taken to mean stride 1 and no max-pool (override: --arch)"
+            "a 3x3 first convolution is read as stride 1 without max-pool (override: --arch)"
         )
     if "-cifar" in name and "-cifar-b" not in name and not name.startswith("torchvision:"):
         notes.append(
-            "shortcuts without weights were taken for option A, zeros on both sides "
-            "(override: --arch)"
+            "shortcuts without weights are read as option A, zeros on both sides (override: --arch)"
         )
     return notes + _transform_notes(name, num_classes)
 
@@ -244,7 +243,7 @@ def named(
     _fill(network, state)
     notes = _transform_notes(arch, classes or 0)
     if dropped:
-        notes.append(f"{some_of(dropped)} not part of {arch} and left out")
+        notes.append(f"{some_of(dropped)} not part of {arch} and ignored")
     return Network(network, arch, maker.inputs(network), tuple(notes))
 
 

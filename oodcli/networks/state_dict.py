@@ -90,7 +90,7 @@ def find_state(
         if ema and plain:
             both = True
             other = "override: leave out --ema" if prefer_ema else "override: --ema"
-            notes.append(f"weights taken from '{chosen}'; there are also others ({other})")
+            notes.append(f"using the weights in '{chosen}'; the file also has others ({other})")
         content = content[chosen]
     if not _is_state(content):
         raise CheckpointError(f"{path} holds no state dict where one was expected")
@@ -105,9 +105,9 @@ def find_state(
             averaged, both = True, both or bool(rest)
         else:
             state = rest
-            notes.append(f"averaged weights '{ema_prefix}*' were left out (override: --ema)")
+            notes.append(f"averaged weights '{ema_prefix}*' are ignored (override: --ema)")
     if prefer_ema and not averaged:
-        notes.append("there are no averaged (EMA) weights: the plain ones were taken")
+        notes.append("no averaged (EMA) weights in the file: using the plain ones")
     return state, notes, averaged and both
 
 

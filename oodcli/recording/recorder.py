@@ -375,5 +375,5 @@ def why_not(classifier: Classifier, words: list[str]) -> str:
     reasons = impossible(words, tapped=bool(classifier.taps))
     others = set(words) - {"deconf.h", "mos.others"}  # which no other choice could give
     return f"{classifier.arch} cannot give {', '.join(words)}: {reasons}" + (
-        "; choose what is recorded with --record or --for" if others else ""
+        "; choose the records with --record or --for" if others else ""
     )

@@ -101,7 +101,7 @@ class Evaluation:
         """What the asterisk means; empty where there is none."""
         if not self.saw:
             return ""
-        others = ", which the others have not" if len(self.saw) < len(self.detectors) else ""
+        others = ", unlike the others" if len(self.saw) < len(self.detectors) else ""
         listed = ", ".join(f"{detector} from {words}" for detector, words in self.saw.items())
         return f"* has learnt from OOD data{others}: {listed}."
 
@@ -134,7 +134,7 @@ def evaluate_files(
         raise FileError("no OOD set: give at least one, --ood NAME=F")
     for name in (MEAN, ID):
         if name in ood_scores:
-            raise FileError(f"--ood {name}=…: the report uses that name itself; choose another")
+            raise FileError(f"--ood {name}=…: the report uses this name itself; choose another")
     files = {ID: id_scores, **ood_scores}
     require_same_origin({scores.source: scores.made for scores in files.values()})
     for scores in files.values():
@@ -188,7 +188,7 @@ def _common(files: Mapping[str, Scores]) -> list[str]:
         columns = "; ".join(
             f"{scores.source}: {', '.join(scores.detectors)}" for scores in files.values()
         )
-        raise FileError(f"no detector is in all the files ({columns}): score with the same -d")
+        raise FileError(f"no detector is in all files ({columns}): score with the same -d")
     return shared
 
 

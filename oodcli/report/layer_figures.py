@@ -142,7 +142,7 @@ def write_layer_figures(
     if ablation:
         drawn["ablation"] = ablation_figure(ablation)
     if not drawn:
-        raise FileError(f"nothing can be drawn: {'; '.join(notes)}")
+        raise FileError(f"no figure can be drawn: {'; '.join(notes)}")
     paths = [directory / (name + suffix) for name in drawn for suffix in SUFFIXES]
     with make_folder(directory), ExitStack() as stack:
         # All are moved into place when the last is written: the stack unwinds only then.

@@ -54,14 +54,16 @@ class LayerInputs:
     def __post_init__(self) -> None:
         for name in self.ood:
             if name in (ID, VIRTUAL, BATCHNORM, MEAN):
-                raise OodcliError(f"--ood {name}: the figures mean something else by it: rename it")
+                raise OodcliError(
+                    f"--ood {name}: the figures use this name for another set: choose another"
+                )
         others = [*self.ood.values(), *([self.virtual] if self.virtual else [])]
         for cache in others:
             self._require_same(cache.path, "extracted", cache.provenance.origin)
         if self.virtual is not None and not self.virtual.provenance.virtual:
             raise FileError(
-                f"{self.virtual.path} holds features of real images, but --virtual takes those of "
-                "virtual ones: extract a file that 'oodcli invert' made"
+                f"{self.virtual.path} holds features of real images, but --virtual needs virtual "
+                "ones: extract a file from 'oodcli invert'"
             )
         if self.images is not None:
             self._require_same(self.images, "made", read_provenance(self.images).origin)
@@ -244,8 +246,8 @@ def feature_map(inputs: LayerInputs, method: str, seed: int) -> Map:
     features = torch.cat(list(parts.values()))  # (n, D)
     if len(features) < 4 or features.shape[1] < 2:
         raise FileError(
-            f"{inputs.id.path}: {len(features)} rows of {features.shape[1]} features make no map: "
-            "it takes four rows of two"
+            f"{inputs.id.path}: {len(features)} rows of {features.shape[1]} features are too few "
+            "to project: at least four rows of two are needed"
         )
     share = None
     if method == "pca":

@@ -136,14 +136,14 @@ def _summary(evaluation: Evaluation, best: str) -> dict[str, object]:
         )
     rejects = f"rejects {100 * tnr.value:.1f} % of the OOD rows" + (
         f" (mean over the sets), and {100 * low_tnr.value:.1f} % on {hardest}, the set that it "
-        "tells apart worst."
+        "separates worst."
         if several
         else "."
     )
     sentences = []
     if evaluation.get(best, hardest, "auroc").value < 0.5:
         sentences.append(
-            f"On {hardest} even that detector ranks the wrong way round: OOD rows tend to "
+            f"On {hardest} even this detector ranks the wrong way round: OOD rows tend to "
             "score lower than ID rows."
         )
     rivals = [
@@ -155,8 +155,8 @@ def _summary(evaluation: Evaluation, best: str) -> dict[str, object]:
         sentences.append(f"Intervals of {mean}AUROC that overlap its own: {', '.join(rivals)}.")
     if len(evaluation.detectors) > 1:
         sentences.append(
-            "The best of several detectors was chosen on these very rows, so that its numbers are "
-            "somewhat too good."
+            "The best of several detectors is chosen on these same rows, so its numbers are "
+            "somewhat optimistic."
         )
     if best in evaluation.saw:
         others = [name for name in figures.ranked(evaluation) if name not in evaluation.saw]
@@ -242,7 +242,7 @@ def _thresholds(detector: str, files: Mapping[str, Scores]) -> str:
             f"{verdict.high:.6g} on are OOD."
         )
     elif any(detector in scores.verdicts for scores in files.values()):
-        words += " The threshold of its verdicts cannot be told from the rows."
+        words += " The threshold of its verdicts cannot be derived from the rows."
     return words
 
 

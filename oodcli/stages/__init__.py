@@ -1,4 +1,2 @@
-"""The stages, without a terminal: what each subcommand does between its options and its print.
-
-Each writes its file whole or not at all, and returns a summary.
-"""
+"""The subcommands without their terminal: each stage writes its file whole or not at all, and
+returns a summary."""

@@ -1,4 +1,4 @@
-"""Which detectors to score with: from names, from artefacts, or fitted on noise on the spot."""
+"""Detectors to score with: by name, from artefacts, or fitted on noise when they are needed."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ from oodcli.stages.record import record_images
 
 @dataclass(frozen=True)
 class Chosen:
-    """A detector to score with, and what its artefact knows beyond it. trained_on: virtual, real
-    or noise; empty when it needs no fitting. saw: OOD data that it has learnt from, in words.
-    column: its name among the scores, where that is not the detector's. device: where it is, if
-    not in the processor's memory. artefact: the file that it comes from, if it does. without_rows:
-    classes of which no row was fitted on."""
+    """A detector to score with, and facts from its artefact. trained_on: virtual, real or noise;
+    empty if it needs no fitting. saw: OOD data that it has learnt from, as text. column: name of
+    its column, if not the detector's. device: its device; None for the CPU. artefact: the file that
+    it comes from. without_rows: classes without a fitting row."""
 
     detector: Detector
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
@@ -49,14 +48,14 @@ class Chosen:
 
     @property
     def name(self) -> str:
-        """The column of its scores."""
+        """The name of its column."""
         return self.column or self.detector.name
 
 
 def fingerprint(chosen: Chosen) -> str:
-    """Settings of a detector and, where it comes from an artefact, SHA-256 of what was fitted: the
-    same for the same scores, before ``placed``. What is fitted here differs in last digits with the
-    batch size."""
+    """Settings of a detector and, if it comes from an artefact, the SHA-256 of its fitted state:
+    equal for equal scores, before ``placed``. The last digits of a detector fitted here depend on
+    the batch size."""
     settings = ", ".join(
         f"{key}={value}" for key, value in serial.settings(chosen.detector).items()
     )
@@ -75,7 +74,7 @@ def fingerprint(chosen: Chosen) -> str:
 
 
 FitReference = Callable[[type[Detector], Mapping[str, Any]], Detector]
-"""Fits a detector on the reference images that it names, with the network at hand."""
+"""Fits a detector on its reference images, with the current network."""
 
 
 def choose_detectors(
@@ -87,12 +86,14 @@ def choose_detectors(
     preprocessing: Preprocessing | None = None,
     averaged: bool | None = None,
 ) -> list[Chosen]:
-    """Detectors from names, from ``FILE.py:CLASS`` and from artefacts' paths; ``all`` is every
-    built-in one that needs no images of its own and that ``available`` allows. Beside an artefact
-    of it, ``FILE.py:CLASS`` is only the artefact's code. One that is given twice, fitted on virtual
-    and on real images, has the columns ``knn[virtual]`` and ``knn[real]``. Raises DetectorError or
-    FileError for one that is unknown, needs fitting, belongs to another checkpoint, other weights
-    or preprocessing, or is there twice otherwise."""
+    """Detectors from names, from ``FILE.py:CLASS`` and from paths of artefacts; ``all`` is every
+    built-in detector that needs no images of its own and that ``available`` allows. Beside an
+    artefact of the same detector, ``FILE.py:CLASS`` is only the artefact's code. A detector given
+    twice, fitted on virtual and on real images, has the columns ``knn[virtual]`` and ``knn[real]``.
+
+    Raises DetectorError or FileError for a detector that is unknown, needs fitting, belongs to
+    another checkpoint, other weights or preprocessing, or is given twice otherwise.
+    """
     chosen: list[Chosen] = []
     made: set[str] = set()
 
@@ -120,7 +121,7 @@ def choose_detectors(
         if detectors.is_code(word) and kind.name in given_fitted:
             continue
         if kind.fitted and (kind.reference_images is None or fit_reference is None):
-            raise DetectorError(_must_be_fitted(kind))
+            raise _must_be_fitted(kind)
         make(kind)
     chosen = _told_apart(chosen)
     if "all" in wanted:
@@ -134,20 +135,20 @@ def choose_detectors(
     unused = sorted(hyperparameters.keys() - made)
     if unused:
         raise DetectorError(
-            f"-p {unused[0]}.…: {unused[0]} is not among the detectors that are made here"
+            f"-p {unused[0]}.…: {unused[0]} is not among the detectors given by name"
         )
     return chosen
 
 
 def is_artefact(word: str) -> bool:
-    """Whether ``-d`` names a file made by ``fit``."""
+    """Whether ``-d`` names a file written by ``fit``."""
     if word in detectors.names() or detectors.is_code(word):
         return False
     return word.endswith(".safetensors") or Path(word).is_file()
 
 
 def _place(name: str) -> int:
-    """Of a detector in the listing; those of the user's own come last."""
+    """Position of a detector in the listing; user-defined ones come last."""
     return [*detectors.names(), name].index(name)
 
 
@@ -157,14 +158,14 @@ def require_built_in(chosen: Iterable[Chosen], engine: str) -> None:
         if each.detector.name not in detectors.names():
             word = detectors.word_for(each.detector.name)
             raise DetectorError(
-                f"--engine {engine}: the cluster's hosts do not have the code of {word}: leave "
-                "--engine or this detector out"
+                f"--engine {engine}: the cluster's hosts do not have the code of {word}: leave out "
+                "--engine or this detector"
             )
 
 
 def _told_apart(chosen: Sequence[Chosen]) -> list[Chosen]:
-    """The same, a detector that is there more than once with what it was fitted on in the name of
-    each column. Raises DetectorError where that does not tell them apart."""
+    """The detectors with distinct columns: duplicates are named after their fitting images. Raises
+    DetectorError if that does not distinguish them."""
     count = Counter(each.detector.name for each in chosen)
     alike = Counter((each.detector.name, each.trained_on) for each in chosen)
     told = []
@@ -177,36 +178,36 @@ def _told_apart(chosen: Sequence[Chosen]) -> list[Chosen]:
         else:
             times = "twice" if count[name] == 2 else f"{count[name]} times"
             raise DetectorError(
-                f"{name} is given {times}: a detector has one column, or two where one artefact "
-                "was fitted on virtual images and the other on real ones"
+                f"{name} is given {times}: give it once, or as two artefacts, one fitted on "
+                "virtual and one on real images"
             )
     return told
 
 
-def _must_be_fitted(kind: type[Detector]) -> str:
+def _must_be_fitted(kind: type[Detector]) -> DetectorError:
     further = further_rows(kind)
     made = {option.split()[1]: words for option, words in further.items()}
     if kind.reference_images is not None:
         made["CACHE.h5"] = f"extract {kind.reference_images}"
     word = detectors.word_for(kind.name)
     command = " ".join(["oodcli fit CACHE.h5 -d", word, *further])
-    how = f"'{command}' makes {kind.name}.safetensors, whose path -d takes"
+    how = f"'{command}' writes {kind.name}.safetensors; give its path to -d"
     if word != kind.name:
-        how += f" beside -d {word}"
+        how += f" with -d {word}"
     if made:
         how += f" ({'; '.join(f'{file}: {words}' for file, words in made.items())})"
-    return f"{kind.name} must be fitted first: {how}"
+    return DetectorError(f"{kind.name} must be fitted first", hint=how)
 
 
 def further_rows(kind: type[Detector]) -> dict[str, str]:
-    """Options of ``fit`` that a detector needs beside the rows to fit on, and how what they name is
-    made."""
+    """Options of ``fit`` that a detector needs beside the rows to fit on → how to create their
+    file."""
     found = {}
     if kind.noise_images is not None:
         found["--noise NOISE.h5"] = f"extract '{kind.noise_images}'"
     if kind.needs_pool:
         found["--calibrate POOL.h5"] = (
-            "extract other virtual images with --match-accuracy, the published accuracy"
+            "extract other virtual images with --match-accuracy and the published accuracy"
         )
     return found
 
@@ -217,16 +218,16 @@ def require_same_network(
     preprocessing: Preprocessing | None = None,
     averaged: bool | None = None,
 ) -> None:
-    """Raises FileError when an artefact was made for another checkpoint or for other weights of it,
-    or on images that were prepared in another way; None is not compared."""
+    """Raises FileError for an artefact of another checkpoint or of other weights in it, or fitted
+    on images with another preprocessing; None is not compared."""
     Origin(artefact.checkpoint_sha256, artefact.averaged, artefact.preprocessing).require_same(
         Origin(sha256, averaged, preprocessing),
         Words(
             f"{artefact.path} was fitted for",
             "this is",
             weights="these are",
-            inputs=(f"{artefact.path} was fitted on images prepared with", "here it is"),
-            hint="fit it on features of this checkpoint",
+            inputs=(f"{artefact.path} was fitted on images prepared with", "here with"),
+            hint="fit it on a cache of this checkpoint",
         ),
     )
 
@@ -253,10 +254,10 @@ def _belonging(
 def fit_on_noise(
     classifier: Classifier, kind: type[Detector], given: Mapping[str, Any], batch_size: int
 ) -> Detector:
-    """A detector fitted on the reference images that it names. Raises DetectorError when it wants
-    virtual images instead, which only an artefact can have."""
+    """A detector fitted on its reference images. Raises DetectorError if it is set to virtual
+    images instead, which need an artefact."""
     if given.get("reference") == "virtual" or kind.reference_images is None:
-        raise DetectorError(_must_be_fitted(kind))
+        raise _must_be_fitted(kind)
     source = open_images(kind.reference_images, classifier.preprocessing, classifier.class_names)
     recorder = Recorder(classifier, kind.fit_needs(**given))
     blocks = record_images(classifier, source, recorder, batch_size)
@@ -264,12 +265,12 @@ def fit_on_noise(
 
 
 def odin_step(chosen: Iterable[Detector]) -> OdinStep | None:
-    """The perturbation that the chosen detectors need, if any."""
+    """ODIN's perturbation, if a chosen detector needs it."""
     return next((d.odin_step for d in chosen if d.odin_step is not None), None)
 
 
 def needs(chosen: Iterable[Chosen], *, mirror: bool = False) -> frozenset[str]:
-    """Everything that must be recorded to score with the chosen detectors."""
+    """All records that the chosen detectors need to score."""
     views = {"mirror"} if mirror else set()
     return frozenset[str]().union(
         *(each.detector.score_needs for each in chosen), {"logits"}, views
@@ -277,7 +278,7 @@ def needs(chosen: Iterable[Chosen], *, mirror: bool = False) -> frozenset[str]:
 
 
 def placed(chosen: Iterable[Chosen], device: str) -> list[Chosen]:
-    """The same, the heavy ones on a GPU if ``device`` is one that has float64."""
+    """The same detectors, heavy ones moved to a GPU if ``device`` supports float64."""
     if device.startswith(("cpu", "mps")):
         return list(chosen)
     there = torch.device(device)
@@ -290,7 +291,7 @@ def placed(chosen: Iterable[Chosen], device: str) -> list[Chosen]:
 
 
 def score_views(detector: Detector, features: Features, *, mirror: bool) -> Tensor:
-    """(N,) the score of each image, with ``mirror`` plus that of its mirror image."""
+    """(N,) score of each image; with ``mirror`` plus that of the mirrored image."""
     scores = detector.score(features)
     if mirror and features.mirror is not None:
         scores = scores + detector.score(features.mirror)

@@ -1,4 +1,4 @@
-"""The detector of ``score`` without ``-d``."""
+"""The default detector of ``score``."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from oodcli.stages.opened import Opened
 log = logging.getLogger(__name__)
 
 WITHOUT_DATA = ("c2ir-peak", "trio", "duo")
-"""Detectors that are fitted without real images, the strongest first."""
+"""Detectors fitted without real images, the strongest first."""
 
 
 def default_detector(opened: Opened, checkpoint: Path | None) -> str:
-    """An artefact that needs no data and is already there; otherwise a detector that needs nothing
-    but the checkpoint, for a cache nothing but the logits. checkpoint: None for a cache.
+    """An existing artefact that needs no real images; otherwise a detector that needs only the
+    checkpoint, or for a cache only the logits. checkpoint: None for a cache.
 
     peak-energy is stronger than 1c-sum on residual networks, but no better than chance on the
-    demo's, and nothing here can tell which it is (docs/protocol.md)."""
+    demo's network, and nothing here can tell which case holds (docs/protocol.md).
+    """
     for name, artefact in _artefacts(checkpoint):
         reason = _why_not(artefact, name, opened)
         if reason is None:
-            notes.say(log, f"no -d, so {artefact}: the strongest that needs no real images")
+            notes.say(log, f"no -d: using {artefact}, the strongest detector without real images")
             return str(artefact)
-        notes.say(log, f"left aside: {reason}")
+        notes.say(log, f"not used: {reason}")
     possible = ("energy", "msp") if opened.fit_reference is None else ("1c-sum", "energy", "msp")
     name = next(each for each in possible if detectors.get(each).needs <= opened.available)
-    notes.say(log, f"no -d, so {name}, which needs nothing but the checkpoint")
+    notes.say(log, f"no -d: using {name}, which needs only the checkpoint")
     return name
 
 
 def _artefacts(checkpoint: Path | None) -> Iterator[tuple[str, Path]]:
-    """Those that are in ``detectors`` of the working directory and beside the checkpoint, the
-    strongest first."""
+    """Artefacts in ``detectors`` of the working directory and beside the checkpoint, the strongest
+    first."""
     for name in WITHOUT_DATA:
         places = [Path("detectors", f"{name}.safetensors")]
         if checkpoint is not None:
@@ -49,7 +50,7 @@ def _artefacts(checkpoint: Path | None) -> Iterator[tuple[str, Path]]:
 
 
 def _why_not(path: Path, name: str, opened: Opened) -> str | None:
-    """Why an artefact cannot be the default for these rows, in words; None where it can."""
+    """Reason why an artefact cannot be the default for these rows; None if it can."""
     try:
         artefact = read_artefact(path)
         made = opened.made
@@ -59,4 +60,4 @@ def _why_not(path: Path, name: str, opened: Opened) -> str | None:
     if artefact.detector.name != name:
         return f"{path} is an artefact of {artefact.detector.name}, not of {name}"
     lacking = sorted(artefact.detector.score_needs - opened.available)
-    return f"{path} needs {', '.join(lacking)}, which is not there" if lacking else None
+    return f"{path} needs {', '.join(lacking)}, which is missing" if lacking else None

@@ -1,4 +1,4 @@
-"""The embedded default: a small network on scikit-learn's digits, and images that are no digits."""
+"""Data of ``oodcli demo``: a small network trained on scikit-learn's digits, and other images."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def train(
 
 
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each batch moved by at most one pixel: the only augmentation."""
+    """Each batch shifted by at most one pixel: the only augmentation."""
     down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
     return torch.roll(images, (down, right), (2, 3))
 
 
 def write_data(folder: Path, progress: Callable[[int], None]) -> tuple[int, int]:
-    """A checkpoint with its model card, digits that it has not seen, and photographs; returns how
-    many there are of the last two. progress: is told how many digits were trained on."""
+    """Write a checkpoint with its model card, held-out digits and photographs; returns the numbers
+    of the last two. progress: called with the number of digits trained on."""
     images, labels = digits()
     state = train(images[:TRAINED_ON], labels[:TRAINED_ON], progress)
     notes.done(log, "training")
@@ -96,8 +96,8 @@ def write_data(folder: Path, progress: Callable[[int], None]) -> tuple[int, int]
 
 
 def photograph_crops(folder: Path) -> int:
-    """Writes square crops of scikit-learn's two sample photographs as PNG, in a sub-folder each;
-    returns how many."""
+    """Write square crops of scikit-learn's two sample photographs as PNG, in a sub-folder each;
+    returns their number."""
     from sklearn.datasets import load_sample_images
 
     samples = load_sample_images()

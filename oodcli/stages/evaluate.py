@@ -1,5 +1,5 @@
-"""Scores files to metrics, and feature caches to figures: the whole of ``oodcli evaluate``. Without
-figures of layers, torch is not imported."""
+"""``oodcli evaluate``: scores files to metrics, feature caches to figures. Only the figures of
+layers import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluated:
-    """evaluation: all metrics. files: that were written."""
+    """evaluation: all metrics. files: the files written."""
 
     evaluation: Evaluation
     files: Sequence[Path]
@@ -50,8 +50,8 @@ def evaluate(
     watch: Watch | None = None,
     command: str = "",
 ) -> Evaluated:
-    """How well scores tell in-distribution from OOD images. detectors: only these columns, by
-    default all. output: folder of the report."""
+    """Compute how well scores separate in-distribution from OOD images. detectors: the detectors to
+    compare, by default all. output: folder of the report."""
     if output is not None:
         refuse_existing_report(output, force=force)
     id_scores = read_scores(id_file)
@@ -95,9 +95,9 @@ def draw_layers(
     seed: int = 0,
     force: bool = False,
 ) -> LayerReport:
-    """The papers' figures of layers, from feature caches of ID images, of OOD sets and of virtual
-    images. images: the virtual images. lsgm: an artefact, whose transitions are drawn. method: of
-    the map, pca or tsne."""
+    """Draw the papers' figures of layers, from feature caches of ID images, OOD sets and virtual
+    images. images: the virtual images. lsgm: an artefact whose transitions to draw. method: the
+    projection, pca or tsne."""
     from oodcli.files.artefact import read_artefact
     from oodcli.files.cache import open_cache
     from oodcli.report.layer_figures import refuse_existing_figures, write_layer_figures

@@ -39,7 +39,7 @@ def extract_to_file(
     timeout: float | None = None,
     work: Work = ALONE,
 ) -> dict[str, Any] | None:
-    """Records a source into a cache. sensitivity_from: the virtual file that the source reads, for
+    """Record a source into a cache. sensitivity_from: the virtual file that the source reads, for
     the sensitivities that inversion measured. None in a process that writes no file."""
     unreadable = 0
     agreed = known = 0
@@ -107,14 +107,15 @@ def stored_rows(rows: Rows) -> Stored:
 
 
 class Restored:
-    """Recorded rows from what was stored of them; the recorder knows what is not of one image."""
+    """Recorded rows from stored batches. The recorder supplies what does not depend on the
+    image."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
     @cached_property
     def nothing(self) -> Features:
-        """What is recorded of no image."""
+        """The records of zero images."""
         preprocessing = self._recorder.classifier.preprocessing
         blank = torch.zeros(1, preprocessing.channels, *preprocessing.input_size)
         features = self._recorder(blank, torch.tensor([-1]))
@@ -142,9 +143,9 @@ def degrading(
     batch_size: int,
     precision: str,
 ) -> tuple[float, float]:
-    """The patches that bring the network's accuracy on virtual images down to ``target``: their
-    side, in sides of an image, and the accuracy reached. Raises OodcliError when the target is out
-    of reach."""
+    """Patches that bring the network's accuracy on virtual images down to ``target``: their side,
+    as a share of the image's, and the accuracy reached. Raises OodcliError if the target cannot be
+    reached."""
     recorder = Recorder(classifier, frozenset({"logits"}), precision=precision)
 
     def accuracy(side: float) -> float:
@@ -158,7 +159,7 @@ def degrading(
 
 
 def _hits(features: Features | None) -> tuple[int, int]:
-    """How many rows the network gets right, of how many whose label is known."""
+    """Number of rows that the network classifies correctly, and of rows with a label."""
     if features is None or features.label is None:
         return 0, 0
     # A label of -1 is never a predicted class.

@@ -1,4 +1,4 @@
-"""Images to a feature cache: the whole of ``oodcli extract``."""
+"""``oodcli extract``: images to a feature cache."""
 
 from __future__ import annotations
 
@@ -41,11 +41,10 @@ Parameters = Mapping[str, Mapping[str, str]]
 
 @dataclass(frozen=True)
 class ExtractRequest:
-    """What is recorded of which images, and how. output: None for IMAGES.features.h5 in the working
-    directory. record: words, or ``all``; None for everything that one pass gives. for_detectors: as
-    ``--for``. parameters: detector → key → value. match_accuracy: of the network on virtual images,
-    which are degraded until then. timeout: seconds for an image to be read. command: recorded in
-    the file."""
+    """What to record, and how. output: None for IMAGES.features.h5 in the working directory.
+    record: records, or ``all``; None for everything that a forward pass gives. for_detectors: as
+    ``--for``. parameters: detector → key → value. match_accuracy: accuracy to which virtual images
+    are degraded. timeout: seconds to read an image. command: stored in the file."""
 
     model: Model
     images: str
@@ -72,9 +71,9 @@ class ExtractRequest:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What was recorded. file: the cache. images: all rows. unreadable: how many of them have no
-    features. recorded: words of ``record``. labelled: rows whose class is known. accuracy: of the
-    network on these; None without any. left_out: suffix → files that are no images."""
+    """Summary of ``extract``. file: the cache. images: all rows. unreadable: rows without features.
+    recorded: the records. labelled: rows with a known class. accuracy: the network's accuracy on
+    these; None without any. left_out: suffix → number of files that are not images."""
 
     file: Path
     images: int
@@ -86,7 +85,7 @@ class Extracted:
 
 
 def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | None:
-    """Records images into a cache; None in a process of torchrun that writes no file."""
+    """Record images into a cache; None in a process of torchrun that writes no file."""
     share, team = part_of(request.shard, request.images)
     path = request.path
     refuse_suffix(path, ".h5", ".hdf5")
@@ -100,7 +99,8 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
     batch_size = request.model.batch_size(classifier)
     if request.match_accuracy is not None and not isinstance(source, VirtualImages):
         raise OodcliError(
-            f"--match-accuracy is for virtual images, made by invert, but {request.images} is not"
+            f"--match-accuracy needs virtual images from invert, but {request.images} is not a "
+            "file of these"
         )
     recorder = Recorder(classifier, what | {"logits"}, odin=odin, precision=precision)
     log_records(recorder)
@@ -158,13 +158,13 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
 def _what(
     request: ExtractRequest, classifier: Classifier
 ) -> tuple[frozenset[str], OdinStep | None]:
-    """Words of what is recorded, and odin's step. Raises OodcliError for an unknown word, and for
-    parameters of a detector that nothing is recorded for."""
+    """Records to store, and ODIN's perturbation. Raises OodcliError for an unknown record, and for
+    parameters of a detector that is not among ``--for``."""
     given = request.parameters or {}
     kinds = [detectors.find(name) for name in request.for_detectors]
     unused = sorted(given.keys() - {kind.name for kind in kinds} - {"odin"})
     if unused:
-        raise OodcliError(f"-p {unused[0]}.…: {unused[0]} is not among --for")
+        raise OodcliError(f"-p {unused[0]}.…: {unused[0]} is not among the detectors of --for")
     odin = detectors.get("odin")
     step = odin_step([odin(**parse(odin, given.get("odin", {})))])
     what = _records(request, classifier, for_kinds=bool(kinds))
@@ -181,13 +181,14 @@ def _needs_of(kind: type[Detector], given: Parameters, *, virtual: bool) -> froz
 
 
 def _records(request: ExtractRequest, classifier: Classifier, *, for_kinds: bool) -> frozenset[str]:
-    """for_kinds: whether detectors name what they need; nothing else is recorded unasked then."""
+    """for_kinds: whether ``--for`` is given; then only the needs of those detectors are
+    recorded."""
     possible = recordable(classifier)
     if request.record is None and not for_kinds:
         if classifier.head_name is None:
             raise OodcliError(
-                f"{classifier.arch} has no linear layer at its end, so there is no embedding: say "
-                "what to record instead, such as --record logits,layers.mean"
+                f"{classifier.arch} does not end in a linear layer, so it has no embedding",
+                hint="choose other records, such as --record logits,layers.mean",
             )
         return (CHEAP | ({"layers.gradient"} if request.virtual else set())) & possible
     if list(request.record or ()) == ["all"]:
@@ -196,7 +197,7 @@ def _records(request: ExtractRequest, classifier: Classifier, *, for_kinds: bool
     unknown = sorted(what - KNOWN_RECORDS)
     if unknown:
         known = ", ".join(sorted(KNOWN_RECORDS))
-        raise OodcliError(f"--record {unknown[0]}: expected some of {known}, or all")
+        raise OodcliError(f"--record {unknown[0]}: expected records from {known}, or all")
     return what
 
 
@@ -207,7 +208,7 @@ def _settings(
     reading: int | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    """What else decides the rows of the cache."""
+    """Further settings that decide the rows of the cache."""
     matched = request.match_accuracy
     return {
         **request.model.job(),
@@ -227,8 +228,8 @@ def _patched(
     kept: Kept,
     team: Team | None,
 ) -> Patched:
-    """Virtual images on which the network has the target accuracy, as was found before, or by the
-    first process of torchrun, else as ``find`` does."""
+    """Virtual images on which the network has the target accuracy. The patches come from earlier
+    results or from the first process of torchrun, else from ``find``."""
 
     found = kept.about.decided
 
@@ -238,8 +239,8 @@ def _patched(
     found.update(degrade() if team is None else team.agree("patches", degrade))
     notes.say(
         log,
-        f"patches of {found['side']:.3f} of the side bring the network down to "
-        f"{found['reached']:.2%} of these {len(source)} virtual images",
+        f"patches with {found['side']:.3f} of the image side bring the network's accuracy on the "
+        f"{len(source)} virtual images down to {found['reached']:.2%}",
         word="",
     )
     notes.done(log, "the patches")
@@ -247,7 +248,7 @@ def _patched(
 
 
 def _require_same_network(request: ExtractRequest, classifier: Classifier) -> None:
-    """Virtual images tell of the network that they were made from, and of no other."""
+    """Raises OodcliError for virtual images of another network."""
     images, here = request.images, classifier.preprocessing
     made = read_provenance(Path(images))
     # How photographs are read and resized does not concern images that are the network's inputs.
@@ -258,7 +259,7 @@ def _require_same_network(request: ExtractRequest, classifier: Classifier) -> No
             f"{images} was made from",
             f"{request.model.name} is",
             weights="these are its",
-            inputs=(f"{images} was made for inputs with", "here it is"),
+            inputs=(f"{images} was made for inputs with", "here with"),
             hint="extract it with that one, or invert this",
         ),
         kind=OodcliError,

@@ -31,10 +31,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FitInputs:
-    """What detectors are fitted and calibrated on. train: rows to fit on. calibrate: caches of real
-    images or of accuracy-matched virtual ones. ood: rows known to be out of distribution.
-    labelled: path of an image → whether somebody marked it as OOD. noise: rows of noise, for
-    detectors that are standardised on it."""
+    """Caches to fit and calibrate on. train: rows to fit on. calibrate: real images or
+    accuracy-matched virtual ones. ood: OOD images. labelled: path of an image → whether it is
+    labelled OOD. noise: noise images, for detectors that are standardised on them."""
 
     train: FeatureCache | None
     calibrate: Sequence[FeatureCache] = ()
@@ -44,12 +43,14 @@ class FitInputs:
 
     @property
     def provenance(self) -> Provenance:
-        """That of the first of them, whose checkpoint, weights and preprocessing are those of all.
-        Raises FileError when they differ."""
+        """Provenance of the first cache. Raises FileError if another has a different checkpoint,
+        weights or preprocessing."""
         given = (self.train, *self.calibrate, self.ood, self.noise)
         caches = [cache for cache in given if cache is not None]
         if not caches:
-            raise DetectorError("nothing to fit on: give a cache, or --calibrate FILE.h5")
+            raise DetectorError(
+                "no rows to fit on: give a cache, or calibrate only with --calibrate FILE.h5"
+            )
         first = caches[0]
         for cache in caches[1:]:
             cache.provenance.origin.require_same(
@@ -74,24 +75,29 @@ def fit_to_folder(
     force: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Fits and calibrates detectors, one artefact each; one that comes as an artefact is fitted
-    already. Everything is fitted before anything is written. command: the command line, for the
-    artefacts. What cannot be fitted or calibrated on these rows, as an artefact of another
-    checkpoint, has an entry with a ``reason`` and no file; with leave_out it has none, which is
-    said. progress: called after each. Raises DetectorError or FileError when not one can be, and
-    when one is there twice."""
+    """Fit and calibrate detectors, one artefact each; a detector given as an artefact is only
+    calibrated. Files are written after everything is fitted. command: stored in the artefacts.
+
+    A detector that cannot be fitted or calibrated on these rows, such as an artefact of another
+    checkpoint, has an entry with a ``reason`` and no file; with leave_out it has no entry, but a
+    note. progress: called after each. Raises DetectorError or FileError if no detector can be
+    fitted, or one is given twice.
+    """
     names = [each.detector.name if isinstance(each, Artefact) else each.name for each in chosen]
     for name in names:
         path = folder / f"{name}.safetensors"
         if names.count(name) > 1:
-            raise DetectorError(f"{name} is given twice, but {path} holds one: run fit twice")
+            raise DetectorError(
+                f"{name} is given twice, but {path} can hold only one: run fit twice"
+            )
         refuse_existing(path, force=force)
     for cache in inputs.calibrate:
         if cache.provenance.virtual and cache.provenance.matched_accuracy is None:
             raise DetectorError(
-                f"{cache.path} holds raw virtual images, whose scores are far lower than those of "
-                "real ones, so no verdict can rest on them: degrade them first with 'oodcli "
-                "extract CHECKPOINT V.h5 --match-accuracy 0.9' (the published accuracy)"
+                f"{cache.path} holds raw virtual images, which score far lower than real ones and "
+                "cannot calibrate a verdict",
+                hint="degrade them first with 'oodcli extract CHECKPOINT V.h5 --match-accuracy "
+                "0.9' (the published accuracy)",
             )
     origin = inputs.provenance
     made: list[Artefact] = []
@@ -108,7 +114,7 @@ def fit_to_folder(
         except (DetectorError, FileError) as error:
             failed[name] = error
             if leave_out:
-                log.info(f"{name} is left out: {error.text}")
+                log.info(f"{name} skipped: {error.text}")
         progress()
     if not made:
         raise _none_of(failed)
@@ -141,16 +147,16 @@ def fit_to_folder(
 
 
 def _none_of(failed: Mapping[str, OodcliError]) -> OodcliError:
-    """The error where not one detector could be fitted."""
+    """The error if no detector could be fitted."""
     first, *others = failed.values()
     if not others:
         return first
     reasons = "; ".join(f"{name}: {error.text}" for name, error in failed.items())
-    return DetectorError(f"not one of {', '.join(failed)} can be fitted: {reasons}")
+    return DetectorError(f"none of {', '.join(failed)} can be fitted: {reasons}")
 
 
 def _lacking(artefact: Artefact, origin: Provenance) -> Iterator[str]:
-    """Sentences on the classes of which there are not enough rows."""
+    """Sentences about classes with too few rows."""
     fitted_on = artefact.fitted_on
 
     def words(classes: Sequence[int]) -> str:
@@ -159,7 +165,7 @@ def _lacking(artefact: Artefact, origin: Provenance) -> Iterator[str]:
     if artefact.without_rows:
         yield (
             f"{fitted_on['file']} has no rows of {words(artefact.without_rows)}: detectors fitted "
-            "on it give no verdict on predictions of that"
+            "on it give no verdict on images predicted as such"
         )
     if one := fitted_on.get("classes_with_one_row"):
         yield f"{fitted_on['file']} has only one row of {words(one)}"
@@ -167,22 +173,22 @@ def _lacking(artefact: Artefact, origin: Provenance) -> Iterator[str]:
         count = calibration.real + calibration.virtual
         if calibration.without_verdict:
             yield (
-                f"the {count} rows to calibrate on have none of "
-                f"{words(calibration.without_verdict)}: there is no verdict on predictions of that"
+                f"none of the {count} calibration rows is of "
+                f"{words(calibration.without_verdict)}: images predicted as such get no verdict"
             )
         elif calibration.without_rows:
             yield (
-                f"the {count} rows to calibrate on have none of {len(calibration.without_rows)} of "
-                f"{calibration.classes} classes, which may be chance"
+                f"{len(calibration.without_rows)} of {calibration.classes} classes have no row "
+                f"among the {count} calibration rows, possibly by chance"
             )
 
 
 UNJUDGED = "no_verdict_on"
-"""Key of the names of classes without rows, among how an artefact was made."""
+"""Key of the names of classes without rows, in an artefact's ``recorded``."""
 
 
 def _with_origin(artefact: Artefact, origin: Provenance, command: str) -> Artefact:
-    """The artefact with how it came to be; what it was fitted on before is left as it is."""
+    """The artefact with its origin; what it was fitted on before is left unchanged."""
     if artefact.preprocessing is None:
         artefact = replace(artefact, preprocessing=origin.preprocessing, recorded=_how_made(origin))
     calibrations = artefact.calibrations.values()
@@ -194,24 +200,24 @@ def _with_origin(artefact: Artefact, origin: Provenance, command: str) -> Artefa
 
 
 def _how_made(rows: Provenance) -> dict[str, Any]:
-    """What an artefact keeps of how rows were made."""
+    """How rows were created, as an artefact stores it."""
     kept = ("arch", "seed", "device", "precision", "averaged", "command")
     return {name: getattr(rows, name) for name in kept}
 
 
 LONG = 10.0
-"""Seconds."""
+"""Seconds of fitting from which a second fit is announced."""
 
 HELD_OUT_FROM = 50
-"""With fewer real rows than this there is no calibration unless --calibrate names a file."""
+"""Real rows from which some are held out to calibrate on. With fewer, only --calibrate
+calibrates."""
 
 HELD_OUT_AT_MOST = 5_000
-"""Of more real rows than five times this, a smaller share than a fifth is held out."""
+"""Rows held out at most. With more than five times as many, the share is smaller than a fifth."""
 
 
 def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> Artefact:
-    """A detector fitted on the rows to fit on, where it or its hyper-parameters need any, and
-    calibrated."""
+    """A detector, fitted if it or its hyper-parameters need rows, and calibrated."""
     cache = inputs.train
     if kind.reference_images is not None and given.get("reference") != "virtual":
         cache = inputs.noise or cache
@@ -223,7 +229,9 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
         if cache is not None:
             cache.require(detector.score_needs, detectors.word_for(kind.name))
     elif cache is None:
-        raise DetectorError(f"{kind.name} must be fitted: give a cache made by 'oodcli extract'")
+        raise DetectorError(
+            f"{kind.name} must be fitted on a cache", hint="'oodcli extract' writes caches"
+        )
     else:
         cache.require(needs, detectors.word_for(kind.name))
         _check_reference(kind, given, cache)
@@ -276,8 +284,8 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
         every = max(5, cache.count // HELD_OUT_AT_MOST)
         if seconds > LONG:
             log.info(
-                f"{kind.name}: fitted again without every {every}th row, to calibrate it: about "
-                f"{seconds:.0f} s more"
+                f"{kind.name}: fitting again without every {every}th row, to calibrate on those: "
+                f"about {seconds:.0f} s more"
             )
         with _said_once():
             apart = kind.fit(cache.rows(needs, lambda row: row % every != 0), **given)
@@ -299,8 +307,7 @@ def _where(found: Tensor) -> list[int]:
 
 
 def class_counts(blocks: Iterable[Features], classes: int) -> Tensor:
-    """How many rows there are of each class, by their labels, where there is none by what the
-    network says. (classes,)"""
+    """(classes,) number of rows per class, by label, or by prediction where there is no label."""
     counts = torch.zeros(classes, dtype=torch.int64)
     for block in blocks:
         found = recorded(block.logits).argmax(1)
@@ -322,7 +329,7 @@ def _kind_of(rows: Provenance) -> str:
 
 @contextmanager
 def _said_once() -> Iterator[None]:
-    """What a detector says while it is fitted was said the first time."""
+    """Silence the notes of a second fit: the first fit has logged them."""
     theirs = logging.getLogger("oodcli.detectors")
     level = theirs.level
     theirs.setLevel(logging.WARNING)
@@ -333,8 +340,8 @@ def _said_once() -> Iterator[None]:
 
 
 def _calibrate_one(artefact: Artefact, inputs: FitInputs) -> Artefact:
-    """The artefact with what labelled rows teach its detector and with new calibrations; what it
-    knew before stays as long as its scores do."""
+    """The artefact after learning from labelled rows and with new calibrations. Old calibrations
+    stay as long as the scores do not change."""
     detector, limit = artefact.detector, artefact.threshold
     calibrations, fitted_on = dict(artefact.calibrations), dict(artefact.fitted_on)
     if inputs.labelled is not None:
@@ -357,27 +364,28 @@ def _calibrate_one(artefact: Artefact, inputs: FitInputs) -> Artefact:
 
 
 def _check_reference(kind: type[Detector], given: Mapping[str, Any], cache: FeatureCache) -> None:
-    """A detector that is standardised on noise must not be fitted on something else by mistake."""
+    """Raises DetectorError for a detector that is standardised on noise and would be fitted on
+    other images."""
     if kind.reference_images is None:
         return
     virtual = given.get("reference") == "virtual"
     if virtual != cache.provenance.virtual or not (virtual or _is_of(kind.reference_images, cache)):
         raise DetectorError(
             f"{kind.name} is standardised on {kind.reference_images.partition('?')[0]}, but "
-            f"{cache.path} holds {cache.provenance.source}: extract {kind.reference_images} (and "
-            "name it with --noise, beside rows for other detectors), or fit on virtual images with "
-            f"-p {kind.name}.reference=virtual"
+            f"{cache.path} holds {cache.provenance.source}",
+            hint=f"extract {kind.reference_images} and give its cache with --noise, or fit on "
+            f"virtual images with -p {kind.name}.reference=virtual",
         )
 
 
 def _is_of(images: str, cache: FeatureCache) -> bool:
-    """Whether the rows of a cache are of these images, or of as many others of their kind."""
+    """Whether the rows of a cache are of these images, or of another number of the same kind."""
     return cache.provenance.source.startswith(images.partition("?")[0])
 
 
 @dataclass(frozen=True)
 class _Joined:
-    """Rows of several caches, in blocks that can be read again and again."""
+    """Rows of several caches, in blocks that can be read repeatedly."""
 
     caches: Sequence[FeatureCache]
     needs: frozenset[str]
@@ -388,13 +396,13 @@ class _Joined:
 
 
 def _noise_and_pool(kind: type[Detector], inputs: FitInputs) -> dict[str, Any]:
-    """What ``fit`` takes beside the rows to fit on and OOD ones. Raises DetectorError when it is
-    missing, or not of the images that it should be of."""
+    """Arguments of ``fit`` beside the rows to fit on and OOD rows. Raises DetectorError if one is
+    missing, or holds other images."""
     found: dict[str, Sequence[FeatureCache]] = {}
     if kind.noise_images is not None and inputs.noise is not None:
         if not _is_of(kind.noise_images, inputs.noise):
             raise DetectorError(
-                f"{kind.name} is fitted on noise, too, but {inputs.noise.path} holds "
+                f"{kind.name} needs noise images, but {inputs.noise.path} holds "
                 f"{inputs.noise.provenance.source}: extract '{kind.noise_images}'"
             )
         found["noise"] = [inputs.noise]
@@ -404,8 +412,8 @@ def _noise_and_pool(kind: type[Detector], inputs: FitInputs) -> dict[str, Any]:
     if len(found) < len(further):
         how = "; ".join(f"{option.split()[1]}: {words}" for option, words in further.items())
         raise DetectorError(
-            f"{kind.name} is fitted on more than one cache: give {' and '.join(further)}, too "
-            f"({how})"
+            f"{kind.name} is fitted on more than one cache",
+            hint=f"add {' and '.join(further)} ({how})",
         )
     for cache in (each for caches in found.values() for each in caches):
         cache.require(kind.needs, detectors.word_for(kind.name))
@@ -414,7 +422,9 @@ def _noise_and_pool(kind: type[Detector], inputs: FitInputs) -> dict[str, Any]:
 
 def _ood_rows(kind: type[Detector], inputs: FitInputs, needs: frozenset[str]) -> Any:
     if inputs.ood is None:
-        raise DetectorError(f"{kind.name} learns from OOD images, too: give a cache with --ood")
+        raise DetectorError(
+            f"{kind.name} also learns from OOD images", hint="give their cache with --ood"
+        )
     inputs.ood.require(needs, detectors.word_for(kind.name))
     return inputs.ood.rows(needs)
 
@@ -438,10 +448,11 @@ def _calibrated(detector: Detector, caches: Sequence[FeatureCache], *, mirror: b
 
 
 def _learn(detector: Detector, inputs: FitInputs) -> tuple[Detector, float]:
-    """The detector with what labelled rows teach it, and the threshold that parts them best."""
+    """The detector after learning from labelled rows, and the threshold that separates them
+    best."""
     cache, marks = inputs.train, inputs.labelled
     if cache is None or marks is None:
-        raise DetectorError("--labelled needs the cache of the images that were marked")
+        raise DetectorError("--labelled needs the cache of the labelled images")
     blocks, flags = [], []
     for rows in cache.blocks(detector.score_needs | {"logits"}):
         readable = [path for path, error in zip(rows.paths, rows.errors, strict=True) if not error]
@@ -450,9 +461,9 @@ def _learn(detector: Detector, inputs: FitInputs) -> tuple[Detector, float]:
             blocks.append(rows.features.select(known))
             flags += [marks[path] for path in readable if path in marks]
     if not blocks:
-        raise DetectorError(f"no path of --labelled is among the paths of {cache.path}")
+        raise DetectorError(f"none of the paths in --labelled is in {cache.path}")
     ood = torch.tensor(flags)
     if not 0 < int(ood.sum()) < len(ood):
-        raise DetectorError("--labelled must mark rows of both kinds, 0 (ID) and 1 (OOD)")
+        raise DetectorError("--labelled needs rows of both kinds, 0 (ID) and 1 (OOD)")
     detector = detector.learn(blocks, ood)
     return detector, labelled_threshold(torch.cat([detector.score(b) for b in blocks]), ood)

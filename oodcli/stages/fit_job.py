@@ -1,4 +1,4 @@
-"""Feature caches to a folder of artefacts: the whole of ``oodcli fit``."""
+"""``oodcli fit``: feature caches to a folder of artefacts."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Parameters = Mapping[str, Mapping[str, str]]
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What is fitted and calibrated on what. cache: None to calibrate only. detectors: as ``-d``;
-    ``all`` alone for every one that the cache allows. parameters: detector → key → value.
-    calibrate, ood, noise: caches. labelled: a CSV file of marked rows. output: the folder.
-    command: recorded in the artefacts."""
+    """What to fit and calibrate. cache: None to calibrate only. detectors: as ``-d``; ``all`` alone
+    for every detector that the cache can fit. parameters: detector → key → value. calibrate, ood,
+    noise: caches. labelled: a CSV file of labelled rows. output: the folder. command: stored in the
+    artefacts."""
 
     cache: Path | None
     detectors: Sequence[str]
@@ -48,15 +48,15 @@ class FitRequest:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What became of each detector: a mapping with ``detector`` and ``file``, None with a
-    ``reason`` where it could not be fitted; else with ``fitted_on``, ``calibrated_on``,
-    ``resolution``, ``achieved_at_0.05``, ``threshold`` and ``bytes``."""
+    """A mapping per detector with ``detector`` and ``file``; with ``reason`` if it could not be
+    fitted and ``file`` is None, else with ``fitted_on``, ``calibrated_on``, ``resolution``,
+    ``achieved_at_0.05``, ``threshold`` and ``bytes``."""
 
     artefacts: Sequence[Mapping[str, Any]]
 
     @property
     def files(self) -> Mapping[str, Path]:
-        """Detector → its artefact, of those that were fitted."""
+        """Detector → its artefact, of the detectors that were fitted."""
         return {
             each["detector"]: Path(each["file"])
             for each in self.artefacts
@@ -65,7 +65,7 @@ class Fitted:
 
 
 def fit(request: FitRequest, watch: Watch | None = None) -> Fitted:
-    """Fits and calibrates detectors into a folder."""
+    """Fit and calibrate detectors into a folder."""
     given = request.parameters
     with ExitStack() as stack:
         inputs = _inputs(request, stack)
@@ -75,12 +75,12 @@ def fit(request: FitRequest, watch: Watch | None = None) -> Fitted:
             names = _possible(inputs, given)
         if not names:
             raise DetectorError(
-                "nothing to fit: name detectors with -d ('oodcli detectors' lists them)"
+                "no detectors to fit", hint="name them with -d ('oodcli detectors' lists them)"
             )
         chosen, kinds = _chosen(names)
         unused = sorted(given.keys() - kinds.keys())
         if unused:
-            raise DetectorError(f"-p {unused[0]}.…: {unused[0]} is not among -d")
+            raise DetectorError(f"-p {unused[0]}.…: {unused[0]} is not fitted; add -d {unused[0]}")
         if request.noise is not None and not any(map(_takes_noise, kinds.values())):
             raise DetectorError(
                 f"--noise {request.noise}: none of {', '.join(names)} is fitted on noise"
@@ -120,7 +120,7 @@ def _inputs(request: FitRequest, stack: ExitStack) -> FitInputs:
 def _chosen(
     names: Sequence[str],
 ) -> tuple[list[type[Detector] | Artefact], dict[str, type[Detector]]]:
-    """What is fitted or calibrated, in order; and by name, what is fitted."""
+    """Detectors to fit or calibrate, in order; and by name, those to fit."""
     found = {word: detectors.find(word) for word in names if not is_artefact(word)}
     artefacts = {word: read_artefact(Path(word)) for word in names if word not in found}
     given_fitted = {each.detector.name for each in artefacts.values()}
@@ -139,8 +139,7 @@ def _takes_noise(kind: type[Detector]) -> bool:
 
 
 def _possible(inputs: FitInputs, given: Parameters) -> list[str]:
-    """Detectors that can be fitted on the cache as it is, without more files; what the others lack
-    is logged."""
+    """Detectors that the given files can fit. A note lists what the others lack."""
     if inputs.train is None:
         return []
     possible, lacking = [], []
@@ -153,17 +152,17 @@ def _possible(inputs: FitInputs, given: Parameters) -> list[str]:
         else:
             lacking.append(f"{kind.name} ({lacks})")
     if lacking:
-        notes.say(log, f"left out, with what they lack: {', '.join(lacking)}")
+        notes.say(log, f"detectors skipped, and what they need: {', '.join(lacking)}")
     return possible
 
 
 def _lacks(
     kind: type[Detector], inputs: FitInputs, given: Parameters, recorded: frozenset[str]
 ) -> str | None:
-    """What a detector lacks to be fitted, in words; None where it has all."""
+    """What a detector lacks to be fitted, as text; None if nothing."""
     needs = kind.fit_needs(**parse(kind, given.get(kind.name, {})))
     if kind.reference_images is not None and inputs.noise is None:
-        return "--noise; score fits it on the spot"
+        return "--noise; or let score fit it"
     if kind.noise_images is not None and inputs.noise is None:
         return "--noise"
     if kind.needs_pool and not inputs.calibrate:
@@ -178,7 +177,7 @@ def _log(
     chosen: Sequence[type[Detector] | Artefact],
     hyperparameters: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """What detectors are fitted and calibrated on, and what each needs."""
+    """Log the caches, and the needs of each detector."""
     caches = (("fit on", inputs.train), ("OOD rows", inputs.ood), ("noise", inputs.noise))
     for use, cache in (*caches, *(("calibrate on", each) for each in inputs.calibrate)):
         if cache is not None:
@@ -187,14 +186,12 @@ def _log(
         log.debug("labelled: %d rows, %d OOD", len(inputs.labelled), sum(inputs.labelled.values()))
     for each in chosen:
         if isinstance(each, Artefact):
-            log.debug("%s: fitted already, by %s", each.detector.name, each.path)
+            log.debug("%s: already fitted, %s", each.detector.name, each.path)
             continue
         given = hyperparameters.get(each.name, {})
         needs = ", ".join(sorted(each.fit_needs(**given))) or "nothing"
         pairs = ", ".join(f"{name}={value}" for name, value in given.items())
-        log.debug(
-            "%s: to be fitted it needs %s; %s", each.name, needs, pairs or "default parameters"
-        )
+        log.debug("%s: fitting needs %s; %s", each.name, needs, pairs or "default parameters")
     log.debug("calibration: %s", _calibration(inputs))
 
 
@@ -202,7 +199,7 @@ def _calibration(inputs: FitInputs) -> str:
     if inputs.calibrate:
         return f"on the rows of {', '.join(str(cache.path) for cache in inputs.calibrate)}"
     if inputs.labelled is not None:
-        return "no new one: the labelled rows give a threshold"
+        return "none: the labelled rows give a threshold"
     if inputs.train is None or inputs.train.provenance.virtual:
-        return "none: without --calibrate it takes real rows"
-    return "on rows held out of those to fit on"
+        return "none: without --calibrate it needs real rows"
+    return "on held-out rows of the cache"

@@ -25,7 +25,7 @@ from oodcli.report.contact_sheet import contact_sheet
 from oodcli.stages.record import ALONE, Progress, Work, no_progress
 
 SHOWN = 1000
-"""Of how many of the first images the contact sheet is made."""
+"""Number of images, from the first, that the contact sheet draws from."""
 
 
 def invert_to_file(
@@ -39,8 +39,8 @@ def invert_to_file(
     progress: Progress = no_progress,
     work: Work = ALONE,
 ) -> dict[str, Any] | None:
-    """Virtual images into ``path`` and a contact sheet beside it; returns the quality report, None
-    in a process that writes no file. step: as ``prepare`` makes it."""
+    """Write virtual images to ``path`` and a contact sheet beside it; returns the quality report,
+    None in a process that writes no file. step: from ``prepare``."""
     step = step or Step(classifier, plan.objective, plan.precision)
     sheet_path = path.with_suffix(".png")
     settings = {
@@ -98,16 +98,16 @@ def invert_to_file(
 
 
 def shard_of_plan(plan: Plan, share: Share) -> Shard | None:
-    """What a file with a share of the images says of it; None where that is all. Raises OodcliError
-    when the share has no batch."""
+    """Attributes of a file that holds a shard of the images; None if it holds all. Raises
+    OodcliError for a shard without a batch."""
     if share.whole:
         return None
     batches = len(plan.batches())
     part = share.part(batches)
     if not part:
         raise OodcliError(
-            f"--shard {share}: there are {batches} batches of at most {plan.batch_size} images, so "
-            f"{batches} shards are the most; or give a smaller --batch-size to all of them"
+            f"--shard {share}: the job has only {batches} batches of at most {plan.batch_size} "
+            f"images: use at most {batches} shards, or a smaller --batch-size for all of them"
         )
     before, rows = plan.images(range(part.start)), plan.images(range(batches))
     stop = before + plan.images(part)

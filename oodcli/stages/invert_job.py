@@ -1,4 +1,4 @@
-"""A checkpoint to virtual images: the whole of ``oodcli invert``."""
+"""``oodcli invert``: a checkpoint to virtual images."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InvertRequest:
-    """What is inverted, and how. output: None for CHECKPOINT.virtual.h5 in the working directory.
-    steps, mirror: None for those of the objective. classes: ``0-4,7``; None for all. compiled: the
-    step; None for where that is faster. command: recorded in the file."""
+    """What to invert, and how. output: None for CHECKPOINT.virtual.h5 in the working directory.
+    steps, mirror: None for the default of the objective. classes: ``0-4,7``; None for all.
+    compiled: compile the step; None to compile if that is faster. command: stored in the file."""
 
     model: Model
     output: Path | None = None
@@ -59,15 +59,18 @@ class InvertRequest:
         if self.output is not None:
             return self.output
         if self.model.path is None:
-            raise OodcliError("a classifier is given, not a path: say where the virtual images go")
+            raise OodcliError(
+                "the network is a loaded classifier, not a path: give the output file"
+            )
         return Path(stem_of(self.model.path) + ".virtual.h5")
 
 
 @dataclass(frozen=True)
 class Inverted:
-    """What was made. file: the virtual images. contact_sheet: some of them as a PNG. images,
-    classes: how many. path: how a step was computed. cross_entropy: in nats. agreement: the share
-    on which the network says the target class. batchnorm_gap: layer → KL divergence, in nats."""
+    """Summary of ``invert``. file: the virtual images. contact_sheet: a PNG of some of them.
+    images, classes: their numbers. path: how a step was computed. cross_entropy: in nats.
+    agreement: the share on which the network predicts the target class. batchnorm_gap: layer → KL
+    divergence, in nats."""
 
     file: Path
     contact_sheet: Path
@@ -85,14 +88,14 @@ class Inverted:
 
 @dataclass(frozen=True)
 class InvertEstimate:
-    """What it would take. images: that this process makes. seconds: for these."""
+    """Estimate for a job. images: images that this process inverts. seconds: time for these."""
 
     images: int
     seconds: float
 
 
 def estimate(request: InvertRequest) -> InvertEstimate:
-    """How long it would take, by a trial; nothing is written."""
+    """Estimate the time of a job by a trial. Writes nothing."""
     share, team = part_of(request.shard)
     _, classifier, plan = _planned(request)
     plan, step, seconds = prepare(classifier, plan, compiled=request.compiled)
@@ -102,7 +105,7 @@ def estimate(request: InvertRequest) -> InvertEstimate:
 
 
 def invert(request: InvertRequest, watch: Watch | None = None) -> Inverted | None:
-    """Virtual images into a file; None in a process of torchrun that writes no file."""
+    """Write virtual images to a file; None in a process of torchrun that writes no file."""
     share, team = part_of(request.shard)
     path, classifier, plan = _planned(request)
     made = provenance(
@@ -149,7 +152,7 @@ def invert(request: InvertRequest, watch: Watch | None = None) -> Inverted | Non
 
 
 def _planned(request: InvertRequest) -> tuple[Path, Classifier, Plan]:
-    """Where the images go, the network that they are made from, and which are made."""
+    """The output, the network to invert, and the plan of the images."""
     path = request.path
     refuse_suffix(path, ".h5", ".hdf5")
     refuse_output(path, force=request.force)
@@ -183,14 +186,14 @@ def _planned(request: InvertRequest) -> tuple[Path, Classifier, Plan]:
     if len(plan.classes) < min(classifier.num_classes, plan.batch_size):
         notes.say(
             log,
-            f"batches hold {len(plan.classes)} of {classifier.num_classes} classes, so their "
-            "statistics match the network's less well",
+            f"batches hold only {len(plan.classes)} of {classifier.num_classes} classes, so their "
+            "statistics match the network's less closely",
         )
     return path, classifier, plan
 
 
 def _job(request: InvertRequest, plan: Plan, made: Provenance) -> dict[str, Any]:
-    """What decides the images."""
+    """Settings that decide the images."""
     settings = {
         **request.model.job(),
         "--objective": asdict(plan.objective),
@@ -210,7 +213,7 @@ def _agreed(
     plan: Plan,
     compiled: bool | None,
 ) -> dict[str, Any]:
-    """What all processes of torchrun go on with."""
+    """The plan on which all processes of torchrun agree."""
 
     def decide() -> dict[str, Any]:
         return decided or decisions(*prepare(classifier, plan, compiled=compiled)[:2])
@@ -219,7 +222,7 @@ def _agreed(
 
 
 def _say_estimate(plan: Plan, step: Step, seconds: float, mine: int, done: int = 0) -> None:
-    """mine: how many of its images this process makes."""
+    """mine: number of the images that this process inverts."""
     batches = plan.batches()
     count = len(plan.classes) * plan.per_class
     left = mine - done
@@ -229,6 +232,6 @@ def _say_estimate(plan: Plan, step: Step, seconds: float, mine: int, done: int =
         f"{count} images of {len(plan.classes)} classes; steps: {plan.total_steps}{halved}, "
         f"batches: {len(batches)} of {len(batches[0])}; {plan.precision} on "
         f"{step.classifier.device}, {step.path}: about {notes.duration(seconds * left / count)}"
-        + (f" for the {left} that are left" if done else f" for {left}" if left < count else ""),
+        + (f" for the remaining {left}" if done else f" for {left}" if left < count else ""),
         word="",
     )

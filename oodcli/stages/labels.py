@@ -1,4 +1,4 @@
-"""Which reading of ambiguous labels is right: the network's accuracy on a sample says it."""
+"""Choose between readings of ambiguous labels by the network's accuracy on a sample."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SAMPLE = 256
 """Labelled rows that the network is tried on."""
 
 BATCH = 32
-"""Rows at a time, whatever --batch-size is: all shards and ranks must find the same."""
+"""Rows per batch of the sample, whatever --batch-size is, so that shards and ranks agree."""
 
 
 def settle_labels(
     source: ImageSource, classifier: Classifier, *, timeout: float | None = None
 ) -> int | None:
-    """Chooses between the readings of a source's labels, whose note then says which was taken and
-    why; returns its number, None where the labels are unknown after all. The sample depends on the
-    list of images alone, not on the part of it that is recorded. timeout: seconds for an image to
-    be read."""
+    """Choose between the readings of a source's labels and put the choice and its reason into the
+    source's note; returns the reading's number, None if the labels stay unknown. The sample depends
+    only on the list of images, not on the shard that is recorded. timeout: seconds to read an
+    image."""
     known = source.known
     if known is None:
         return 0
@@ -51,7 +51,7 @@ def settle_labels(
 
 
 IN_GROUPS = (
-    "the network has its classes in groups, not in ImageNet's order: labels unknown; give "
+    "the network orders its classes by group, not as ImageNet does: labels unknown; give "
     "--class-names"
 )
 
@@ -62,8 +62,8 @@ def in_groups(classifier: Classifier) -> bool:
 
 
 def table_of(found: Sequence[Piece], classifier: Classifier) -> tuple[dict[str, int], str | None]:
-    """Class of each name that can come with images that only a cluster reads, and a note. Nothing
-    is tried here: the images are elsewhere."""
+    """Class of each name that can come with images that only a cluster reads, and a note. The
+    network is not tried here, as the images are not on this host."""
     names = folder_names(found)
     if names:
         labels = match(names, classifier.class_names, "folders")
@@ -73,38 +73,38 @@ def table_of(found: Sequence[Piece], classifier: Classifier) -> tuple[dict[str, 
         if labels.others and classifier.named and is_plain(classifier.class_names):
             note = None
         elif labels.others:
-            note = f"{note} (--engine ray does not try which is right)"
+            note = f"{note} (--engine ray does not test the alternatives)"
         return dict(zip(names, labels.values.tolist(), strict=True)), note
     if any(piece.kind in ("tar", "parquet") for piece in found):
         table = {}
         if of_imagenet(classifier.class_names) and not in_groups(classifier):
             table = wnids()
-        return table, "labels beside the images that are numbers are class numbers from 0"
+        return table, "numeric labels are read as class numbers from 0"
     return {}, None
 
 
 def _explained(readings: tuple[Labels, ...], hits: list[int], count: int, best: int) -> Labels:
-    """The best reading, with a note on how the others fare."""
+    """The best reading, with a note about the others."""
     taken = readings[best]
     right = [f"{hit / max(count, 1):.2%}" for hit in hits]
     others = [number for number in range(len(readings)) if number != best]
     rest = " or ".join(readings[number].words for number in others)
     options = " or ".join(readings[number].option for number in others)
-    what = f"{taken.what} are numbers, taken {taken.words}"
+    what = f"{taken.what} are numbers, read {taken.words}"
     if all(hits[number] == hits[best] for number in others):
         why = (
-            f"a sample does not tell this from {rest}, for the network is right on {right[best]} "
+            f"a sample cannot distinguish this from {rest}: the network is right on {right[best]} "
             f"of {count} images either way"
         )
     else:
         shares = " or ".join(right[number] for number in others)
         why = (
-            f"the network is right on {right[best]} of a sample of {count} images, and {rest} "
-            f"on {shares}"
+            f"the network is right on {right[best]} of a sample of {count} images; {rest} it is "
+            f"right on {shares}"
         )
     return Labels(
         taken.values,
-        f"{what}: {why}; to choose yourself, give {taken.option} (as here) or {options}",
+        f"{what}: {why}; to set it yourself, give {taken.option} (as here) or {options}",
     )
 
 
@@ -114,7 +114,8 @@ def _tried(
     readings: tuple[Labels, ...],
     timeout: float | None,
 ) -> tuple[list[int], int]:
-    """How many images of the sample the network gets right by each reading, of how many."""
+    """Number of images of the sample that the network gets right by each reading, and the number
+    tried."""
     rows = torch.arange(len(source))
     if source.labels_are_of_rows:
         rows = torch.stack([each.values for each in readings]).ge(0).any(0).nonzero().flatten()

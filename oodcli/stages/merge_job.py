@@ -1,4 +1,4 @@
-"""Shards of a job to one file: the whole of ``oodcli merge``."""
+"""``oodcli merge``: merge the shards of a job into one file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Merged:
-    """The whole. rows, unreadable: of all shards. unjudged: detector → rows without a verdict.
-    ood_fraction: detector → share of the rows with one. left_out: suffix → files that are no
-    images. doubts: as of ``Scored``. about: everything that is known of it, by name."""
+    """Summary of the merged file. rows, unreadable: totals of all shards. unjudged: detector → rows
+    without a verdict. ood_fraction: detector → share of OOD rows among those with a verdict.
+    left_out: suffix → number of files that are not images. doubts: as in ``Scored``. about: its
+    metadata."""
 
     file: Path
     shards: int
@@ -45,18 +46,18 @@ def merge(
     watch: Watch | None = None,
     command: str = "",
 ) -> Merged:
-    """Writes the file that the job would have made in one. with_verdicts: raises OodcliError when
-    the shards have none."""
+    """Write the file that the whole job would have written. with_verdicts: raise OodcliError if the
+    shards have no verdicts."""
     refuse_existing(output, force=force)
-    read_made(output)  # raises where what is beside it is somebody else's
+    read_made(output)  # raises if the file beside it is not ours
     if not shards:
-        raise OodcliError("no shard: give all files that were made with --shard")
+        raise OodcliError("no shards: give every file that was written with --shard")
     parts = parts_of(shards)
     notes.done(log, "the shards")
     rows = parts[0].shard.rows
     if with_verdicts and not parts[0].flags:
         raise OodcliError(
-            "--max-ood-fraction counts verdicts, and these shards have none: score with --fpr or "
+            "--max-ood-fraction counts verdicts, but these shards have none: score with --fpr or "
             "--threshold"
         )
     summary = merge_to_file(parts, output, command, force=force, progress=watched(watch, rows))

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's file, and what is given about its network."""
+    """Path of a checkpoint, and overrides for its network."""
 
     path: Path
     overrides: Overrides = NOTHING
@@ -35,8 +35,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Running:
-    """How a network runs. device, precision: or ``auto``. batch_size: None for what suits the
-    size of the images. seed: of everything random."""
+    """How a network runs. device, precision: a name, or ``auto``. batch_size: None for a default by
+    image size. seed: random seed."""
 
     device: str = "auto"
     batch_size: int | None = None
@@ -46,14 +46,14 @@ class Running:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, or a classifier that was loaded from one, and how its network runs."""
+    """A checkpoint, or a loaded classifier, and how its network runs."""
 
     checkpoint: Checkpoint | Classifier
     running: Running = field(default_factory=Running)
 
     @property
     def name(self) -> str:
-        """The checkpoint's path, or that there is none."""
+        """The checkpoint's path; for a loaded classifier, its architecture."""
         if isinstance(self.checkpoint, Classifier):
             return f"the classifier {self.checkpoint.arch}"
         return str(self.checkpoint.path)
@@ -63,8 +63,8 @@ class Model:
         return None if isinstance(self.checkpoint, Classifier) else self.checkpoint.path
 
     def load(self) -> Classifier:
-        """The classifier; what was assumed about it is logged. Raises CheckpointError, or
-        OodcliError for a device that cannot be used."""
+        """The classifier. Its assumptions are logged. Raises CheckpointError, and OodcliError for
+        an unusable device."""
         given = self.checkpoint
         if isinstance(given, Classifier):
             return given
@@ -83,15 +83,15 @@ class Model:
         return classifier
 
     def job(self) -> dict[str, Any]:
-        """What else decides which network that is."""
+        """Settings that decide the network."""
         given = self.checkpoint
         if isinstance(given, Classifier):
             return {"--layers": [tap.name for tap in given.taps], "--ema": given.averaged}
         return {"--layers": given.overrides.layers, "--ema": given.prefer_ema}
 
     def device(self) -> str:
-        """``auto`` is the first GPU where there is one, under torchrun one for each process; a
-        classifier stays where it is. Raises OodcliError for an unusable one."""
+        """The device. ``auto`` is the first GPU, under torchrun one per process; without a GPU the
+        CPU. A loaded classifier stays on its device. Raises OodcliError for an unusable device."""
         if isinstance(self.checkpoint, Classifier):
             return str(self.checkpoint.device)
         device = self.running.device
@@ -107,7 +107,7 @@ class Model:
         return device
 
     def batch_size(self, classifier: Classifier) -> int:
-        """128 small images, fewer large ones."""
+        """128 for small images, fewer for large ones."""
         given = self.running.batch_size
         height, width = classifier.preprocessing.input_size
         size = given or max(16, min(128, 128 * 128 * 128 // (height * width)))
@@ -115,8 +115,8 @@ class Model:
         return size
 
     def precision(self, *, fast: bool) -> str:
-        """``auto`` is float32, or where ``fast`` is asked for bfloat16 if the device multiplies
-        it in hardware."""
+        """``auto`` is float32; with ``fast`` it is bfloat16 if the device multiplies it in
+        hardware."""
         precision = self.running.precision
         if precision not in ("auto", "float32", "bfloat16"):
             raise OodcliError(f"--precision {precision}: expected auto, float32 or bfloat16")
@@ -124,13 +124,13 @@ class Model:
             log.debug("precision %s, by --precision", precision)
             return precision
         half = fast and multiplies_bfloat16(self.device())
-        why = "bfloat16, which the device multiplies in hardware" if half else "float32"
+        why = "bfloat16, which this device multiplies in hardware" if half else "float32"
         log.debug("precision %s, by default", why)
         return "bfloat16" if half else "float32"
 
 
 def _log_origins(given: Checkpoint, running: Running, classifier: Classifier) -> None:
-    """Where everything that is known of a network comes from, what is tapped, where it runs."""
+    """Log the origin of each fact about a network, its taps, and its device."""
     path = given.overrides.card or card_path(given.path)
     card = read_card(path) if path.is_file() else {}
     log.debug(f"model card: {path}" if path.is_file() else f"no model card: {path} is missing")
@@ -168,7 +168,7 @@ def _log_origins(given: Checkpoint, running: Running, classifier: Classifier) ->
 
 def _range(limits: tuple[float, float] | None) -> str:
     if limits is None:
-        return "images of more than 8 bits scaled from the range of their type"
+        return "images of more than 8 bits scaled from their type's range"
     return f"images of more than 8 bits scaled from {limits[0]:g}…{limits[1]:g}"
 
 
@@ -177,7 +177,7 @@ def _tapped(classifier: Classifier) -> str:
     for tap in classifier.taps:
         kinds.setdefault(tap.kind, []).append(tap.name)
     listed = "; ".join(f"{len(names)} {kind}: {' '.join(names)}" for kind, names in kinds.items())
-    return f"{len(classifier.taps)} layers tapped ({listed})" if listed else "no layer tapped"
+    return f"{len(classifier.taps)} layers tapped ({listed})" if listed else "no layers tapped"
 
 
 def _some(names: Sequence[str]) -> str:

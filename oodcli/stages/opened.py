@@ -1,4 +1,4 @@
-"""Where the rows to score come from: a cache, or images and a network."""
+"""The rows to score: from a cache, or from images and a network."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ Record = Callable[[Sequence[Chosen], Progress], Callable[[int, int], Iterable[Ro
 
 @dataclass(frozen=True)
 class Opened:
-    """Where rows come from. made: how scores of them are made. available: what can be recorded.
-    record: rows [start, stop) for some detectors. job: what else decides which rows those are.
-    count: how many there are. unit: rows that are scored together. listing: SHA-256 of the list
-    of images. fit_reference: fits a detector on noise; None without the network.
-    extracted_by: the command that made a cache. cluster: the same job for a Ray cluster."""
+    """A source of rows. made: metadata of their scores. available: records it can give. record:
+    rows [start, stop) for some detectors. job: further settings that decide the rows. count: number
+    of rows. unit: rows scored together. listing: SHA-256 of the list of images. fit_reference: fits
+    a detector on noise; None without the network. extracted_by: the command that wrote a cache.
+    cluster: the same job for a Ray cluster."""
 
     made: Provenance
     available: frozenset[str]
@@ -61,11 +61,11 @@ class Opened:
 
 
 def from_cache(path: Path, stack: ExitStack, *, mirror: bool, command: str) -> Opened:
-    """The rows of a feature cache, which stays open as long as the stack. Raises OodcliError when
-    it is none, or cannot be read."""
+    """The rows of a feature cache, which stays open as long as the stack. Raises OodcliError if the
+    file is not a cache, or cannot be read."""
     cache_like = path.suffix in (".h5", ".hdf5") or not path.exists()
     if path.is_dir() or not (cache_like or format_of(path) == FORMAT):
-        raise OodcliError(f"{path} is no cache: give IMAGES after a checkpoint")
+        raise OodcliError(f"{path} is not a cache: after a checkpoint, give IMAGES")
     cache = stack.enter_context(open_cache(path))
     log_cache("score", cache)
 
@@ -109,7 +109,7 @@ def from_images(
     timeout: float | None,
     command: str,
 ) -> tuple[Opened, ImageSource, int | None]:
-    """Images, which the network records when they are scored; their source, and the number of the
+    """Images that the network records when they are scored; their source; and the number of the
     reading of its labels, see ``settle_labels``."""
     source, reading = open_source(images, classifier, timeout=timeout)
     batch_size = model.batch_size(classifier)
@@ -165,11 +165,11 @@ def from_images(
 
 
 def with_noise(classifier: Classifier, batch_size: int) -> FitReference:
-    """Fits a detector on the noise that it is standardised on, with this network."""
+    """Fits a detector on its reference noise, with this network."""
 
     def fit_reference(kind: type[Detector], given: Mapping[str, Any]) -> Detector:
         Recorder(classifier, kind.fit_needs(**given))  # raises where that is not possible
-        notes.say(log, f"{kind.name} is standardised on {kind.reference_images} first")
+        notes.say(log, f"first standardising {kind.name} on {kind.reference_images}")
         return fit_on_noise(classifier, kind, given, batch_size)
 
     return fit_reference

@@ -28,9 +28,9 @@ from oodcli.stages.verdict import Rule, StreamRule, rule_of
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """rows: all inputs. unreadable, infinite: how many had no score, or +inf for some detector.
-    flagged: detector → how many are OOD by its rule. thresholds: those found in the stream.
-    unjudged: detector → how many have a score, but no verdict by its rule."""
+    """rows: all inputs. unreadable, infinite: rows without a score, or with +inf for some detector.
+    flagged: detector → OOD rows. thresholds: thresholds found in the stream. unjudged: detector →
+    rows with a score, but without a verdict."""
 
     rows: int
     unreadable: int
@@ -41,7 +41,7 @@ class ScoreSummary:
 
     @property
     def ood_fraction(self) -> dict[str, float]:
-        """Of the rows that have a verdict."""
+        """Detector → share of OOD rows among those with a verdict."""
         scored = self.rows - self.unreadable
         return {
             name: count / max(scored - self.unjudged[name], 1)
@@ -51,8 +51,8 @@ class ScoreSummary:
 
 @dataclass(frozen=True)
 class Doubts:
-    """What of a scored set is not known to be in-distribution, by one detector. left_out: files
-    that are no rows, but may be pictures."""
+    """Rows not known to be in-distribution, by one detector. left_out: files that are not rows, but
+    may be pictures."""
 
     rows: int
     flagged: int
@@ -62,13 +62,13 @@ class Doubts:
 
     @property
     def share(self) -> float:
-        """Of the rows and of the files that are none."""
+        """Share among the rows and the files left out."""
         doubtful = self.flagged + self.unjudged + self.unreadable + self.left_out
         return doubtful / max(self.rows + self.left_out, 1)
 
     @property
     def words(self) -> str:
-        """How the share is made up."""
+        """The counts that make up the share."""
         parts = (
             (self.flagged, "OOD"),
             (self.unjudged, "without a verdict"),
@@ -86,7 +86,7 @@ def doubts(
     unjudged: Mapping[str, int],
     left_out: Mapping[str, int],
 ) -> dict[str, Doubts]:
-    """By detector. left_out: suffix → files; those that are plainly texts do not count."""
+    """Detector → its doubts. left_out: suffix → files; plain text files do not count."""
     hidden = sum(count for kind, count in left_out.items() if not is_text(kind))
     return {
         name: Doubts(rows, count, unjudged.get(name, 0), unreadable, hidden)
@@ -111,12 +111,12 @@ def score_to_file(
     work: Work = ALONE,
     made: Mapping[str, Any] | None = None,
 ) -> ScoreSummary | None:
-    """Scores ``count`` rows; None in a process that writes no file. rows: those of [start, stop),
-    in blocks of ``unit``. made: how the scores are made, for the file beside them. rules: how a
-    detector decides, which adds ``<detector>.ood`` and with a calibration ``<detector>.p``.
-    stream_rule: thresholds from the whole stream, which is then kept in memory. explain: adds
-    ``<detector>.why``. A detector that has learnt from OOD data has ``<detector>.saw``.
-    ``<detector>`` is the name of the chosen one, such as ``knn[real]``."""
+    """Score ``count`` rows; None in a process that writes no file. rows: those of [start, stop), in
+    blocks of ``unit``. made: metadata for the file beside the scores. rules: detector → its rule,
+    which adds ``<detector>.ood`` and with a calibration ``<detector>.p``. stream_rule: finds
+    thresholds in the whole stream, which is then held in memory. explain: add ``<detector>.why``. A
+    detector that has learnt from OOD data adds ``<detector>.saw``. ``<detector>`` is the name of
+    the column, such as ``knn[real]``."""
     scoring = Scoring.of(
         chosen,
         class_names,
@@ -225,7 +225,7 @@ def _explained(detector: Detector, wanted: bool) -> bool:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Recorded rows → scores. columns: of the file, between confidence and error."""
+    """Recorded rows → scores. columns: columns of the file between confidence and error."""
 
     columns: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -259,7 +259,7 @@ class Scoring:
         return cls(tuple(columns), tuple(class_names), dict(rules), mirror, explain)
 
     def __call__(self, block: Rows, chosen: Sequence[Chosen]) -> ScoreBlock:
-        """chosen: as before, on whichever devices."""
+        """chosen: the same detectors, on any device."""
         scores: dict[str, NDArray[np.float64] | Sequence[str]] = {}
         predicted: list[str] = []
         confidence = np.zeros(0)

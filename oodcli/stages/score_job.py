@@ -1,4 +1,4 @@
-"""Images or a cache to a scores file: the whole of ``oodcli score``."""
+"""``oodcli score``: images or a cache to a scores file."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What is scored with what, and how. model: its path is that of a cache where there are no
-    images. output: a file, or a stream that gets CSV. detectors: as ``-d``; none for the default.
-    parameters: name → key → value. timeout: seconds for an image to be read. command: recorded in
-    the file."""
+    """What to score, with which detectors, and how. model: without images, its path is that of a
+    cache. output: a file, or a stream that gets CSV. detectors: as ``-d``; none for the default.
+    parameters: name → key → value. timeout: seconds to read an image. command: stored in the
+    file."""
 
     model: Model
     images: str | None
@@ -66,13 +66,13 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Scored:
-    """What was scored. output: the scores file; None where they went to a stream. rows: all
-    inputs. unreadable, infinite: how many have no score, or +inf for some detector. flagged,
-    unjudged: detector → how many are OOD, or have a score but no verdict. thresholds: those found
-    in the stream. ood_fraction: of the rows with a verdict. left_out: suffix → files that are no
-    images. fitted_on: detector → virtual, real or noise; None where it needs no fitting. saw_ood:
-    detector → OOD data that it has learnt from. bases: detector → what its verdicts rest on.
-    doubts: detector → what is not known to be in-distribution."""
+    """Summary of ``score``. output: the scores file; None for a stream. rows: all inputs.
+    unreadable, infinite: rows without a score, or with +inf for some detector. flagged, unjudged:
+    detector → rows that are OOD, or have a score but no verdict. thresholds: thresholds found in
+    the stream. ood_fraction: detector → share of OOD rows among those with a verdict. left_out:
+    suffix → number of files that are not images. fitted_on: detector → virtual, real or noise; None
+    if it needs no fitting. saw_ood: detector → OOD data that it has learnt from. bases: detector →
+    basis of its verdicts. doubts: detector → rows not known to be in-distribution."""
 
     output: Path | None
     rows: int
@@ -90,14 +90,14 @@ class Scored:
 
 
 def score(request: ScoreRequest, watch: Watch | None = None) -> Scored | None:
-    """Scores rows into a file or a stream; None in a process of torchrun that writes no file."""
+    """Score rows into a file or a stream; None in a process of torchrun that writes no file."""
     share, team = part_of(request.shard, request.images)
     _refuse(request, share, team)
     with ExitStack() as stack:
         opened = _opened(request, stack)
         if opened.made.shard is not None and not share.whole:
             raise OodcliError(
-                f"--shard {share}: {request.model.name} is shard {opened.made.shard} already, and "
+                f"--shard {share}: {request.model.name} already is shard {opened.made.shard}, and "
                 "so are its scores: leave --shard out"
             )
         chosen = _chosen(request, opened)
@@ -141,15 +141,15 @@ def score(request: ScoreRequest, watch: Watch | None = None) -> Scored | None:
 
 
 def _refuse(request: ScoreRequest, share: Share, team: Team | None) -> None:
-    """Raises OodcliError for what does not go together, and for an output that is there."""
+    """Raises OodcliError for contradictory options, and for an existing output."""
     if request.file is not None:
         refuse_output(request.file, force=request.force)
         format_of(request.file)
         read_made(request.file)  # raises where what is beside it is somebody else's
     if request.deciding.stream_rule is not None and not share.whole:
         raise OodcliError(
-            f"--shard {share}: a threshold from the whole stream cannot be found in a part of it; "
-            "merge the parts first, then choose one by --threshold NAME=NUMBER"
+            f"--shard {share}: a shard lacks the whole stream to find a threshold in: merge the "
+            "shards first, then use --threshold NAME=NUMBER"
         )
     if request.engine is not None:
         from oodcli.stages.on_cluster import refuse_with_engine
@@ -162,14 +162,18 @@ def _refuse(request: ScoreRequest, share: Share, team: Team | None) -> None:
             shared=team is not None or not share.whole,
         )
     if team is not None and request.file is None:
-        raise OodcliError("torchrun's processes score into one file together: name it with -o")
+        raise OodcliError(
+            "under torchrun the processes write one scores file", hint="name it with -o"
+        )
 
 
 def _opened(request: ScoreRequest, stack: ExitStack) -> Opened:
     how: dict[str, Any] = {"mirror": request.mirror, "command": request.command}
     if request.images is None:
         if request.model.path is None:
-            raise OodcliError("a classifier is given, but no images: give some, or a cache alone")
+            raise OodcliError(
+                "the network is a loaded classifier: give images, or the path of a cache"
+            )
         return from_cache(request.model.path, stack, **how)
     classifier = request.model.load()
     if request.engine is not None:
@@ -196,14 +200,14 @@ def _chosen(request: ScoreRequest, opened: Opened) -> list[Chosen]:
         made.averaged,
     )
     if not chosen:
-        raise OodcliError("no detector is possible with what was recorded")
+        raise OodcliError("no detector can score these records")
     if request.engine is not None:
         require_built_in(chosen, request.engine)
     return chosen
 
 
 def _log_chosen(chosen: Sequence[Chosen], rules: Mapping[str, Rule], deciding: Deciding) -> None:
-    """What detectors score with, where they come from, and what their verdicts rest on."""
+    """Log each detector's origin, settings, needs, and the basis of its verdicts."""
     for each in chosen:
         origin = f"fitted on {each.trained_on} rows" if each.trained_on else "needs no fitting"
         if each.artefact:
@@ -214,7 +218,7 @@ def _log_chosen(chosen: Sequence[Chosen], rules: Mapping[str, Rule], deciding: D
         if each.name in rules:
             verdicts = f"verdicts by {rules[each.name].basis}"
         elif deciding.stream_rule is not None:
-            verdicts = "verdicts by the stream"
+            verdicts = "verdicts by a threshold from the stream"
         log.debug(
             "%s: %s; %s; needs %s; %s",
             *(each.name, origin, pairs or "default parameters", needed, verdicts),
@@ -230,7 +234,7 @@ def _kept(
     team: Team | None,
     stack: ExitStack,
 ) -> Kept | None:
-    """The stored batches of a scores file; None where the scores go to a stream."""
+    """The stored batches of a scores file; None for a stream."""
     if request.file is None:
         return None
     deciding = request.deciding
@@ -270,7 +274,7 @@ def _about(
     rules: Mapping[str, Rule],
     kept: Kept,
 ) -> dict[str, Any]:
-    """How the scores are made, for the file beside them."""
+    """Metadata of the scores, for the file beside them."""
     return {
         **asdict(made),
         "command": kept.about.command,
@@ -308,7 +312,7 @@ def _scored(
     summary: ScoreSummary,
     counted: Mapping[str, int],
 ) -> Scored:
-    """counted: files left out that are counted here."""
+    """counted: files left out that count as doubts here."""
     names = opened.made.class_names
     by_name = {each.name: each for each in chosen}
     return Scored(

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Deciding:
-    """What verdicts are to rest on: a nominal false-alarm rate, thresholds (``NAME=NUMBER``,
-    ``labelled`` or ``split``), or the share of OOD images in the stream; at most one of them."""
+    """How to decide: by a nominal false-alarm rate, by thresholds (``NAME=NUMBER``, ``labelled`` or
+    ``split``), or by the share of OOD images in the stream. At most one is given."""
 
     fpr: float | None = None
     threshold: Sequence[str] = ()
@@ -42,7 +42,7 @@ class Deciding:
 
     @property
     def stream_rule(self) -> StreamRule | None:
-        """What finds thresholds in the whole stream; None where they are known before."""
+        """Finds thresholds in the whole stream; None where they are known in advance."""
         if self.contamination is not None:
             return partial(contamination_threshold, share=self.contamination)
         return split_threshold if list(self.threshold) == ["split"] else None
@@ -50,8 +50,8 @@ class Deciding:
     def rules(
         self, chosen: Sequence[Chosen], class_names: Sequence[str], *, mirror: bool
     ) -> dict[str, Rule]:
-        """Detector → its rule, where that is known before the stream. Raises OodcliError for a
-        detector that knows too little for one, or a threshold that makes no sense."""
+        """Detector → its rule, if known before the stream. Raises OodcliError for a detector that
+        has no calibration or learnt threshold, and for a malformed threshold."""
         if self.fpr is not None:
             return _at_rate(chosen, self.fpr, class_names, mirror=mirror)
         if self.stream_rule is not None:
@@ -74,10 +74,24 @@ def _at_rate(
         if rule.calibration is not None and rule.calibration.resolution > rate:
             notes.say(
                 log,
-                f"{name} is calibrated on {rule.calibration.words}, so no p-value is below "
-                f"{rule.calibration.resolution:.3g}, and nothing finite is OOD at --fpr {rate:g}: "
+                f"{name}: the smallest p-value from {rule.calibration.images} is "
+                f"{rule.calibration.resolution:.3g}, so --fpr {rate:g} flags only infinite scores: "
                 "calibrate on more images",
             )
+    virtual = [
+        each
+        for each in chosen
+        if (calibration := rules[each.name].calibration) is not None and calibration.virtual
+    ]
+    strict = [each.name for each in virtual if each.detector.strict_on_virtual]
+    if len(virtual) > len(strict):
+        notes.say(log, "thresholds from virtual images were off by −3 to +8 points in our tests")
+    if strict:
+        notes.say(
+            log,
+            f"{', '.join(strict)}: thresholds from virtual images are far too strict: calibrate on "
+            "real images",
+        )
     return rules
 
 
@@ -85,7 +99,8 @@ def _labelled_rules(chosen: Sequence[Chosen], class_names: Sequence[str]) -> dic
     for each in chosen:
         if each.threshold is None:
             raise OodcliError(
-                f"{each.name} has learnt no threshold", hint="'oodcli fit … --labelled FILE.csv'"
+                f"{each.name} has learnt no threshold",
+                hint="'oodcli fit … --labelled FILE.csv' learns one",
             )
     return {
         each.name: rule_of(each, class_names, threshold=each.threshold)
@@ -103,21 +118,21 @@ def _named_threshold(text: str, chosen: Sequence[Chosen]) -> tuple[Chosen, float
         value = float("nan")
     if not equals or value != value:
         raise OodcliError(
-            f"--threshold {text}: expected NAME=NUMBER, such as energy=-5.2, split or labelled"
+            f"--threshold {text}: expected NAME=NUMBER (such as energy=-5.2), split or labelled"
         )
     by_name = {each.name: each for each in chosen}
     if name not in by_name:
         raise OodcliError(
-            f"--threshold {text}: {name} is not among the detectors, {', '.join(by_name)}"
+            f"--threshold {text}: {name} is not scored; the detectors are {', '.join(by_name)}"
         )
     return by_name[name], value
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How scores become decisions. A calibration gives p-values, and what has p ≤ rate is OOD;
-    otherwise what exceeds the threshold is. An infinite score always is. silent: predicted classes
-    without a verdict, whatever the score. more: what the basis says of classes."""
+    """How scores become decisions. With a calibration a row is OOD if p ≤ rate, otherwise if its
+    score exceeds the threshold. An infinite score is always OOD. silent: predicted classes without
+    a verdict. more: part of the basis about classes."""
 
     threshold: float = torch.inf
     calibration: Calibration | None = None
@@ -127,7 +142,7 @@ class Rule:
 
     @property
     def basis(self) -> str:
-        """What a verdict rests on, in words."""
+        """Text of the column ``<detector>.basis``."""
         if self.calibration is None:
             return f"score above {self.threshold:.6g}{self.more}"
         return f"{self.calibration.words}; nominal {self.rate:g}{self.more}"
@@ -135,8 +150,8 @@ class Rule:
     def columns(
         self, name: str, scores: Tensor, predicted: Tensor | None = None
     ) -> dict[str, NDArray[np.float64] | Sequence[str]]:
-        """``<detector>.p`` (with a calibration), ``.ood`` and ``.basis``; NaN where there is no
-        verdict. scores, predicted: (N,), the score and the class of each row; without classes
+        """``<detector>.p`` (with a calibration), ``.ood`` and ``.basis``; NaN without a verdict.
+        scores, predicted: (N,), the score and the predicted class of each row; without classes
         every row has a verdict."""
         silent = torch.zeros(len(scores), dtype=torch.bool)
         if predicted is not None and self.silent:
@@ -146,7 +161,7 @@ class Rule:
     def columns_without(
         self, name: str, scores: Tensor, silent: Tensor
     ) -> dict[str, NDArray[np.float64] | Sequence[str]]:
-        """The same. silent: (N,), which rows have no verdict."""
+        """The same columns. silent: (N,), rows without a verdict."""
         basis = [self.basis] * len(scores)
 
         def cells(values: Tensor) -> NDArray[np.float64]:
@@ -162,7 +177,7 @@ class Rule:
 
 
 SHOWN = 5
-"""So many classes are named, the others counted."""
+"""Classes listed by name before the others are only counted."""
 
 
 def classes_in_words(classes: Sequence[int], class_names: Sequence[str]) -> str:
@@ -180,8 +195,8 @@ def rule_of(
     calibration: Calibration | None = None,
     rate: float = 0.0,
 ) -> Rule:
-    """The rule of a detector. It has no verdict on a predicted class without rows among those that
-    the detector was fitted on, or among those to calibrate on."""
+    """The rule of a detector. It gives no verdict on a predicted class without fitting rows or
+    without calibration rows."""
     fitted = chosen.without_rows
     calibrated = () if calibration is None else calibration.without_verdict
     lacking = {"fit": fitted, "calibrate": calibrated}
@@ -203,18 +218,19 @@ def rule_of(
 def calibrated_rules(
     chosen: Sequence[Chosen], rate: float, class_names: Sequence[str], *, mirror: bool
 ) -> dict[str, Rule]:
-    """Rules with a nominal false-alarm rate. Raises DetectorError when an artefact knows none."""
+    """Rules with a nominal false-alarm rate. Raises DetectorError for an artefact without a
+    calibration."""
     rules = {}
     view = "mirror" if mirror else "plain"
     for each in chosen:
         calibration = each.calibrations.get(view)
         if calibration is None:
-            how = "'oodcli extract … --mirror' records both views of the rows to --calibrate on"
+            how = "record both views of the calibration rows with 'oodcli extract … --mirror'"
             if not mirror or not each.calibrations:
                 how = (
-                    f"'oodcli fit … -d {each.detector.name} --calibrate FILE.h5' makes a "
-                    "calibrated artefact, from real images or from accuracy-matched virtual ones "
-                    "(oodcli extract … --match-accuracy)"
+                    f"calibrate it with 'oodcli fit … -d {each.detector.name} --calibrate FILE.h5' "
+                    "on real images or accuracy-matched virtual ones (oodcli extract … "
+                    "--match-accuracy)"
                 )
             raise DetectorError(f"{each.name} has no calibration for --fpr", hint=how)
         rules[each.name] = rule_of(each, class_names, calibration=calibration, rate=rate)
@@ -228,22 +244,15 @@ StreamRule = Callable[[Tensor], float]
 def basis_in_words(
     one: Chosen, rule: Rule, found: Mapping[str, float], class_names: Sequence[str]
 ) -> str:
-    """What the verdicts of a detector rest on, and how far they can be trusted. found: thresholds
+    """The basis of a detector's verdicts and the false-alarm rates to expect. found: thresholds
     from the stream."""
     if one.name in found:
         lacks = rule_of(one, class_names).more
-        return f"score above {found[one.name]:.6g}, from this stream{lacks}"
+        return f"score above {found[one.name]:.6g}, found in these scores{lacks}"
     if rule.calibration is None:
         return f"score above {rule.threshold:.6g}{rule.more}"
     low, high = rule.calibration.achieved(rule.rate)
-    measured = ""
-    if rule.calibration.virtual:
-        measured = (
-            "; virtual images proved far too strict for such an indicator: take real ones"
-            if one.detector.strict_on_virtual
-            else "; virtual images proved up to 3 points strict and 8 lenient"
-        )
     return (
-        f"calibrated on: {rule.calibration.words}; for a nominal {rule.rate:.1%}, the luck of that "
-        f"draw leaves {low:.1%} to {high:.1%} false alarms{measured}{rule.more}"
+        f"calibrated on {rule.calibration.images}; expect {100 * low:.1f}–{high:.1%} false alarms"
+        f"{rule.more}"
     )

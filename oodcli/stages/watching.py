@@ -1,4 +1,4 @@
-"""How far a long job is, for whoever started it."""
+"""Progress of a long job."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from oodcli.stages.record import Progress, no_progress
 
 Watch = Callable[[float, int], None]
-"""Is told how many images (or detectors) are done, and of how many; 0 where that is not known. It
-may raise to end the job."""
+"""Called with the number of images (or detectors) done and their total; 0 if it is unknown. An
+exception that it raises stops the job."""
 
 
 def watched(watch: Watch | None, total: int, *, before: float = 0, each: int = 1) -> Progress:
-    """What the loops of a job call with how much more they have done, in a unit of which one image
-    has ``each``. before: images that are done already, which the watcher is told at once."""
+    """A callback for the loops of a job: they call it with the increment, in units of ``1/each``
+    image. before: images already done, which the watcher is told at once."""
     if watch is None:
         return no_progress
     done = before * each

@@ -124,7 +124,7 @@ def cells(path: Path, column: str) -> dict[str, list[str]]:
 def test_fit_names_the_class_and_the_artefact_keeps_it(toy, without_blue):
     result = run("fit", without_blue, "-d", "mds", "-o", toy / "named")
     assert "note: train.h5 has no rows of blue" in result.err
-    assert "note: the 24 rows to calibrate on have none of blue" in result.err
+    assert "note: none of the 24 calibration rows is of blue" in result.err
     artefact = read_artefact(toy / "named" / "mds.safetensors")
     assert artefact.fitted_on["classes_without_rows"] == [2]
     assert artefact.fitted_on["classes_with_one_row"] == []
@@ -169,7 +169,7 @@ def test_no_verdict_on_a_class_without_rows(toy, detectors, suffix):
     path = toy / f"s.{suffix}"
     words = ("-d", detectors / "mds.safetensors", "-d", detectors / "knn.safetensors")
     result = scored(toy, path, *words, "--fpr", 0.05, "--force")
-    assert "20 without (calibrated on: 24 real images" in result.err
+    assert "20 without (calibrated on 24 real images; expect " in result.err
     assert "no verdict on predictions of blue: no rows to fit or calibrate on" in result.err
     scores = read_scores(path)
     for name in ("mds", "knn"):
@@ -230,7 +230,7 @@ def test_a_detector_that_is_only_calibrated(toy, without_blue):
 def test_few_rows_to_calibrate_on_may_lack_a_class_by_chance(toy):
     path = cache(toy, "few", {"red": 7, "green": 7})  # fewer than 5 for each of 3 classes
     result = run("fit", "-d", "energy", "--calibrate", path, "-o", toy / "few-det")
-    assert "the 14 rows to calibrate on have none of 1 of 3 classes" in result.err
+    assert "1 of 3 classes have no row among the 14 calibration rows" in result.err
     energy = ("-d", toy / "few-det" / "energy.safetensors")
     scored(toy, toy / "few.csv", *energy, "--fpr", 0.1)
     assert set(cells(toy / "few.csv", "energy.ood")["blue"]) <= {"0", "1"}
@@ -399,7 +399,7 @@ def test_nothing_is_written_where_nothing_can_be_fitted(fitted, tmp_path):
     one = run(*words, "-d", "gram", status=1)
     assert "layers.gram" in one.err
     two = run(*words, "-d", "gram", "-d", "supervised", status=1)
-    assert "not one of gram, supervised can be fitted: gram: " in two.err
+    assert "none of gram, supervised can be fitted: gram: " in two.err
     assert not list(out.glob("*"))
 
 

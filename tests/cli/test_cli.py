@@ -41,7 +41,7 @@ FISH = {"_OODCLI_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get
 ORDINARY = [name for name in detectors.names() if name not in ("godin", "mos")]
 """Those that need no head trained to tell what is out of distribution."""
 ALL = ("c2ir", "c2ir-z", "msp", "energy", "odin")
-MODEL = "The model, where the model card and recognition do not say"
+MODEL = "Model (overrides the model card)"
 
 
 def chosen(fitted):
@@ -149,7 +149,7 @@ def test_help_fits_a_terminal_of_80_columns(monkeypatch):
     listed = pages["oodcli"].partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in listed] == list(COMMANDS)  # a line each
     headings = re.findall(r"^(\w.*):$", pages["score"], re.MULTILINE)
-    assert headings == ["Arguments", "Options", "Verdicts", MODEL, "How it runs", "Examples"]
+    assert headings == ["Arguments", "Options", "Verdicts", MODEL, "Execution", "Examples"]
 
 
 def test_version_and_usage():
@@ -276,7 +276,7 @@ def test_where_things_go_without_output(fitted, tmp_path, monkeypatch):
 
 def test_results_on_standard_output_and_nothing_else(fitted):
     result = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3")
-    assert "no -d, so 1c-sum" in result.err
+    assert "no -d: using 1c-sum" in result.err
     assert [row["path"] for row in rows(result.out)] == [f"noise:uniform[{i}]" for i in range(3)]
     silent = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "--quiet")
     assert silent.err == ""
@@ -308,7 +308,7 @@ def test_all_detectors(fitted):
     again = ("fit", fitted / "v.features.h5", "-p", "knn.k=9999", "-o", fitted / "some", "--json")
     left = oodcli(*again, "-d", "all")
     assert [a["detector"] for a in json.loads(left.out)] == [name for name in made if name != "knn"]
-    assert "note: knn is left out: knn.k=9999, but there are only 100 rows" in left.err
+    assert "note: knn skipped: knn.k=9999, but there are only 100 rows" in left.err
     fails("there are only 100 rows", *again, "-d", "knn", "--force")
     # Nor is there an artefact for what this network cannot give.
     godin = ("fit", fitted / "v.features.h5", "-d", "godin", "-o", fitted / "none")
@@ -329,7 +329,7 @@ def test_real_rows_calibrate_what_is_fitted_on_the_others(fitted, tmp_path, monk
     monkeypatch.setattr("oodcli.stages.fit.LONG", 0.0)
     result = oodcli(*fit, "-o", tmp_path / "fewer")
     assert "calibrated on 21 real images" in result.err
-    assert "note: knn: fitted again without every 29th row" in result.err
+    assert "note: knn: fitting again without every 29th row" in result.err
     # Those held out have other neighbours than themselves.
     calibration = read_artefact(tmp_path / "fewer" / "knn.safetensors").calibrations["plain"]
     with open_cache(cache) as opened:
@@ -444,7 +444,7 @@ def pool(fitted):
         path,
     )
     assert made.status == 0, made.err
-    assert "bring the network down to 95.00%" in made.err
+    assert "virtual images down to 95.00%" in made.err
     return path
 
 
@@ -477,13 +477,17 @@ def test_verdicts_without_real_data(fitted, pool, tmp_path):
     )
     result = oodcli(*score, "-d", tmp_path / "dms.safetensors", "--fpr", "0.05")
     assert result.status == 0, result.err
-    for name, experience in (
-        ("c2ir-z", "virtual images proved up to 3 points strict and 8 lenient"),
-        ("dms", "virtual images proved far too strict for such an indicator: take real ones"),
-    ):
-        said = next(line for line in result.err.splitlines() if line.startswith(f"{name}: "))
-        assert f"(calibrated on: {words}; " in said
-        assert said.endswith(f"{experience})")
+    for name in ("c2ir-z", "dms"):
+        said = next(line for line in result.err.splitlines() if re.match(rf"{name}: \d", line))
+        assert re.search(
+            r"\(calibrated on virtual images; expect \d\.\d–\d+\.\d% false alarms\)$", said
+        )
+        assert len(said) <= 80
+    notes = [line for line in result.err.splitlines() if "from virtual images" in line]
+    assert notes == [
+        "note: thresholds from virtual images were off by −3 to +8 points in our tests",
+        "note: dms: thresholds from virtual images are far too strict: calibrate on real images",
+    ]
     found = rows(result.out)
     for row in found:
         assert row["c2ir-z.ood"] == str(int(float(row["c2ir-z.p"]) <= 0.05))
@@ -572,8 +576,8 @@ def test_ten_real_images_beside_a_pool(fitted, pool, tmp_path):
         "--fpr",
         "0.05",
     )
-    assert "no p-value is below 0.0909" in result.err
-    assert "0.0% to 0.0% false alarms" in result.err
+    assert "the smallest p-value from 10 real images is 0.0909" in result.err
+    assert "expect 0.0–0.0% false alarms" in result.err
 
 
 def test_verdicts_that_rest_on_nothing_are_refused(fitted, pool, tmp_path):
@@ -593,7 +597,7 @@ def test_verdicts_that_rest_on_nothing_are_refused(fitted, pool, tmp_path):
     )
     fails("exclude each other", *score, "-d", "energy", "--fpr", "0.1", "--contamination", "0.1")
     fails(
-        "for virtual images, made by invert",
+        "needs virtual images from invert",
         "extract",
         fitted / "digits.pt",
         fitted / "test.npz",
@@ -603,7 +607,7 @@ def test_verdicts_that_rest_on_nothing_are_refused(fitted, pool, tmp_path):
         tmp_path / "p.h5",
         leaves=tmp_path,
     )
-    fails("nothing to fit on", "fit", "-d", "energy", "-o", tmp_path / "x", leaves=tmp_path)
+    fails("no rows to fit on", "fit", "-d", "energy", "-o", tmp_path / "x", leaves=tmp_path)
     fails(
         "c2ir must be fitted",
         "fit",
@@ -634,7 +638,7 @@ def test_thresholds_from_the_stream(fitted):
     assert [row["energy.ood"] for row in ordered] == ["0"] * 15 + ["1"] * 5
     split = oodcli(*score, "--threshold", "split")
     assert 0 < sum(row["msp.ood"] == "1" for row in rows(split.out)) < 20
-    assert "from this stream" in split.err
+    assert "found in these scores" in split.err
 
 
 def test_summaries_are_json_whatever_is_in_them(fitted, tmp_path):
@@ -716,7 +720,7 @@ def test_learning_from_marks(fitted, tmp_path):
         "error",
     ]
     fails(
-        "no path of --labelled is among",
+        "none of the paths in --labelled is in",
         "fit",
         tmp_path / "noise.h5",
         "-d",
@@ -882,7 +886,7 @@ def test_real_images_can_be_fitted_too(fitted, tmp_path):
     assert json.loads(made.out)[0]["fitted_on"]["kind"] == "real"
     refused = oodcli("fit", tmp_path / "real.h5", "-d", "c2ir", "-o", tmp_path / "more")
     assert refused.status == 1
-    assert "virtual images only" in refused.err
+    assert "only for virtual images" in refused.err
     assert not (tmp_path / "more").exists()
 
 
@@ -956,7 +960,12 @@ def test_columns_that_share_a_detector_have_their_own_verdicts(both):
         assert part == pytest.approx(0.1, abs=0.01)
     fails("klm[virtual] has no calibration for --fpr", *score, "--fpr", "0.1")
     fails("-d klm --calibrate", *score, "--fpr", "0.1")
-    fails("klm is not among the detectors, klm[virtual], klm[real]", *score, "--threshold", "klm=1")
+    fails(
+        "klm is not scored; the detectors are klm[virtual], klm[real]",
+        *score,
+        "--threshold",
+        "klm=1",
+    )
     every = oodcli(*score, "-d", "all")
     assert every.status == 0, every.err
     columns = list(rows(every.out)[0])
@@ -969,14 +978,14 @@ def test_columns_that_share_a_detector_have_their_own_verdicts(both):
 def test_one_detector_is_not_given_twice_otherwise(both, tmp_path):
     virtual, real = (artefact_of(both, kind, "react") for kind in ("virtual", "real"))
     score = ("score", both / "id.h5", *virtual)
-    possible = "one artefact was fitted on virtual images and the other on real ones"
+    possible = "one fitted on virtual and one on real images"
     fails(
-        f"react is given twice: a detector has one column, or two where {possible}",
+        f"react is given twice: give it once, or as two artefacts, {possible}",
         *score,
         *virtual,
     )
     fails(
-        f"react is given 3 times: a detector has one column, or two where {possible}",
+        f"react is given 3 times: give it once, or as two artefacts, {possible}",
         *score,
         *real,
         *real,
@@ -1004,7 +1013,7 @@ def test_an_artefact_beside_what_is_fitted_on_the_spot(fitted, tmp_path):
     result = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", *pair)
     assert list(rows(result.out)[0])[4:] == ["1c-sum[noise]", "1c-sum[virtual]", "error"]
     alone = oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "-d", "1c-sum")
-    assert "scored by 1c-sum (noise);" in alone.err
+    assert "scored by 1c-sum (noise)\n" in alone.err
     assert rows(alone.out)[0]["1c-sum"] == rows(result.out)[0]["1c-sum[noise]"]
 
 
@@ -1100,7 +1109,7 @@ def test_inspect_says_what_is_impossible(plain):
         for name, words in needs.items()
     }
     assert json.loads(oodcli("inspect", *headless, "--json").out)["head"] is None
-    assert "last layer not linear" in oodcli("inspect", *headless).out
+    assert "the last layer is not linear" in oodcli("inspect", *headless).out
 
 
 def test_list_of_detectors():
@@ -1141,7 +1150,7 @@ def test_faults_of_checkpoints(fitted, tmp_path, plain):
     batchless, headless = plain
     fails("no BatchNorm layer", "invert", *batchless, *output, leaves=tmp_path)
     images = "noise:uniform?n=2"
-    fails("no linear layer at its end", "extract", *headless, images, *output, leaves=tmp_path)
+    fails("does not end in a linear layer", "extract", *headless, images, *output, leaves=tmp_path)
     made = oodcli("extract", *headless, images, *output, "--record", "logits")
     assert made.status == 0, made.err
     os.remove(tmp_path / "out.h5")
@@ -1220,7 +1229,7 @@ def test_faults_of_caches_and_artefacts(fitted, tmp_path):
         leaves=tmp_path,
     )
     fails(
-        "name detectors with -d",
+        "name them with -d",
         "fit",
         fitted / "v.features.h5",
         "-o",
@@ -1237,7 +1246,7 @@ def test_faults_of_caches_and_artefacts(fitted, tmp_path):
         leaves=tmp_path,
     )
     fails(
-        "give IMAGES after a checkpoint",
+        "after a checkpoint, give IMAGES",
         "score",
         fitted / "digits.pt",
         "-d",
@@ -1290,7 +1299,7 @@ def test_interrupting_loses_nothing(fitted, tmp_path, monkeypatch):
     result = oodcli(*words, tmp_path / "v.h5")
     assert result.status == 0, result.err
     assert "resuming: 10 images saved in " in result.err
-    assert "for the 0 that are left" in result.err
+    assert "for the remaining 0" in result.err
     assert (tmp_path / "v.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
     assert (tmp_path / "v.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
     assert len(os.listdir(tmp_path)) == 4

@@ -101,7 +101,7 @@ def test_peak_counts_where_noise_has_the_lower_peaks(three, test, caplog, times,
     caplog.set_level("INFO")
     made = C2IRPeak.fit(**{**three, "noise": with_peaks(three["pool"], times)})
     assert made.with_peak is counts
-    assert ("peak is left out, for noise has the higher peaks" in caplog.text) is not counts
+    assert ("peak is left out: noise has higher peaks" in caplog.text) is not counts
     assert [part.name for part in made.parts] == ["energy", "c2ir-z", "peak"][: 2 + counts]
     layers = {name: replace(layer, peak=None) for name, layer in test.layers.items()}
     without = replace(test, layers=layers)
@@ -117,12 +117,12 @@ def test_peak_counts_where_noise_has_the_lower_peaks(three, test, caplog, times,
 
 def test_two_that_contradict_each_other_are_refused(three, monkeypatch):
     monkeypatch.setattr(LogDeviation, "_score", lambda self, block: -LogEnergy()._score(block))
-    with pytest.raises(DetectorError, match="say opposite things of the 41 rows of the pool"):
+    with pytest.raises(DetectorError, match="contradict each other on the 41 rows of the pool"):
         C2IRPeak.fit(**three)
 
 
 def test_noise_without_a_row_is_refused(three):
-    with pytest.raises(DetectorError, match="c2ir-peak: there is no row to fit on"):
+    with pytest.raises(DetectorError, match="c2ir-peak: no rows to fit on"):
         C2IRPeak.fit(**{**three, "noise": []})
 
 
@@ -185,7 +185,7 @@ def test_a_pool_without_spread_is_refused(three):
         Duo.fit(**{**three, "pool": same})
     # A few that are alike leave a scale.
     Duo.fit(**{**three, "pool": pool.select(torch.tensor([5] * 10 + list(range(41))))})
-    with pytest.raises(DetectorError, match="duo: there is no row to fit on"):
+    with pytest.raises(DetectorError, match="duo: no rows to fit on"):
         Duo.fit(**{**three, "pool": []})
 
 
@@ -248,7 +248,7 @@ def test_a_network_without_a_map_has_no_peaks():
     network = networks.classifier(networks.Residual())
     assert "layers.peak" in recordable(network)
     flat = replace(network, taps=tuple(replace(tap, spatial_size=1) for tap in network.taps))
-    with pytest.raises(DetectorError, match="no layer with several positions"):
+    with pytest.raises(DetectorError, match="none of its layers has several positions"):
         Recorder(flat, frozenset({"layers.peak"}))
 
 
@@ -404,7 +404,7 @@ def test_all_that_can_be_fitted(place, tmp_path):
         result = oodcli(*words, *more)
         made = {artefact["detector"] for artefact in json.loads(result.out)}
         assert made & set(names) == set(expected)
-    assert "1c-sum (--noise; score fits it on the spot)" in result.err
+    assert "1c-sum (--noise; or let score fit it)" in result.err
     assert "duo (--noise)" in result.err
 
 
@@ -414,14 +414,14 @@ def test_what_is_missing_is_said(place, tmp_path):
     start = ("fit", place / "v.features.h5", "-d", "duo")
     for given in ((), noise, pool):
         sentence = (
-            "duo is fitted on more than one cache: give --noise NOISE.h5 and --calibrate POOL.h5, "
-            "too (NOISE.h5: extract 'noise:uniform?n=2000&seed=0'; POOL.h5: extract other virtual "
-            "images with --match-accuracy, the published accuracy)"
+            "duo is fitted on more than one cache: add --noise NOISE.h5 and --calibrate POOL.h5 "
+            "(NOISE.h5: extract 'noise:uniform?n=2000&seed=0'; POOL.h5: extract other virtual "
+            "images with --match-accuracy and the published accuracy)"
         )
         fails(sentence, *start, *given, *into, leaves=tmp_path)
-    fails("duo must be fitted: give a cache", "fit", "-d", "duo", *noise, *pool, *into)
+    fails("duo must be fitted on a cache: ", "fit", "-d", "duo", *noise, *pool, *into)
     fails(
-        f"duo is fitted on noise, too, but {place / 'id.h5'} holds",
+        f"duo needs noise images, but {place / 'id.h5'} holds",
         *(*start, *pool, "--noise", place / "id.h5", *into),
     )
     fails(
@@ -436,7 +436,7 @@ def test_what_is_missing_is_said(place, tmp_path):
     )
     fails(
         "duo must be fitted first: 'oodcli fit CACHE.h5 -d duo --noise NOISE.h5 --calibrate "
-        "POOL.h5' makes duo.safetensors, whose path -d takes (NOISE.h5: extract 'noise:uniform",
+        "POOL.h5' writes duo.safetensors; give its path to -d (NOISE.h5: extract 'noise:uniform",
         *("score", place / "digits.pt", "noise:blob?n=2", "-d", "duo"),
     )
     short = ("extract", place / "digits.pt", "noise:uniform?n=9", "--record", "logits")
@@ -496,7 +496,7 @@ def test_it_is_the_default_where_it_is_at_hand(place, tmp_path, monkeypatch):
     shutil.copy(place / "digits.toml", checkpoint.parent)
     artefact = place / "detectors" / "duo.safetensors"
     score = ("score", checkpoint, "noise:blob?n=3")
-    assert "no -d, so 1c-sum, which needs nothing but the checkpoint" in oodcli(*score).err
+    assert "no -d: using 1c-sum, which needs only the checkpoint" in oodcli(*score).err
     expected = oodcli(*score, "-d", artefact).out
     here = Path("detectors") / "duo.safetensors"
     beside = checkpoint.parent / "digits.duo.safetensors"
@@ -506,12 +506,14 @@ def test_it_is_the_default_where_it_is_at_hand(place, tmp_path, monkeypatch):
         shutil.copy(artefact, path)
         result = oodcli(*score)
         assert result.status == 0, result.err
-        assert f"note: no -d, so {path}: the strongest that needs no real images" in result.err
-        assert "scored by duo (virtual);" in result.err
+        assert (
+            f"note: no -d: using {path}, the strongest detector without real images" in result.err
+        )
+        assert "scored by duo (virtual)\n" in result.err
         assert result.out == expected
     assert list(scores(oodcli(*score, "-d", "msp").out)[0])[4:] == ["msp", "error"]
     cached = oodcli("score", place / "id.h5")
-    assert f"note: no -d, so {here}: the strongest" in cached.err
+    assert f"note: no -d: using {here}, the strongest" in cached.err
     assert "duo" in scores(cached.out)[0]
 
 
@@ -522,7 +524,7 @@ def test_the_strongest_goes_first(place, tmp_path, monkeypatch):
         file = Path("detectors") / f"{name}.safetensors"
         shutil.copy(place / "more" / file.name, file)
         result = oodcli("score", place / "id.h5", "--explain")
-        assert f"note: no -d, so {file}: the strongest" in result.err
+        assert f"note: no -d: using {file}, the strongest" in result.err
         found = scores(result.out)
         made = read_artefact(file).detector
         with open_cache(place / "id.h5") as cache:
@@ -534,17 +536,17 @@ def test_the_strongest_goes_first(place, tmp_path, monkeypatch):
     assert not read_artefact(file).detector.with_peak
     words = ("extract", place / "digits.pt", place / "test.npz", "--for", "duo")
     assert oodcli(*words, "-o", "old.h5").status == 0
-    assert "no -d, so detectors/c2ir-peak.safetensors" in oodcli("score", "old.h5").err
+    assert "no -d: using detectors/c2ir-peak.safetensors" in oodcli("score", "old.h5").err
     file.unlink()
     result = oodcli("score", "old.h5")
-    assert "left aside: detectors/trio.safetensors needs layers.peak, which is not" in result.err
-    assert "no -d, so detectors/duo.safetensors" in result.err
+    assert "not used: detectors/trio.safetensors needs layers.peak, which is missing" in result.err
+    assert "no -d: using detectors/duo.safetensors" in result.err
 
 
 def test_a_cache_takes_it_from_the_working_directory_alone(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = oodcli("score", place / "id.h5")  # beside which there is detectors/duo.safetensors
-    assert "no -d, so energy" in result.err
+    assert "no -d: using energy" in result.err
 
 
 def test_what_does_not_belong_is_left_aside(place, tmp_path, monkeypatch):
@@ -560,20 +562,20 @@ def test_what_does_not_belong_is_left_aside(place, tmp_path, monkeypatch):
         write_artefact(artefact, here)
         result = oodcli(*score)
         assert result.status == 0, result.err
-        assert "note: left aside: " in result.err
+        assert "note: not used: " in result.err
         assert reason in result.err
-        assert "no -d, so energy" in result.err
+        assert "no -d: using energy" in result.err
         here.unlink()
     here.write_bytes(b"no artefact")
-    assert f"note: left aside: {here} is damaged" in oodcli(*score).err
+    assert f"note: not used: {here} is damaged" in oodcli(*score).err
     write_artefact(good, here)
     short = ("extract", place / "digits.pt", "noise:blob?n=3", "--record", "logits")
     assert oodcli(*short, "-o", "short.h5").status == 0
     result = oodcli("score", "short.h5")
-    assert f"left aside: {here} needs batchnorm.mean, " in result.err
+    assert f"not used: {here} needs batchnorm.mean, " in result.err
     assert result.status == 0
     # Beside the checkpoint there is one that fits.
     write_artefact(replace(good, checkpoint_sha256="f" * 64), here)
     result = oodcli("score", place / "digits.pt", "noise:blob?n=3")
-    assert f"left aside: {here}" in result.err
-    assert f"no -d, so {place / 'detectors' / 'duo.safetensors'}:" in result.err
+    assert f"not used: {here}" in result.err
+    assert f"no -d: using {place / 'detectors' / 'duo.safetensors'}," in result.err

@@ -16,8 +16,8 @@ CLI = Path(oodcli.__file__).parent / "cli"
 FILES = {path.name: path for path in sorted(CLI.glob("*.py"))}
 
 FREE = ("oodcli.api", "oodcli.cli", "oodcli.errors", "oodcli.notes", "oodcli._version")
-NAMES = ("oodcli.detectors", "oodcli.networks.architectures")
-"""Registries, whose names are completed."""
+NAMES = ("oodcli.detectors", "oodcli.networks.architectures", "oodcli.records")
+"""Registries whose names appear in help and completion."""
 
 EXCEPTIONS = {
     "demo.py": {"oodcli.files.atomic", "oodcli.stages.demo"},  # makes the data of a tutorial

@@ -167,7 +167,7 @@ def test_tensors_of_impossible_shapes_and_kinds(
         ("mean = " + "9" * 5000, "TOML"),
         ("num_classes = 0x" + "f" * 5000, "num_classes must be"),
         ("num_classes = 99999999999999", "num_classes must be"),
-        ("input_size = [100000, 100000]", "no classifier takes such images"),
+        ("input_size = [100000, 100000]", "no classifier has such an input"),
         ("resize = 1000000", "resize"),
         ("arch = " + "[" * 5000, "TOML"),
         ('"a\\nb\\u001b[2J" = 1', r"a\nb\x1b[2J"),
@@ -183,7 +183,7 @@ def test_a_model_card_of_a_hundred_megabytes(checkpoint: Path) -> None:
         file.write('arch = "')
         for _ in range(100):
             file.write("x" * (1 << 20))
-    refused(inspect(checkpoint), "no model card")
+    refused(inspect(checkpoint), "is not a model card")
 
 
 def test_a_safetensors_header_of_an_exabyte(checkpoint: Path, tmp_path: Path) -> None:
@@ -506,9 +506,9 @@ def test_a_dataset_in_place_of_layers_is_not_searched(fitted: Path, tmp_path: Pa
             claim(file, name, (10**12,))
         out = ("-o", tmp_path / "out.h5", "--restart")
         words = ("extract", fitted / "digits.pt", path, *out)
-        refused(oodcli(*words), "c.h5", "no group")
-        refused(oodcli("inspect", path), "c.h5", "no group")
-        refused(oodcli("inspect", "--verify", path), "c.h5", "no group")
+        refused(oodcli(*words), "c.h5", "is not a group")
+        refused(oodcli("inspect", path), "c.h5", "is not a group")
+        refused(oodcli("inspect", "--verify", path), "c.h5", "is not a group")
 
 
 def test_a_damaged_index_of_chunks_does_not_end_the_process(fitted: Path, tmp_path: Path) -> None:

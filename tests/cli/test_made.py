@@ -70,8 +70,8 @@ def test_edited_scores_are_noticed(folder):
     assert "scores_sha256 is " in refused("inspect", "--verify", "s.csv")
     os.remove("s.csv.json")
     assert "not checked" in oodcli("inspect", "--verify", "s.csv").out
-    assert "there is no file beside it" in oodcli("inspect", "s.csv").out
-    assert "does not say which checkpoint" in refused("inspect", "--verify", "s.csv", "digits.pt")
+    assert "its metadata file is missing" in oodcli("inspect", "s.csv").out
+    assert "does not name its checkpoint" in refused("inspect", "--verify", "s.csv", "digits.pt")
 
 
 def test_evaluate_refuses_a_mixture(folder):
@@ -103,11 +103,11 @@ def test_evaluate_refuses_a_mixture(folder):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "does not say how s.csv was made"),
-        ("[" * 100_000, "does not say how s.csv was made"),
+        ("{", "does not describe s.csv"),
+        ("[" * 100_000, "does not describe s.csv"),
         ('{"format": "oodcli-scores", "version": 2}', "has format version 2"),
         ('{"format": "oodcli-scores", "version": 1}', "is damaged"),
-        (" " * (1 << 24) + "{}", "does not say how s.csv was made"),
+        (" " * (1 << 24) + "{}", "does not describe s.csv"),
     ],
 )
 def test_a_damaged_file_beside_is_refused(folder, text, words):
@@ -135,7 +135,7 @@ def test_values_of_the_wrong_kind_are_refused(folder, change):
 
 def test_a_file_of_somebody_elses_is_not_written_over(folder):
     Path("s.csv.json").write_text("my notes")
-    assert "s.csv.json does not say how s.csv was made: move it away" in refused(
+    assert "s.csv.json does not describe s.csv: move it away" in refused(
         "score", "digits.pt", NOISE, "-d", "msp", "-o", "s.csv", "--force"
     )
     assert Path("s.csv.json").read_text() == "my notes"

@@ -154,10 +154,10 @@ def test_an_artefact_alone_runs_no_code(folder, monkeypatch):
     state = "detectors/centre.safetensors"
     expected = (
         "oodcli: detectors/centre.safetensors holds a 'centre', which this oodcli does not have: "
-        "if it is a detector of your own, name its code in the same command, with -d FILE.py:CLASS"
+        "if it is your own detector, give its code in the same command with -d FILE.py:CLASS"
     )
     assert complaint("score", "ckpt.pt", NOISE, "-d", state) == expected
-    with pytest.raises(FileError, match="name its code in the same command"):
+    with pytest.raises(FileError, match="give its code in the same command"):
         read_artefact(folder / state)
     shown = json.loads(oodcli("inspect", state, "--json").out)
     assert shown["detector"] == "centre"
@@ -181,8 +181,8 @@ def test_a_name_in_an_artefact_is_never_a_file(folder):
 
 def test_one_that_must_be_fitted_says_how(folder):
     said = complaint("score", "ckpt.pt", NOISE, "-d", "centre.py:Centre")
-    assert "'oodcli fit CACHE.h5 -d centre.py:Centre' makes centre.safetensors" in said
-    assert said.endswith("whose path -d takes beside -d centre.py:Centre")
+    assert "'oodcli fit CACHE.h5 -d centre.py:Centre' writes centre.safetensors" in said
+    assert said.endswith("give its path to -d with -d centre.py:Centre")
 
 
 def test_what_was_not_recorded_is_said_with_the_file(folder):
@@ -213,7 +213,7 @@ def test_a_cluster_does_not_have_the_code(folder):
     )
     assert said == (
         "oodcli: --engine ray: the cluster's hosts do not have the code of margin.py:Margin: leave "
-        "--engine or this detector out"
+        "out --engine or this detector"
     )
 
 
@@ -245,7 +245,7 @@ FITTED = '    needs = frozenset({"logits"})', '    needs = frozenset({"logits"})
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        (None, r"mine.py:Mine: there is no file mine.py \(in .*/\)"),
+        (None, r"mine.py:Mine: no file mine.py \(in .*/\)"),
         ("x = 1\n", "mine.py:Mine: mine.py has no class 'Mine'$"),
         (HEAD + "class Other: pass", "mine.py has no class 'Mine': it has Other$"),
         ("class Mine: pass", "mine.py:Mine is not a detector: derive it from oodcli.Detector"),
@@ -310,7 +310,7 @@ def test_a_class_must_be_named(folder):
         said = complaint("score", "ckpt.pt", NOISE, "-d", word)
         assert said == f"oodcli: {word}: name the class as well, as margin.py:CLASS"
     said = complaint("extract", "ckpt.pt", NOISE, "--for", "nowhere.py:Margin")
-    assert "nowhere.py:Margin: there is no file nowhere.py" in said
+    assert "nowhere.py:Margin: no file nowhere.py" in said
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_the_note_of_commands_and_of_the_api(
     made = json.loads((tmp_path / "s.csv.json").read_text())
     assert made["preprocessing"]["image_range"] == [0, 4095]
     about = oodcli("inspect", tmp_path / "s.csv").out.replace("\n", " ")
-    assert "more than 8 bits from 0…4095" in " ".join(about.split())
+    assert "range above 8 bits 0…4095" in " ".join(about.split())
     caplog.clear()
     with caplog.at_level(logging.WARNING, "oodcli"):
         features = api.record(api.load_classifier(trained / "digits.pt"), dark, ["logits"])
@@ -327,7 +327,10 @@ def test_virtual_images_go_with_every_way_of_reading(fitted: Path, tmp_path: Pat
     assert prepared["resize"] == [10, 9]
     assert (prepared["exif"], prepared["image_range"]) == ("keep", [0, 9])
     about = " ".join(oodcli("inspect", output).out.split())
-    assert "resized to 10x9, centre crop (bicubic), not turned by EXIF, more than 8 bits" in about
+    assert (
+        "resized to 10x9, centre crop (bicubic), EXIF orientation ignored, range above 8 bits"
+        in about
+    )
     other = oodcli(
         "extract", fitted / "digits.pt", fitted / "v.h5", "--mean", "0.2", "-o", tmp_path / "g.h5"
     )

@@ -219,8 +219,8 @@ def test_what_is_none_of_these_is_one_sentence(made, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes((made / "real/knn.safetensors").read_bytes()[:-8])
     fails("inspect", cut, says=("cut.safetensors is damaged",))
-    fails("inspect", made / "v.h5", made / "digits.pt", says=("only looked at with --verify",))
-    fails("inspect", made / "v.h5", "--write-card", says=("--write-card is for a checkpoint",))
+    fails("inspect", made / "v.h5", made / "digits.pt", says=("only used with --verify",))
+    fails("inspect", made / "v.h5", "--write-card", says=("--write-card needs a checkpoint",))
 
 
 # ---------------------------------------------------------------------------- checksums
@@ -389,18 +389,19 @@ def flipped(path: Path, dataset: str) -> None:
 def test_a_flipped_bit_in_a_cache_is_refused(made, copy, dataset):
     path = copy("id.h5")
     flipped(path, dataset)
-    fails("inspect", "--verify", path, says=(str(path), "a checksum does not hold"))
+    fails("inspect", "--verify", path, says=(str(path), "a checksum does not match"))
     words = ("score", path, "-d", "energy", "-d", made / "real" / "knn.safetensors")
-    fails(*words, says=(str(path), "a checksum does not hold"))
+    fails(*words, says=(str(path), "a checksum does not match"))
 
 
 @pytest.mark.parametrize("dataset", ["images", "label", "layers/bn1/sensitivity"])
 def test_a_flipped_bit_in_virtual_images_is_refused(made, copy, tmp_path, dataset):
     path = copy("v.h5")
     flipped(path, dataset)
-    fails("inspect", "--verify", path, says=(str(path), "a checksum does not hold"))
+    fails("inspect", "--verify", path, says=(str(path), "a checksum does not match"))
     words = ("extract", made / "digits.pt", path, "-o", tmp_path / "x.h5")
-    fails(*words, says=(str(path), "damaged", "make it again"))
+    remedy = "create it again" if "layers" in dataset else "run oodcli invert again"
+    fails(*words, says=(str(path), "damaged", remedy))
 
 
 @pytest.mark.parametrize("name", VERIFIABLE)
@@ -565,7 +566,7 @@ def test_averaged_weights_are_said(averages, end):
         path = averages / f"{name}.{end}"
         found = json.loads(oodcli("inspect", path, "--json").out)
         assert found["made"]["averaged"] == (name == "ema")
-        assert ("the averaged ones" in oodcli("inspect", path).out) == (name == "ema")
+        assert ("averaged (--ema)" in oodcli("inspect", path).out) == (name == "ema")
 
 
 def test_what_does_not_say_which_weights_is_of_plain_ones(averages, tmp_path, monkeypatch):

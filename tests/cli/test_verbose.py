@@ -74,7 +74,7 @@ def test_where_each_value_comes_from(fitted, tmp_path):
         r"resized straight to it, by default$",
         r"bilinear interpolation, by default$",
         r"EXIF orientation: turn, by default$",
-        r"images of more than 8 bits scaled from the range of their type, by default$",
+        r"images of more than 8 bits scaled from their type's range, by default$",
         r"13 layers tapped \(7 batchnorm: bn1 .*; 3 block: .*; 3 stage: layer1 .*\), by default$",
         r"device cpu, by --device cpu; threads of torch: \d+; seed 3$",
         r"took [\d.]+ s: checkpoint [\d.]+ s, the rest [\d.]+ s$",
@@ -100,7 +100,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
     assert "detail" not in told.out
     says(
         told.err,
-        r"precision (float32|bfloat16, which the device multiplies in hardware), by default$",
+        r"precision (float32|bfloat16, which this device multiplies in hardware), by default$",
         r"objective name=kl, .*mirror=False",
         r"2 images of each of 10 classes, in batches of at most 100, 3 steps each$",
         r"stored in .*v\.h5\.partial; there now: 0$",
@@ -125,9 +125,9 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
     says(
         told.err,
         r"fit on: .*v\.features\.h5, 20 virtual images of .*v\.h5, with .*logits",
-        r"c2ir: to be fitted it needs .*layers\.sensitivity.*; default parameters$",
-        r"knn: to be fitted it needs .*embedding.*; k=3$",
-        r"calibration: none: without --calibrate it takes real rows$",
+        r"c2ir: fitting needs .*layers\.sensitivity.*; default parameters$",
+        r"knn: fitting needs .*embedding.*; k=3$",
+        r"calibration: none: without --calibrate it needs real rows$",
         r"took .*: caches .* s, fitting .* s, the rest",
     )
     chosen = ("-d", tmp_path / "fitted" / "knn.safetensors", "-d", "energy")
@@ -146,7 +146,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
     says(
         told.err,
         r"5 images of noise:blob\?n=5, without labels; decoding processes: \d+, 30 s an image$",
-        r"odin: needs no fitting; epsilon=.*; verdicts by the stream$",
+        r"odin: needs no fitting; epsilon=.*; verdicts by a threshold from the stream$",
         r"records logits, odin\.logits; passes of a batch: 2 forward, 1 backward$",
     )
 
@@ -155,13 +155,13 @@ def test_what_a_calibration_rests_on(fitted, tmp_path):
     cache = tmp_path / "real.h5"
     oodcli("extract", fitted / "digits.pt", fitted / "test.npz", "-o", cache)
     told = oodcli("fit", cache, "-d", "energy", "-o", tmp_path / "fifth", "-v")
-    says(told.err, r"calibration: on rows held out of those to fit on$")
+    says(told.err, r"calibration: on held-out rows of the cache$")
     again = ("fit", "-d", tmp_path / "fifth" / "energy.safetensors", "--calibrate", cache)
     told = oodcli(*again, "-o", tmp_path / "again", "-v")
     says(
         told.err,
         r"calibrate on: .*real\.h5, 597 images of .*test\.npz, with ",
-        r"energy: fitted already, by .*fifth/energy\.safetensors$",
+        r"energy: already fitted, .*fifth/energy\.safetensors$",
         r"calibration: on the rows of .*real\.h5$",
     )
 

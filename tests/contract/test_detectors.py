@@ -225,7 +225,7 @@ def test_rows_are_halved_where_the_memory_is_short(name, detector, train, test, 
     assert sizes == [9, 4, 2, 2, 2, 2, 1]
     most = 0
     with pytest.raises(
-        DetectorError, match=f"not enough memory to score one image with {name} .*CUDA"
+        DetectorError, match=f"out of memory with a single image scored by {name} .*CUDA"
     ):
         detector.score(test)
 
@@ -281,7 +281,7 @@ def test_a_class_without_rows(name, detector, train, test):
 @every
 def test_nothing_to_fit_on(name):
     if detectors.get(name).fitted:
-        with pytest.raises(DetectorError, match="no row to fit on"):
+        with pytest.raises(DetectorError, match="no rows to fit on"):
             fitted(name, [])
 
 

@@ -231,7 +231,7 @@ def test_progress_can_end_it_and_the_same_call_goes_on(name, folder):
 def test_notes_go_to_the_logger(folder, caplog):
     caplog.set_level(logging.DEBUG, "oodcli")
     oodcli.score("digits.pt", "test.npz", io.StringIO())
-    assert "no -d, so 1c-sum" in caplog.text
+    assert "no -d: using 1c-sum" in caplog.text
     assert "class names" in caplog.text
     assert {record.levelname for record in caplog.records} == {"INFO", "DEBUG"}
 
@@ -244,9 +244,9 @@ def test_a_classifier_is_as_good_as_its_path(folder):
         oodcli.score(checkpoint, "test.npz", stream, ["energy", "1c-sum"])
         texts.append(stream.getvalue())
     assert texts[0] == texts[1]
-    with pytest.raises(oodcli.OodcliError, match="no images"):
+    with pytest.raises(oodcli.OodcliError, match="give images"):
         oodcli.score(classifier, None, io.StringIO())
-    with pytest.raises(oodcli.OodcliError, match="where the virtual images go"):
+    with pytest.raises(oodcli.OodcliError, match="give the output file"):
         oodcli.invert(classifier)
 
 

@@ -115,7 +115,7 @@ def test_a_page_is_made_for_a_detector_without_one(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "vim.md").exists()
     assert detector_pages.main(["write"]) == 0
     made = (tmp_path / "vim.md").read_text()
-    assert made.startswith("# vim: residual off the principal space")
+    assert made.startswith("# vim: virtual logit from the embedding's residual")
     assert "| `vim.dim` | none | |" in made
     assert "| `vim`, real images | ResNet-20 |" in made
     assert "oodcli fit v.features.h5 -d vim -o detectors\n" in made

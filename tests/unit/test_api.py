@@ -147,7 +147,7 @@ def test_a_detector_needs_what_it_needs(fitted, classifier, tmp_path):
         (FileError, "none.safetensors does not exist", ("none.safetensors",), {}),
         (FileError, "was fitted for the checkpoint", (artefact, another), {}),
         (FileError, "prepared with mean", (artefact, prepared), {}),
-        (FileError, "damaged or no safetensors file", (fitted / "digits.toml",), {}),
+        (FileError, "damaged or not a safetensors file", (fitted / "digits.toml",), {}),
     ):
         with pytest.raises(error, match=sentence) as caught:
             oodcli.load_detector(*words, **options)

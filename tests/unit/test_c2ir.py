@@ -92,7 +92,7 @@ def test_a_dead_channel_that_wakes_up_is_seen(train, test):
 def test_one_row_a_class_has_no_spread(train):
     with pytest.raises(DetectorError, match="no class has two rows"):
         fitted("c2ir-z", train.select(slice(0, 3)))
-    with pytest.raises(DetectorError, match="no row to fit on"):
+    with pytest.raises(DetectorError, match="no rows to fit on"):
         fitted("c2ir-z", [])
 
 

@@ -52,7 +52,7 @@ def test_a_pool_beside_real_rows_counts_for_thirty():
     assert alone.words == "virtual, matched to accuracy 0.917, no real data"
     few = calibrate([scores(1.0)], [pool[:10]], 0.9)  # ten images do not count for thirty
     assert few.mass == 12
-    with pytest.raises(DetectorError, match="no row to calibrate on"):
+    with pytest.raises(DetectorError, match="no rows to calibrate on"):
         calibrate([], [], None)
 
 
@@ -126,7 +126,7 @@ def test_marks(tmp_path):
     for text, sentence in (
         ("path,label\na,1\n", "expected the columns path and ood"),
         ("path,ood\na,yes\n", "line 2: ood is 'yes'"),
-        ("path,ood\n", "marks no row"),
+        ("path,ood\n", "labels no row"),
         ("", "expected the columns"),
     ):
         path.write_text(text)

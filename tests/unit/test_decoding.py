@@ -254,7 +254,7 @@ def test_images_that_hang(tmp_path, loads, started):
 def test_images_that_kill_their_decoder(loads, started):
     rows = [good(0), loads.crash, good(2), loads.leave, good(4), good(5)]
     found = list(batches(Given(rows), PLAIN, 2, workers=2, timeout=LONG))
-    died = "its decoder died ({})".format
+    died = "its decoder crashed ({})".format
     errors = [None, died("signal 11"), None, died("exit status 3"), None, None]
     assert_rows(found, (0, 2, 4, 5), errors)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 
 import networks
@@ -108,7 +109,8 @@ def test_a_dead_channel_that_wakes_up(caplog):
     train = replace(TRAIN, embedding=dead)
     with caplog.at_level(logging.INFO, "oodcli"):
         detector = fit("mds", train)
-    assert "1 of 7 directions, condition inf" in caplog.text
+    # Where the processor adds in another order, rounding leaves a tiny eigenvalue.
+    assert re.search(r"1 of 7 directions, condition (inf|[0-9.]+e\+1[0-9])", caplog.text)
     asleep = TEST.embedding.clone()
     asleep[:, 2] = 0
     awake = asleep.clone()
@@ -156,7 +158,11 @@ def test_mds_sum():
 
 @pytest.mark.parametrize(
     ("layers", "sentence"),
-    [("blocks", "no layer for 'blocks'"), ("x", "recorded are bn, one, two"), ("(", "no regular")],
+    [
+        ("blocks", "no layer for 'blocks'"),
+        ("x", "recorded are bn, one, two"),
+        ("(", "not a regular"),
+    ],
 )
 def test_layers_that_are_not_there(layers, sentence):
     with pytest.raises(DetectorError, match=sentence):

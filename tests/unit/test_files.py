@@ -176,7 +176,9 @@ def test_blocks_must_record_the_same(tmp_path, features, made):
 def test_what_is_lacking_is_named(cache):
     with open_cache(cache) as opened:
         opened.require({"logits"}, "energy")
-        with pytest.raises(DetectorError, match=r"needs layers\.sensitivity.*virtual images only"):
+        with pytest.raises(
+            DetectorError, match=r"needs layers\.sensitivity.*only for virtual images"
+        ):
             opened.require({"layers.sensitivity"}, "c2ir")
 
 
@@ -185,7 +187,7 @@ def test_truncated_files(cache, kept):
     cache.write_bytes(cache.read_bytes()[:kept])
     assert format_of(cache) is None
     with (
-        pytest.raises(FileError, match=r"c\.h5 is truncated, damaged or no HDF5 file"),
+        pytest.raises(FileError, match=r"c\.h5 is truncated, damaged or not an HDF5 file"),
         open_cache(cache),
     ):
         pass
@@ -209,7 +211,7 @@ def test_other_files_are_refused(tmp_path, cache):
 def test_a_missing_dataset_is_one_sentence(cache, name):
     with h5py.File(cache, "a") as file:
         del file[name]
-    with pytest.raises(FileError, match="make it again"), open_cache(cache) as opened:
+    with pytest.raises(FileError, match="create it again"), open_cache(cache) as opened:
         list(opened.blocks())
 
 
@@ -275,12 +277,12 @@ def test_damaged_artefacts(tmp_path):
     write_artefact(Artefact(Energy(), "abc", {}), path)
     whole = path.read_bytes()
     path.write_bytes(whole[:20])
-    with pytest.raises(FileError, match="damaged or no safetensors file"):
+    with pytest.raises(FileError, match="damaged or not a safetensors file"):
         read_artefact(path)
     with pytest.raises(FileError, match="does not exist: 'oodcli fit'"):
         read_artefact(tmp_path / "none.safetensors")
     save_file({}, path, {"format": "other"})
-    with pytest.raises(FileError, match="no detector of oodcli"):
+    with pytest.raises(FileError, match="is not a detector of oodcli"):
         read_artefact(path)
     good = {
         "format": "oodcli-detector",
@@ -410,6 +412,6 @@ def test_a_full_disk_does_not_crash_hdf5(tmp_path, features, made, allowed):
 def test_provenance_needs_everything(tmp_path):
     with h5py.File(tmp_path / "v.h5", "w") as file:
         file.attrs["format"], file.attrs["version"] = "oodcli-virtual", 1
-    with pytest.raises(FileError, match="make it again"):
+    with pytest.raises(FileError, match="create it again"):
         read_provenance(tmp_path / "v.h5")
     assert {"virtual", "seed"} <= set(Provenance.__dataclass_fields__)

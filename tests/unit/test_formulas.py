@@ -552,7 +552,7 @@ def test_a_constant_column_has_a_spread_of_one():
     mean, sd = column_moments(columns)
     torch.testing.assert_close(mean, double([3.0, third]))
     torch.testing.assert_close(sd, double([math.sqrt(8 / 3), 1.0]))
-    with pytest.raises(DetectorError, match="not one row"):
+    with pytest.raises(DetectorError, match="no row to fit on has finite scores"):
         column_moments(columns[3:])
 
 
@@ -566,7 +566,7 @@ def test_supervised(recorded):
         torch.testing.assert_close(detector.score(block), expected, rtol=1e-6, atol=1e-6)
     assert detector.score(inside).mean() < 0 < detector.score(outside).mean()
     assert "ood" not in hyperparameters(kind)
-    with pytest.raises(DetectorError, match=r"needs out-of-distribution rows.* --ood"):
+    with pytest.raises(DetectorError, match=r"also needs OOD rows.* --ood"):
         kind.fit(inside)
 
 

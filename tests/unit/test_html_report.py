@@ -439,7 +439,7 @@ def test_evaluate_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Path(file).write_text(f"{HEADER}{name},,cat,0.5,{score},0.5,\n")
     command = ("evaluate", "--id", "id.csv", "--ood", "far=ood.csv", "-o", "report")
     done = oodcli(*command)
-    assert (done.status, "wrote 13 files into report" in done.err) == (0, True)
+    assert (done.status, "wrote 13 files to report" in done.err) == (0, True)
     text = Path("report", "report.html").read_text(encoding="utf-8")
     assert len(thumbnails_of(text)) == 2
     assert "oodcli evaluate --id id.csv --ood far=ood.csv -o report" in text

@@ -194,7 +194,7 @@ def test_long_jobs_are_compiled_where_that_is_faster(network, monkeypatch, caplo
         _, step, seconds = prepare(network, PLAN)
     assert step.path == "eager"
     assert caplog.messages == ["not compiled: no compiler"]
-    with pytest.raises(OodcliError, match=r"does not compile here \(no compiler\)"):
+    with pytest.raises(OodcliError, match=r"cannot be compiled \(no compiler\)"):
         prepare(network, PLAN, compiled=True)
     assert prepare(network, PLAN, compiled=False)[1].path == "eager"
 
@@ -213,7 +213,7 @@ def test_batches_are_halved_until_they_fit(network, monkeypatch, caplog):
     assert [len(labels) for labels in plan.batches()] == [3] * 4
     assert "out of memory at batch size 6; retrying with 3" in caplog.text
     largest = 0
-    with pytest.raises(OodcliError, match="too short for one image"):
+    with pytest.raises(OodcliError, match="out of memory on cpu with a single image"):
         prepare(network, PLAN)
 
     def wrong(step, plan):
@@ -386,7 +386,7 @@ def test_a_network_of_one_size_is_never_given_another(caplog):
         found, step, _ = prepare(network, plan, compiled=False)
     assert found == plan
     (note,) = caplog.messages
-    assert note.startswith("every step is at full size: the network does not take half of it (")
+    assert note.startswith("all steps run at full size: the network does not accept half of it (")
     assert note.endswith("mat1 and mat2 shapes cannot be multiplied (1x144 and 576x3))")
     assert next(invert(network, found, step=step)).images.shape == (3, 3, 96, 96)
 

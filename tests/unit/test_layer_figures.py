@@ -519,7 +519,7 @@ def test_a_figure_takes_some_record(folder, tmp_path):
         del file["logits"]
     result = oodcli("evaluate", "--layers", bare, "--ood", f"a={bare}", "-o", tmp_path / "new")
     assert result.status == 1
-    assert "nothing can be drawn" in result.err
+    assert "no figure can be drawn" in result.err
     assert "no figure 'indicators': " in result.err
     assert not (tmp_path / "new").exists()
 
@@ -620,9 +620,9 @@ def test_nothing_is_cut_off(count):
 @pytest.mark.parametrize(
     ("sentence", "options"),
     [
-        ("say where they go, with -o DIR", ()),
-        ("--id does not go with --layers", ("--id", "id.csv", "-o", "new")),
-        ("--min-auroc does not go with --layers", ("--min-auroc", "0.9", "-o", "new")),
+        ("give a folder for them with -o DIR", ()),
+        ("--id cannot be used with --layers", ("--id", "id.csv", "-o", "new")),
+        ("--min-auroc cannot be used with --layers", ("--min-auroc", "0.9", "-o", "new")),
         ("--map spiral: expected pca or tsne", ("--map", "spiral", "-o", "new")),
         ("none.h5 does not exist", ("--virtual", "none.h5", "-o", "new")),
         ("far.h5 holds features of real images", ("--virtual", "far.h5", "-o", "new")),
@@ -630,8 +630,8 @@ def test_nothing_is_cut_off(count):
         ("is of mds, but only lsgm has transitions", ("-d", "mds.safetensors", "-o", "new")),
         ("msp does not exist", ("-d", "msp", "-o", "new")),
         ("give -d once", ("-d", "lsgm.safetensors", "-d", "lsgm.safetensors", "-o", "new")),
-        ("--ood ID: the figures mean something else", ("--ood", "ID=far.h5", "-o", "new")),
-        ("--ood mean: the figures mean something else", ("--ood", "mean=far.h5", "-o", "new")),
+        ("--ood ID: the figures use this name", ("--ood", "ID=far.h5", "-o", "new")),
+        ("--ood mean: the figures use this name", ("--ood", "mean=far.h5", "-o", "new")),
         ("given twice", ("--ood", "far=far.h5", "-o", "new")),
         ("some.npz is a file, expected a folder", ("-o", "some.npz")),
     ],
@@ -651,10 +651,10 @@ def test_scores_take_no_option_of_the_layers(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = oodcli("evaluate", "--id", "a.csv", "--ood", "b=b.csv", option, "pca")
     assert result.status == 1
-    assert f"{option} does not go with --id" in result.err
+    assert f"{option} cannot be used with --id" in result.err
     result = oodcli("evaluate", "--ood", "b=b.csv")
     assert result.status == 2
-    assert "give scores with --id, or features with --layers" in result.err
+    assert "give scores with --id, or feature caches with --layers" in result.err
 
 
 def test_caches_of_other_checkpoints_are_refused(folder, tmp_path):

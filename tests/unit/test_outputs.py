@@ -166,7 +166,7 @@ def test_log_probabilities_are_logits_up_to_a_constant():
     torch.testing.assert_close(msp.score(seen), msp.score(expected))
     for name in ("energy", "mls", "peak-energy"):
         assert not detectors.get(name).needs <= recordable(found)
-    with pytest.raises(DetectorError, match="return the logits to have it"):
+    with pytest.raises(DetectorError, match="return logits instead"):
         detectors.get("energy")().score(seen)
     with pytest.raises(DetectorError, match="log-probabilities"):
         Recorder(found, detectors.get("energy").needs)
@@ -176,7 +176,9 @@ def test_log_probabilities_are_logits_up_to_a_constant():
     ("how", "words"), [("softmax", "probabilities"), ("sigmoid", "sigmoid outputs")]
 )
 def test_probabilities_without_readable_logits_are_refused(how, words):
-    with pytest.raises(CheckpointError, match=f"returns {words}, and its logits cannot be read"):
+    with pytest.raises(
+        CheckpointError, match=f"returns {words}, and its logits cannot be recovered"
+    ):
         networks.classifier(Functional(READ[how]))
 
 
@@ -212,7 +214,7 @@ class TwoHeads(Net):
 
 
 def test_of_two_heads_the_number_of_classes_decides():
-    with pytest.raises(CheckpointError, match=r"0 1x4 and 1 1x3 may each be its logits"):
+    with pytest.raises(CheckpointError, match=r"0 1x4 and 1 1x3 could each be its logits"):
         networks.classifier(TwoHeads())
     for told in ({"num_classes": 3}, {"class_names": ["a", "b", "c"]}):
         found = networks.classifier(TwoHeads(), **told)

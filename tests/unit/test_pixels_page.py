@@ -324,8 +324,8 @@ def test_timm_at_another_size_and_what_cannot_be_done(monkeypatch: pytest.Monkey
     )
     assert torch.equal(theirs(image), ours(image, squashed))
     for config, words, way in (
-        ({"crop_mode": "border"}, "whole pictures with a border", Overrides(crop="squash")),
-        ({"crop_mode": "border"}, "whole pictures with a border", Overrides(resize=256)),
+        ({"crop_mode": "border"}, "whole images with a border", Overrides(crop="squash")),
+        ({"crop_mode": "border"}, "whole images with a border", Overrides(resize=256)),
         (wide, "until they cover 96x160", Overrides(crop="squash")),
         (wide, "until they cover 96x160", Overrides(resize=180)),
         ({"interpolation": "random"}, "'random'", Overrides(interpolation="bilinear")),

@@ -142,7 +142,7 @@ def test_a_detector_that_is_missing_somewhere_is_left_out_and_named() -> None:
 def test_refused() -> None:
     with pytest.raises(FileError, match="no OOD set"):
         evaluate_files(ID_SCORES, {})
-    with pytest.raises(FileError, match=r"no detector is in all the files \(.*x\.csv: c\)"):
+    with pytest.raises(FileError, match=r"no detector is in all files \(.*x\.csv: c\)"):
         evaluate_files(ID_SCORES, {"far": scores({"c": [1]}, source="x.csv")})
     for name in ("mean", "ID"):
         with pytest.raises(FileError, match=f"--ood {name}=…: .* choose another"):
@@ -247,7 +247,7 @@ SEEN = {
     "far": replace(OOD_SCORES["far"], saw={"b": "OOD images (x_1.h5)"}),
     "near": replace(OOD_SCORES["near"], saw={"b": "OOD images (x_1.h5)"}),
 }
-NOTE = "* has learnt from OOD data, which the others have not: b from OOD images (x_1.h5)."
+NOTE = "* has learnt from OOD data, unlike the others: b from OOD images (x_1.h5)."
 
 
 def seen(**files: Scores) -> Evaluation:

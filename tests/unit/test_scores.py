@@ -387,16 +387,22 @@ HEADER = "path,label,predicted,confidence,msp,error\n"
         ("path,label,predicted,confidence,error\na,,,,\n", "line 1: no column of a detector"),
         ("path,label,predicted,confidence,msp.p,error\n", "line 1: no column of a detector"),
         ("path,msp\na,1\n", "line 1: no column label, predicted, confidence, error"),
-        ("path,path,label,predicted,confidence,msp,error\n", "line 1: column 'path' is .* once"),
+        (
+            "path,path,label,predicted,confidence,msp,error\n",
+            "line 1: column 'path' occurs .* once",
+        ),
         (",path,label,predicted,confidence,msp,error\n", "line 1: a column has no name"),
         (HEADER + "a,,c,1,0.5,\nb,,c,1,x,\n", "line 3: msp is 'x', expected a number"),
         (HEADER + '"a\nb",,c,1,0.5,\nb,,c,1,,\n', "line 4: msp is empty, expected a number"),
         (HEADER + "a,,c,1,nan,\n", "line 2: msp is nan"),
         (HEADER + "a,,c,1,-inf,\n", "line 2: msp is -inf"),
         (HEADER + "a,,c,high,1,\n", "line 2: confidence is 'high', expected a number"),
-        (HEADER + "a,,c,1,0.5,\nb,,c,1,0.\n", "line 3: 5 cells where the header has 6: .* cut off"),
+        (
+            HEADER + "a,,c,1,0.5,\nb,,c,1,0.\n",
+            "line 3: 5 cells where the header has 6: .* truncated",
+        ),
         (HEADER + "a,,c,1,0.5,,\n", "line 2: 7 cells where the header has 6"),
-        (HEADER + 'a,,c,1,0.5,\n"b,,c', "line 3: not CSV .* cut off"),
+        (HEADER + 'a,,c,1,0.5,\n"b,,c', "line 3: not CSV .* truncated"),
         (b"\x89HDF\r\n\x1a\n\xff\xfe", "is not UTF-8 text"),
     ],
 )
@@ -415,9 +421,9 @@ OBJECT = {"path": "a", "label": "", "predicted": "c", "confidence": 1, "msp": 0.
     ("content", "message"),
     [
         ("", "is empty"),
-        (json.dumps(OBJECT) + '\n{"path": "b', "line 2: not JSON .* cut off"),
+        (json.dumps(OBJECT) + '\n{"path": "b', "line 2: not JSON .* truncated"),
         (json.dumps(OBJECT) + '\n{"path": "b"}\n', "line 2: the keys are not those"),
-        ('{"path": 1, "path": 2}\n', "line 1: column 'path' is there more than once"),
+        ('{"path": 1, "path": 2}\n', "line 1: column 'path' occurs more than once"),
         ("[1]\n", "line 1: expected an object"),
         ("1\n", "line 1: expected an object"),
         (json.dumps(OBJECT | {"msp": math.nan}), "line 1: msp is nan"),
@@ -441,7 +447,7 @@ def test_broken_parquet(tmp_path: Path) -> None:
     for name, content in {"cut": whole[:-20], "empty": b"", "other": b"path,label\n"}.items():
         path = tmp_path / f"{name}.parquet"
         path.write_bytes(content)
-        with pytest.raises(FileError, match=r"is not parquet, or is cut off .*: score again"):
+        with pytest.raises(FileError, match=r"is not parquet, or is truncated .*: score again"):
             read_scores(path)
 
 
@@ -457,7 +463,7 @@ def test_a_null_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
 
 
 def test_missing_and_misplaced(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"s\.csv: no such file"):
+    with pytest.raises(FileError, match=r"s\.csv does not exist"):
         read_scores(tmp_path / "s.csv")
     with pytest.raises(FileError, match=r"cache\.h5: expected a scores file, \.csv"):
         read_scores(tmp_path / "cache.h5")

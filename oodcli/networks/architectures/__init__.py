@@ -121,7 +121,7 @@ def build(name: str, num_classes: int) -> nn.Module:
         near = difflib.get_close_matches(name, names(), 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "for example resnet20-cifar"
         raise CheckpointError(
-            f"'{name}' is not an architecture that oodcli knows ({hint}): --arch takes a built-in "
+            f"'{name}' is not a known architecture ({hint}): --arch takes a built-in "
             "name, torchvision:NAME, timm:NAME or FILE.py:FACTORY"
         )
     return network
