@@ -3,7 +3,6 @@ with it is run, and nothing is fetched."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from oodcli.errors import CheckpointError
 from oodcli.files.hub import CONFIG, LARGEST_NUMBER, folder_of, read_json
 from oodcli.networks.card import Overrides
-from oodcli.networks.makers import TimmMaker
+from oodcli.networks.makers import TimmMaker, timm_name
 from oodcli.networks.recognition import Network, named
 from oodcli.networks.state_dict import layouts_of
 
@@ -74,13 +73,7 @@ def timm_arch(config: Mapping[str, Any], where: str) -> str:
     name, arguments = config["architecture"], config.get("model_args") or {}
     if not re.fullmatch(r"\w[\w.-]*", name) or not isinstance(arguments, dict):
         raise CheckpointError(f"{where} names no network of timm: copy the folder again")
-    words = (
-        f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
-        for key, value in arguments.items()
-        if value is not None and key != "num_classes" and (key, value) != ("in_chans", 3)
-    )
-    query = "&".join(words)
-    return f"timm:{name}?{query}" if query else f"timm:{name}"
+    return timm_name(name, arguments)
 
 
 def timm_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +131,7 @@ def hub_network(
     with no_larger_than(state, where):
         if is_timm(config):
             arch = timm_arch(config, where)
-            maker = TimmMaker(arch, timm_cfg(config), SOURCE)
+            maker = TimmMaker(arch, timm_cfg(config), source=SOURCE)
             found = named(arch, layouts_of(state), given, path, maker=maker)
         else:
             from oodcli.networks.huggingface import network_of_transformers

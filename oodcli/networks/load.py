@@ -25,6 +25,7 @@ from oodcli.networks.contents import (
 from oodcli.networks.inputs import guess_inputs, preprocessing_of
 from oodcli.networks.recognition import SLICES, Network, network_of, require_classes
 from oodcli.networks.state_dict import check_finite, check_values, find_state
+from oodcli.networks.timm_models import network_of_script
 
 
 def load_classifier(
@@ -130,7 +131,8 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
     state, notes, averaged = find_state(content, path, prefer_ema)
     slices = content.get(SLICES)
     check_values({SLICES: slices, **state} if isinstance(slices, Tensor) else state, path)
-    found = network_of(state, given, path, slices)
+    script = network_of_script(content, state, given, path) if given.arch is None else None
+    found = script or network_of(state, given, path, slices)
     return replace(found, assumptions=(*notes, *found.assumptions), averaged=averaged)
 
 

@@ -40,12 +40,14 @@ class Maker:
 class TimmMaker(Maker):
     """A model of timm: ``timm:NAME``, or ``timm:NAME.TAG`` with the inputs of those weights of
     timm's; then ``?KEY=VALUE&…``, arguments of the model such as ``img_size=64``. cfg: timm's
-    ``pretrained_cfg`` of a checkpoint, None for timm's own; source: what it was taken from."""
+    ``pretrained_cfg`` of a checkpoint, None for timm's own; inputs: of a training script, which
+    win over that; source: what they were taken from."""
 
     def __init__(
         self,
         arch: str,
         cfg: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
         source: str = "timm's for this model",
     ) -> None:
         super().__init__(arch)
@@ -57,6 +59,7 @@ class TimmMaker(Maker):
             ) from error
         self.timm: Any = timm
         self.source = source
+        self.given = dict(inputs or {})
         self.name, _, query = arch.removeprefix("timm:").partition("?")
         self.arguments = dict(map(_argument, query.split("&"))) if query else {}
         refused = [key for key in self.arguments if not key or _LOADING.match(key)]
@@ -96,7 +99,7 @@ class TimmMaker(Maker):
         """What timm's ``create_transform`` does with this model's configuration when it evaluates.
         Resize, crop mode and interpolation that cannot be so are in ``cannot``."""
         try:
-            return self._inputs(self.timm.data.resolve_model_data_config(network))
+            return self._inputs(self.timm.data.resolve_model_data_config(network, self.given))
         except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the configuration of {self.arch} {self.source} makes no sense "
@@ -143,6 +146,17 @@ _LOADING = re.compile(r"pretrained|checkpoint|cache_dir|features_only|num_classe
 
 _FETCHED = frozenset(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"))
 """Where timm's configuration says that weights come from."""
+
+
+def timm_name(name: str, arguments: Mapping[str, Any]) -> str:
+    """A model of timm with its arguments, as ``--arch`` takes it; None and defaults are left out."""
+    words = (
+        f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        for key, value in arguments.items()
+        if value is not None and key != "num_classes" and (key, value) != ("in_chans", 3)
+    )
+    query = "&".join(words)
+    return f"timm:{name}?{query}" if query else f"timm:{name}"
 
 
 def _argument(text: str) -> tuple[str, Any]:
