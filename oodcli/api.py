@@ -39,6 +39,7 @@ from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, ImagesError, OodcliError
 from oodcli.features import Features, Rows, concatenate
 from oodcli.files.artefact import read_artefact
+from oodcli.files.describe import describe_file, kind_of
 from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import LONGEST_TIMEOUT, decode_rows
 from oodcli.images.files import listed
@@ -64,6 +65,7 @@ from oodcli.stages.extract_job import Extracted, ExtractRequest
 from oodcli.stages.extract_job import extract as _extract
 from oodcli.stages.fit_job import FitRequest, Fitted
 from oodcli.stages.fit_job import fit as _fit
+from oodcli.stages.inspect import inspect as _inspect
 from oodcli.stages.invert_job import Inverted, InvertEstimate, InvertRequest
 from oodcli.stages.invert_job import estimate as _estimate
 from oodcli.stages.invert_job import invert as _invert
@@ -97,6 +99,7 @@ __all__ = [
     "evaluate",
     "extract",
     "fit",
+    "inspect",
     "invert",
     "listed",
     "load_classifier",
@@ -319,6 +322,32 @@ def _readable(blocks: Iterable[Rows], count: int) -> Features:
     if errors:
         log.warning("left out %d of %d images: %s", len(errors), count, errors[0])
     return concatenate(found)
+
+
+def inspect(
+    file: Network,
+    *,
+    card: str | Path | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+    force: bool = False,
+) -> dict[str, Any]:
+    """What a checkpoint is and which detectors it allows, or how another file of oodcli was made:
+    what ``oodcli inspect --json`` prints. card: where to write a checkpoint's model card.
+
+    Raises CheckpointError or FileError for a file that cannot be read, and OodcliError for a card
+    of anything but a checkpoint.
+    """
+    if isinstance(file, str | Path):
+        kind = kind_of(Path(file))
+        if kind != "checkpoint":
+            if card is not None:
+                raise OodcliError(f"{file} is no checkpoint: leave card out")
+            return describe_file(Path(file), kind)
+    model = _model(file, device, batch_size, precision, seed)
+    return _inspect(model, _path(card), force=force)
 
 
 def score(

@@ -1,1 +1,1 @@
-"""The tables of the five papers, taken anew: see :mod:`benchmarks.papers.__main__`."""
+"""The tables of the five papers, measured again: see :mod:`benchmarks.papers.__main__`."""

@@ -1,14 +1,14 @@
-"""The tables of the papers, taken anew with oodcli's commands on networks and images of yours.
+"""The tables of the papers, measured with oodcli's commands on your networks and images.
 
     python -m benchmarks.papers CONFIG DATA --work DIR [TABLE …] [--network NAME …]
     python -m benchmarks.papers write [--check]
 
-The first step runs the tables (all of them without TABLE) of every network in CONFIG, whose paths
-are relative to the folder DATA, and puts their figures into benchmarks/papers/results.json; what is
-there of other tables and networks stays. What was run before in the WORK folder is not run again.
-The second step needs neither: it writes docs/results.md from that file, and with --check fails
-where the page is another. benchmarks/papers/here.toml is the configuration of that page,
-public.toml one of the papers' own data sets.
+The first step runs the tables (without TABLE, all of them) of every network in CONFIG and puts
+their figures into benchmarks/papers/results.json; figures of other tables and networks stay. Paths
+in CONFIG are relative to the folder DATA. Commands that ran before in the WORK folder are not run
+again. The second step writes docs/research/results.md and tables.csv from results.json; with
+--check it only fails where they differ. here.toml is the configuration of that page, public.toml
+one of the papers' own data sets.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.papers.config import read_config
-from benchmarks.papers.page import PAGE, RESULTS, page
+from benchmarks.papers.page import ALL_FIGURES, PAGE, RESULTS, figures, page
 from benchmarks.papers.runs import Runs
-from benchmarks.papers.table import TABLES, get
+from benchmarks.papers.tables import TABLES
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--network", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args(given)
-    config = read_config(options.config)
+    config = read_config(options.config, TABLES)
     unknown = sorted(set(options.network) - config.networks.keys())
     if unknown:
         parser.error(f"no network '{unknown[0]}' in {options.config}")
@@ -51,14 +51,16 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in options.tables or TABLES:
         for network in config.networks.values():
             if name in network.tables and network.name in (options.network or config.networks):
-                runs = Runs(config, network, options.data.resolve(), options.work.resolve())
+                folders = options.data.resolve(), options.work.resolve()
+                records = dict.fromkeys(r for t in network.tables for r in TABLES[t].records)
+                runs = Runs(config, network, *folders, tuple(records))
                 measured(runs, name, options.results, options.machine)
     return 0
 
 
 def measured(runs: Runs, name: str, results: Path, machine: str) -> None:
-    """Takes one table on one network, into the results."""
-    rows = get(name).measure(runs)
+    """Measures one table on one network and writes it into the results."""
+    rows = TABLES[name].measure(runs)
     found = read_results(results)
     found["machine"] = machine
     if runs.counts.keys() >= runs.network.sets.keys():  # not where it was timed alone
@@ -73,14 +75,14 @@ def measured(runs: Runs, name: str, results: Path, machine: str) -> None:
 
 
 def text_of(results: Mapping[str, Any]) -> str:
-    """JSON with lists of numbers on a line."""
+    """JSON with each list of numbers on one line."""
     text = json.dumps(results, indent=1, ensure_ascii=False)
     numbers = r"\[\s+((?:-?[\d.]+,?\s+)+)\]"
     return re.sub(numbers, lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
 
 
 def _said(runs: Runs) -> dict[str, Any]:
-    """Of a network, for the page."""
+    """A network's description for the page."""
     return {
         "checkpoint": Path(runs.network.checkpoint).name,
         "accuracy": round(100 * runs.accuracy, 2),
@@ -109,13 +111,16 @@ def _write(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.papers write")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(words)
-    made = page(read_results())
-    if PAGE.exists() and PAGE.read_text("utf-8") == made:
-        return 0
-    print(f"{PAGE.name}: {'is not up to date' if options.check else 'written'}")
-    if not options.check:
-        PAGE.write_text(made, encoding="utf-8")
-    return int(options.check)
+    results, status = read_results(), 0
+    for path, made in ((PAGE, page(results)), (ALL_FIGURES, figures(results))):
+        if path.exists() and path.read_text("utf-8") == made:
+            continue
+        print(f"{path.name}: {'is not up to date' if options.check else 'written'}")
+        if options.check:
+            status = 1
+        else:
+            path.write_text(made, encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
-"""What the tables are taken on: networks and image sets, named in a TOML file.
+"""The networks and image sets of the tables, named in a TOML file.
 
-Paths are relative to the data folder, and images are anything that oodcli takes: a folder, an
+Paths are relative to the data folder. Images are anything that oodcli reads: a folder, an
 ``.npz``, ``torchvision:SVHN?root=.&split=test``, ``noise:…``. Unknown keys are an error.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.papers.table import TABLES
-
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: what is scored. learn: other images of the same kind, for detectors that learn from
-    OOD images; without it every other row of an .npz is learnt from and the rest is scored."""
+    """images: the images to score. learn: other images of the same kind, for detectors that learn
+    from OOD images. Without it they learn from every other row of an .npz and score the rest."""
 
     images: str
     learn: str = ""
@@ -27,7 +25,7 @@ class ImageSet:
 @dataclass(frozen=True)
 class Network:
     """test, train: in-distribution images. stages: names of the layers that LSGM's figures choose
-    from. tables: all that this network allows. sets: names of the OOD sets."""
+    from. tables: names of the tables to measure. sets: the OOD sets by name."""
 
     name: str
     checkpoint: str
@@ -44,8 +42,8 @@ class Network:
 
 @dataclass(frozen=True)
 class Config:
-    """networks: by name. per_class: virtual images. seeds: of the inversion. noise: how many
-    images of each kind. precision: of the passes over images."""
+    """networks: by name. per_class: virtual images a class. seeds: of the inversion. noise: images
+    of each kind. precision: of the passes over images."""
 
     networks: Mapping[str, Network]
     per_class: int
@@ -55,8 +53,9 @@ class Config:
     precision: str
 
 
-def read_config(path: Path) -> Config:
-    """Raises ValueError for a key that is missing or unknown, and for an unknown set or table."""
+def read_config(path: Path, tables: Collection[str]) -> Config:
+    """tables: names of all tables, the default of a network's. Raises ValueError for a key that is
+    missing or unknown, and for an unknown set or table."""
     with path.open("rb") as file:
         found = tomllib.load(file)
     usual = {"per_class": 50, "seeds": [0, 1], "noise": 2000, "resamples": 1000}
@@ -75,9 +74,9 @@ def read_config(path: Path) -> Config:
             checkpoint=whole["checkpoint"],
             test=whole["test"],
             train=whole["train"],
-            sets={each: _known(each, sets, "set") for each in given.get("sets", sets)},
+            sets={_checked(each, sets, "set"): sets[each] for each in given.get("sets", sets)},
             stages=tuple(given.get("stages", ("layer1", "layer2", "layer3"))),
-            tables=tuple(_name(each) for each in given.get("tables", TABLES)),
+            tables=tuple(_checked(each, tables, "table") for each in given.get("tables", tables)),
         )
     if not networks:
         raise ValueError(f"{path} names no network: expected a table [networks.NAME]")
@@ -92,15 +91,10 @@ def _image_set(name: str, value: Any) -> ImageSet:
     return ImageSet(**value)
 
 
-def _name(table: str) -> str:
-    _known(table, TABLES, "table")
-    return table
-
-
-def _known(name: str, among: Mapping[str, Any], what: str) -> Any:
-    if name not in among:
-        raise ValueError(f"no {what} '{name}': expected one of {', '.join(among)}")
-    return among[name]
+def _checked(name: str, known: Collection[str], what: str) -> str:
+    if name not in known:
+        raise ValueError(f"no {what} '{name}': expected one of {', '.join(known)}")
+    return name
 
 
 def _refuse_unknown(found: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -1,68 +1,92 @@
-"""docs/results.md: what was measured beside what the papers have, and what that makes of their
-claims. All of it is made from results.json, published.json and the tables' own claims."""
+"""docs/research/results.md, with what became of every claim, and tables.csv beside it with all
+figures, ours and the papers'. Both are made from results.json, published.json and the claims."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.papers.table import TABLES, Figures, Table, get
+from benchmarks.papers.runs import Rows
+from benchmarks.papers.table import Claim, Figures, Table, Verdict
+from benchmarks.papers.tables import TABLES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 PUBLISHED = HERE / "published.json"
-PAGE = HERE.parents[1] / "docs" / "results.md"
-
-TITLES = {
-    "tnr95": "TNR95",
-    "fpr95": "FPR95",
-    "fpr95-ood": "FPR95, OOD positive",
-    "auroc": "AUROC",
-    "detection-accuracy": "detection accuracy",
-    "aupr-in": "AUPR, ID",
-    "aupr-out": "AUPR, OOD",
-    "tpr10": "TPR10",
-    "rank": "average rank",
-}
+RESEARCH = HERE.parents[1] / "docs" / "research"
+PAGE = RESEARCH / "results.md"
+ALL_FIGURES = RESEARCH / "tables.csv"
 
 INTRODUCTION = """\
-# The papers' tables
+# The papers' claims, tested
 
-The tables of the five papers that `oodcli` has its detectors from, taken anew with its commands.
-The papers' figures stand **beside** ours and are not to be equalled: networks and OOD sets are
-others. What can be compared is the order of methods on one network, and that is what the claims
-are about. The last table is of no paper: our own detectors.
+We measured the tables of five papers again, with oodcli's commands on other networks and OOD sets,
+and tested the papers' claims on them. Compare the order of methods on one network, not the figures
+with a paper's. [tables.csv](tables.csv) has all figures, ours beside the papers', with intervals.
 """
 
 CONVENTIONS = """\
-* All figures are percent, but ranks and seconds. In brackets: 95 % bootstrap intervals of
-  `oodcli evaluate`. They say how much depends on which images were drawn, nothing of other
-  networks, training runs or OOD sets.
-* "mean" is over the OOD sets. It has no interval where these were not evaluated together. Of the
-  papers, LSGM's and that of the indicators print no means; those here are ours, of their figures.
-* Seeds are those of the inversion. All else is deterministic, or has seed 0.
-* "Holds" compares figures as they are (means over seeds), without regard to the intervals. Where a
-  claim needs a number that the paper does not give, it says that the number is ours.
-* Methods are named as oodcli names them: [their pages](detectors/index.md) have the formulas, and
-  where those leave the papers.
+* Figures are percent, except ranks, powers and settings. They are means over the seeds of the
+  inversion, and over the OOD sets unless the row says otherwise.
+* "Yes" compares these figures and ignores their intervals. Where the test needs a number that the
+  paper does not give, the row says that the number is ours.
+* Methods have oodcli's names; [their pages](../detectors/index.md) have the formulas, and say where
+  they differ from the papers.
+"""
+
+HOW = """\
+<!-- not run: takes an hour, and the data -->
+
+```sh
+python -m benchmarks.papers benchmarks/papers/here.toml DATA --work work
+python -m benchmarks.papers benchmarks/papers/resnet34.toml DATA --work work
+python -m benchmarks.papers benchmarks/papers/wrn.toml DATA --work work
+python -m benchmarks.papers write
+```
+
+DATA is a folder with the checkpoints and images that the configuration names; `public.toml` names
+the papers' own data sets. Each table is a small script in `benchmarks/papers/`; `results.json`
+there has all commands and versions.
 """
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """results: what results.json holds."""
-    tables = {name: get(name) for name in TABLES if name in results["tables"]}
-    parts = [INTRODUCTION, *_networks(results), CONVENTIONS, "## Claims\n"]
-    for paper in dict.fromkeys(table.paper for table in tables.values()):
-        mine = {name: table for name, table in tables.items() if table.paper == paper}
-        parts += [f"### {paper}: claims\n", _claims(mine, results["tables"])]
+    """results: the content of results.json."""
+    measured = {table: results["tables"][name] for name, table in TABLES.items()}
+    papers = dict.fromkeys(table.paper for table in TABLES.values())
+    parts = [INTRODUCTION, _summary(measured, papers), *_setup(results), CONVENTIONS]
+    for paper in papers:
+        mine = {table: each for table, each in measured.items() if table.paper == paper}
+        parts += [f"## {paper}\n", _claims(mine), _notes(mine)]
+    return "\n".join([*parts, "## How to run it\n", _when(results), HOW])
+
+
+def figures(results: Mapping[str, Any]) -> str:
+    """All figures as CSV, those of a paper after ours. results: the content of results.json."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    heads = ["table", "source", "network", "method", "set", "metric", "value", "low", "high"]
+    writer.writerow(heads)
     published = read_published()
-    for name, table in tables.items():
-        parts += _section(table, results["tables"][name], published.get(name, []))
-    parts += _how(results)
-    return "\n".join(parts)
+    for name in TABLES:
+        for network, entry in results["tables"][name].items():
+            writer.writerows([name, "oodcli", network, *cells] for cells in _flat(entry["rows"]))
+        for entry in published.get(name, []):
+            source = [name, f"paper, {entry['place']}", entry["network"]]
+            writer.writerows([*source, *cells] for cells in _flat(entry["rows"]))
+    return text.getvalue()
+
+
+def _flat(rows: Rows) -> Iterator[list[object]]:
+    for method, on in rows.items():
+        for name, metrics in on.items():
+            for metric, cell in metrics.items():
+                yield [method, name, metric, *cell, *[""] * (3 - len(cell))]
 
 
 def read_published() -> dict[str, list[dict[str, Any]]]:
@@ -76,175 +100,94 @@ def read_published() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _networks(results: Mapping[str, Any]) -> Iterator[str]:
-    heads = ["network", "checkpoint", "right", "ID images: test, training, virtual", "OOD images"]
-    rows = []
-    for name, network in results["networks"].items():
-        inside = (
-            f"{network['test']} ({network['tested']:,})",
-            network["train"],
-            f"{network['virtual_images_per_class']} a class (seeds {network['seeds']})",
-            *(["passes in bfloat16"] if network.get("precision") == "bfloat16" else []),
-        )
-        sets = ", ".join(f"{each} ({count:,})" for each, count in network["sets"].items())
-        right = f"{network['accuracy']:.2f} %"
-        rows.append([name, f"`{network['checkpoint']}`", right, ", ".join(inside), sets])
-    yield _lines(heads, rows)
+Measured = Mapping[Table, Mapping[str, Any]]
+"""Table → network → its entry in results.json."""
 
 
-def _claims(tables: Mapping[str, Table], results: Mapping[str, Any]) -> str:
-    rows = []
-    for name, table in tables.items():
+def _tested(measured: Measured) -> Iterator[tuple[Table, Claim, dict[str, Verdict]]]:
+    """Every claim with its verdict on each network."""
+    for table, entries in measured.items():
+        found = {name: Figures(entry["rows"]) for name, entry in entries.items()}
         for claim in table.claims:
-            found = {n: claim.test(Figures(each["rows"])) for n, each in results[name].items()}
-            rows.append([table.place, claim.text, *verdict(found)])
-    return _lines(["", "claim", "here", "evidence"], rows)
+            yield table, claim, {name: claim.test(each) for name, each in found.items()}
 
 
-def verdict(found: Mapping[str, tuple[bool | None, str]]) -> tuple[str, str]:
-    """In words, over networks, and the evidence."""
+def _summary(measured: Measured, papers: Iterable[str]) -> str:
+    rows = []
+    for paper in papers:
+        mine = {table: each for table, each in measured.items() if table.paper == paper}
+        counts = Counter(verdict(found) for *_, found in _tested(mine))
+        yes, no, untested = (counts.pop(each, 0) for each in ("yes", "no", "not tested"))
+        some = counts.total()
+        rows.append([paper, *map(str, (yes + some + no + untested, yes, some, no, untested))])
+    heads = ["paper", "claims", "hold", "on some networks", "do not hold", "not tested"]
+    return _lines(heads, rows)
+
+
+def _claims(measured: Measured) -> str:
+    networks = list(dict.fromkeys(name for each in measured.values() for name in each))
+    rows = []
+    for table, claim, found in _tested(measured):
+        said = [found[name][1] if name in found else "" for name in networks]
+        if not claim.figures:  # the reason why it was not tested, once
+            said = [next(filter(None, said)), *[""] * len(said)]
+        else:
+            said = [claim.figures, *said]
+        rows.append([table.place, claim.text, *said, verdict(found)])
+    heads = ["where", "claim", "figures", *networks, "holds"]
+    if len(measured) == 1:
+        heads, rows = heads[1:], [row[1:] for row in rows]
+    return _lines(heads, rows)
+
+
+def verdict(found: Mapping[str, Verdict]) -> str:
+    """Whether a claim holds, over networks."""
     held = [name for name, (holds, _) in found.items() if holds]
     failed = [name for name, (holds, _) in found.items() if holds is False]
-    if not held and not failed:
-        said = "could not be tested"
-    elif not failed:
-        said = "holds"
-    elif not held:
-        said = "does not hold"
-    else:
-        said = f"holds on {', '.join(held)} only"
-    reasons = [why for _, why in found.values()]
-    if len(set(reasons)) == 1:
-        return said, reasons[0]
-    return said, "; ".join(f"{name}: {why}" for name, (_, why) in found.items())
+    if held and failed:
+        return f"{', '.join(held)} only"
+    return "yes" if held else "no" if failed else "not tested"
 
 
-def _section(
-    table: Table, results: Mapping[str, Any], published: Sequence[Mapping[str, Any]]
-) -> Iterator[str]:
-    yield f"## {table.paper}, {table.place}\n"
-    yield f"{table.about}\n"
-    ours = {name: each["rows"] for name, each in results.items()}
-    theirs = {f"*paper: {each['network']}, {each['place']}*": each["rows"] for each in published}
-    yield _means(table, ours, theirs)
-    by_set = [_by_set(name, rows) for name, rows in {**ours, **theirs}.items()]
-    yield from (each for each in by_set if each)
+def _notes(tables: Iterable[Table]) -> str:
+    return "".join(
+        f"* {table.place[0].upper()}{table.place[1:]}: {table.about}\n" for table in tables
+    )
 
 
-def _means(table: Table, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def _setup(results: Mapping[str, Any]) -> Iterator[str]:
     rows = []
-    for method in order(ours, theirs):
-        for source, found in {**ours, **theirs}.items():
-            if method in found:
-                mean = found[method]["mean"]
-                cells = [_interval(mean.get(metric), metric) for metric in table.metrics]
-                rows.append([_named(method), source, *cells])
-    metrics = [TITLES.get(metric, metric) for metric in table.metrics]
-    return _lines(["mean over sets" if theirs else "", "network", *metrics], rows)
+    for name, network in results["networks"].items():
+        virtual = f"{network['virtual_images_per_class']} × {len(network['seeds'])}"
+        accuracy = f"{network['accuracy']:.2f} %"
+        rows.append(
+            [name, f"`{network['checkpoint']}`", accuracy, virtual, network.get("precision", "")]
+        )
+    heads = ["network", "checkpoint", "accuracy", "virtual images a class × seeds", "precision"]
+    yield _lines(heads, rows)
+    first = next(iter(results["networks"].values()))
+    sets = _joined(f"{name} ({count:,})" for name, count in first["sets"].items())
+    yield (
+        f"ID images are `{first['test']}` ({first['tested']:,}); `{first['train']}` has the "
+        f"training images. OOD sets: {sets}.\n"
+    )
 
 
-def order(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Methods as we have them, each followed by the paper's of that name without our seed; those of
-    the paper alone come last."""
-    mine = dict.fromkeys(method for rows in ours.values() for method in rows)
-    known = dict.fromkeys(method for rows in theirs.values() for method in rows)
-    found: dict[str, None] = {}
-    for plain in map(without_seed, mine):
-        found |= dict.fromkeys(method for method in mine if without_seed(method) == plain)
-        found |= dict.fromkeys([plain] if plain in known else [])
-    return [*found, *(method for method in known if method not in found)]
-
-
-def without_seed(method: str) -> str:
-    return re.sub(r", seed \d+$", "", method)
-
-
-def _by_set(source: str, rows: Mapping[str, Any]) -> str:
-    sets = dict.fromkeys(name for on in rows.values() for name in on if name != "mean")
-    if not sets:
-        return ""
-    lines = [
-        [_named(method), *(_number(rows[method].get(name, {}).get("auroc")) for name in sets)]
-        for method in order({source: rows}, {})
-    ]
-    return f"AUROC by set, {source}:\n\n" + _lines(["", *sets], lines)
-
-
-def _interval(cell: Sequence[float] | None, metric: str) -> str:
-    if cell is not None and len(cell) == 3:
-        return f"{cell[0]:.1f} [{cell[1]:.1f}, {cell[2]:.1f}]"
-    return _number(cell, 2 if metric.endswith(", s") else 1)
-
-
-def _number(cell: Sequence[float] | None, digits: int = 1) -> str:
-    return "" if cell is None else f"{cell[0]:.{digits}f}"
-
-
-def _named(method: str) -> str:
-    """In the type of code where it begins with a detector's name."""
-    from oodcli import detectors
-
-    first, comma, rest = method.partition(",")
-    return f"`{first}`{comma}{rest}" if first in detectors.names() else method
-
-
-def _how(results: Mapping[str, Any]) -> Iterator[str]:
-    yield "## How\n"
-    taken: dict[str, list[str]] = {}
+def _when(results: Mapping[str, Any]) -> str:
+    dates: dict[str, list[str]] = {}
     for table in results["tables"].values():
         for each in table.values():
-            said = ", ".join(f"{name} {number}" for name, number in each["versions"].items())
-            taken.setdefault(said, []).append(each["date"])
-    when = (
-        f"{' to '.join(sorted({min(dates), max(dates)}))} with {said}"
-        for said, dates in sorted(taken.items(), key=lambda each: each[1])
+            versions = f"oodcli {each['versions']['oodcli']}, torch {each['versions']['torch']}"
+            dates.setdefault(versions, []).append(each["date"])
+    runs = (
+        f"{' to '.join(sorted({min(days), max(days)}))} with {versions}"
+        for versions, days in sorted(dates.items(), key=lambda each: each[1])
     )
-    yield f"Taken on {results['machine']}: {'; '.join(when)}.\n"
-    yield (
-        "<!-- not run: takes an hour, and the data -->\n\n"
-        "```sh\n"
-        "python -m benchmarks.papers benchmarks/papers/here.toml DATA --work work\n"
-        "python -m benchmarks.papers benchmarks/papers/resnet34.toml DATA --work work\n"
-        "python -m benchmarks.papers benchmarks/papers/wrn.toml DATA --work work\n"
-        "python -m benchmarks.papers write\n"
-        "```\n"
-    )
-    first = next(iter(results["tables"]))
-    yield (
-        "DATA is a folder with the checkpoints and images that the configuration names; "
-        "`public.toml` beside it\nnames the papers' own data sets. What was run before is not run "
-        "again. Each table is a small script in\n`benchmarks/papers/`, and `results.json` there "
-        "has all commands, figures and intervals. The commands\nof "
-        f"{get(first).paper}, {get(first).place}, on one network and the first OOD set:\n"
-    )
-    yield "```text"
-    yield from _commands(results, first)
-    yield "```\n"
+    return f"Measured on {results['machine']}: {'; '.join(runs)}.\n"
 
 
-def _commands(results: Mapping[str, Any], table: str) -> Iterator[str]:
-    network, said = next(iter(results["networks"].items()))
-    others = list(said["sets"])[1:]
-    for command in dict.fromkeys(results["tables"][table][network]["commands"]):
-        output = command.split(" -o ")[-1] if " -o " in command else ""
-        if not any(name in output for name in others):
-            yield shortened(command)
-
-
-def shortened(command: str) -> str:
-    """Lists of more than three detectors or sets as their first and their number."""
-
-    def cut(match: re.Match[str]) -> str:
-        option = match["option"]
-        return f"{match['first']} … ({match['rest'].count(f' {option} ') + 1} {option})"
-
-    command = re.sub(r" --(?:force|quiet)\b", "", command)
-    command = re.sub(
-        r"(?P<first>(?P<option>-d|--ood) \S+)(?P<rest>(?: (?P=option) \S+){3,})", cut, command
-    )
-    return re.sub(
-        r"(--for [^\s,]+)((?:,[^\s,]+){3,})", lambda m: f"{m[1]},… ({m[2].count(',') + 1})", command
-    )
+def _joined(parts: Iterable[object]) -> str:
+    return ", ".join(map(str, parts))
 
 
 def _lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

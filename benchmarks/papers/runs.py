@@ -1,8 +1,8 @@
 """oodcli's commands for one network of a configuration, each run once.
 
-The commands run in the data folder, in this process (hundreds of them, and each would start for
-two seconds), through the function that the console script calls. What was run before, to the same
-output and by the same command, is not run again; outputs and records lie in the work folder.
+The commands run in the data folder and in this process, by the function that the console script
+calls: there are hundreds, and the start of each would take two seconds. A command that ran before
+with the same output is not run again; outputs and records are in the work folder.
 """
 
 from __future__ import annotations
@@ -21,21 +21,28 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.papers.config import Config, ImageSet, Network
-from benchmarks.papers.table import Rows, get
+
+Cell = list[float]
+"""A value with the ends of its interval, in percent, or a value alone."""
+
+Rows = dict[str, dict[str, dict[str, Cell]]]
+"""Method → OOD set, or ``mean`` → metric → cell."""
 
 WORK = "work"
-"""What stands for the work folder in commands as they are shown."""
+"""Stands for the work folder in commands as they are shown."""
 
 
 @dataclass
 class Runs:
-    """commands: those that a table took, in order, as they are shown; made: by output. accuracy,
-    counts: of the network and of the images of each set, as evaluations said."""
+    """records: detectors whose features ``extract`` records. commands: all that a table ran, in
+    order, as they are shown. made: output → its command. accuracy, counts: the network's accuracy
+    and the number of images of each set, as ``evaluate`` prints them."""
 
     config: Config
     network: Network
     data: Path
     work: Path
+    records: tuple[str, ...] = ()
     commands: list[str] = field(default_factory=list)
     accuracy: float = float("nan")
     counts: dict[str, int] = field(default_factory=dict)
@@ -46,8 +53,8 @@ class Runs:
         return f"{WORK}/{self.network.folder}"
 
     def run(self, output: str, *words: str) -> str:
-        """What ``oodcli WORDS`` printed. output: a path, unlike all others; words may hold
-        others."""
+        """Runs ``oodcli WORDS`` and returns what it printed. output: a path that no other command
+        writes."""
         command = shlex.join(["oodcli", *words])
         self.commands.append(command)
         if self.made.setdefault(output, command) != command:
@@ -64,26 +71,25 @@ class Runs:
         return str(json.loads(kept.read_text("utf-8"))["printed"])
 
     def seconds(self, output: str) -> float:
-        """Of the processor, that the command for an output took."""
+        """Processor seconds of the command that made an output."""
         return float(json.loads(self._place(f"{output}.done.json").read_text("utf-8"))["seconds"])
 
     def write(self, output: str, *words: str) -> str:
-        """The path that ``oodcli WORDS -o`` wrote: in the network's folder."""
+        """Runs ``oodcli WORDS -o PATH`` and returns the path, in the network's folder."""
         path = f"{self.folder}/{output}"
         self.run(path, *words, "--force", "-o", path)
         return path
 
     @property
     def precision(self) -> tuple[str, ...]:
-        """The option that says it, where it is not the usual one."""
+        """The option, unless it is the default."""
         usual = self.config.precision == "float32"
         return () if usual else ("--precision", self.config.precision)
 
     def cache(self, images: str, name: str, *, but: Sequence[str] = ()) -> str:
-        """Features of images, with all that this network's tables need, but for some
-        detectors."""
-        needed = dict.fromkeys(each for table in self.network.tables for each in get(table).records)
-        words = ("--for", ",".join(each for each in needed if each not in but), *self.precision)
+        """Features of images, with all records but those of some detectors."""
+        needed = ",".join(each for each in self.records if each not in but)
+        words = ("--for", needed, *self.precision)
         return self.write(
             f"{name}.h5", "extract", self.network.checkpoint, images, *words, "--quiet"
         )
@@ -104,7 +110,7 @@ class Runs:
         return self.cache(self.invert(seed), f"v{seed}.features", but=["odin"])
 
     def noise(self, kind: str, seed: int = 1) -> str:
-        """Features of noise; of seed 1 what is scored, of others what is fitted on."""
+        """Features of noise. Seed 1 is scored; detectors are fitted on other seeds."""
         images = f"noise:{kind}?n={self.config.noise}&seed={seed}"
         if seed == 1:
             return self.cache(images, kind)
@@ -116,8 +122,8 @@ class Runs:
         return found | {kind: self.noise(kind) for kind in noise}
 
     def halves(self) -> Iterator[tuple[str, str, str]]:
-        """Name, features to learn from, features to score, for every OOD set that has two parts:
-        see ImageSet."""
+        """Name, features to learn from and features to score of every OOD set with two parts (see
+        ImageSet)."""
         for name, each in self.network.sets.items():
             if each.learn:
                 learn = self.cache(each.learn, f"{name}-learn", but=["odin"])
@@ -155,8 +161,7 @@ class Runs:
         test: str | tuple[str, str] = "",
     ) -> Rows:
         """Metrics of ``oodcli score … WORDS``. output: a name for this choice of detectors. sets,
-        test: features each, or a checkpoint and images. names: what columns are called in the
-        table, where not as they are."""
+        test: features each, or a checkpoint and images. names: column → its name in the table."""
         scores = {}
         for name, each in {"test": test or self.test(), **sets}.items():
             given = (each,) if isinstance(each, str) else each
@@ -179,14 +184,14 @@ class Runs:
         return self.work / path.removeprefix(f"{WORK}/")
 
     def _located(self, word: str) -> str:
-        """With the work folder in place of the word that stands for it."""
+        """Replaces the word for the work folder by its path."""
         name, equals, path = word.rpartition("=")
         known = path.startswith(f"{WORK}/")
         return f"{name}{equals}{self._place(path)}" if known else word
 
 
 def _oodcli(words: Sequence[str], folder: Path) -> str:
-    """What it printed. Raises SystemExit when it fails."""
+    """Returns what the command printed. Raises SystemExit when it fails."""
     from oodcli.cli import main
 
     out, err = io.StringIO(), io.StringIO()

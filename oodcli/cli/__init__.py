@@ -168,8 +168,11 @@ def main() -> None:
     # Before torch is imported: by default, idle threads spin and slow down other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     interrupts.listen()
+    completions.complete_at_the_first_tab()
     if "_OODCLI_COMPLETE" in os.environ:
         completions.without_heavy_imports()
+    if os.environ.get("_OODCLI_COMPLETE") == "complete_bash":
+        completions.join_words_of_bash()
     try:
         app()
     except KeyboardInterrupt:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oodcli.cli import console
-from oodcli.cli.options import Force, Json, Quiet, Verbose, complete_detectors
+from oodcli.cli.completions import complete_detectors
+from oodcli.cli.options import Force, Json, Quiet, Verbose
 from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from oodcli.cli import console
+from oodcli.cli.completions import complete_detectors
 from oodcli.cli.options import (
     Force,
     Json,
     Parameters,
     Quiet,
     Verbose,
-    complete_detectors,
     parameters,
 )
 

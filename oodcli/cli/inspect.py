@@ -12,46 +12,6 @@ from oodcli.cli.options import Force, Json, ModelOptions, Quiet, Verbose, takes_
 
 if TYPE_CHECKING:
     from oodcli.files.describe import Kind
-    from oodcli.networks.classifier import Classifier
-
-
-def describe(classifier: Classifier, path: Path) -> dict[str, Any]:
-    """The description of a checkpoint, as JSON."""
-    from oodcli import detectors
-    from oodcli.recording.recorder import recordable
-
-    available = recordable(classifier) | {"label"}
-    verdicts = []
-    for name in detectors.names():
-        kind = detectors.get(name)
-        missing = sorted((kind.needs | kind.fit_needs()) - available)
-        verdicts.append(
-            {"name": name, "allowed": not missing, "fitted": kind.fitted, "lacks": missing}
-        )
-    kinds: dict[str, list[str]] = {}
-    for tap in classifier.taps:
-        kinds.setdefault(tap.kind, []).append(tap.name)
-    head = classifier.head
-    return {
-        "checkpoint": str(path),
-        "sha256": classifier.sha256,
-        "arch": classifier.arch,
-        "parameters": classifier.parameter_count,
-        "num_classes": classifier.num_classes,
-        "class_names": list(classifier.class_names),
-        "preprocessing": classifier.preprocessing.to_dict(),
-        "assumptions": list(classifier.assumptions),
-        "batchnorm_layers": kinds.get("batchnorm", []),
-        "taps": [
-            {"name": tap.name, "kind": tap.kind, "channels": tap.channels}
-            for tap in classifier.taps
-        ],
-        "head": None
-        if head is None
-        else {"name": classifier.head_name, "width": head.weight.shape[1]},
-        "retrained_head": None if classifier.retrained is None else classifier.retrained.suffix,
-        "detectors": verdicts,
-    }
 
 
 @takes_model
@@ -91,7 +51,7 @@ def command(
 ) -> None:
     """Describe a checkpoint or an output of oodcli."""
     from oodcli.cli.facts import facts_table, of_file
-    from oodcli.errors import FileError, OodcliError
+    from oodcli.errors import OodcliError
     from oodcli.files.describe import describe_file, kind_of
     from oodcli.files.hub import card_path
 
@@ -112,23 +72,15 @@ def command(
         else:
             console.emit_table(facts_table(of_file(found)))
         return
-    card = card_path(file)
-    if write_card and card.exists() and not force:
-        raise FileError(f"{card} exists: overwrite it with --force")
-    from oodcli.api import Model, Running
+    from oodcli import api
 
-    classifier = Model(model.checkpoint(file), Running(**model.running())).load()
-    found = describe(classifier, file)
+    card = card_path(file) if write_card else None
+    found = api.inspect(model.checkpoint(file), card=card, force=force, **model.running())
     if json:
         console.emit_json(found)
     else:
         _print(found)
-    if write_card:
-        from oodcli.files.atomic import atomic
-        from oodcli.networks.card import write_card as write
-
-        with atomic(card, force=force) as partial:
-            write(classifier, partial)
+    if card is not None:
         console.say(f"wrote {card}")
 
 

@@ -11,25 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from oodcli.cli.completions import words
+from oodcli.cli.completions import complete_architectures, complete_detectors, words
 from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
     from oodcli.api import Checkpoint as GivenCheckpoint
-
-
-def complete_detectors(incomplete: str) -> list[str]:
-    """Detectors' names, for the shell."""
-    from oodcli import detectors
-
-    return [name for name in (*detectors.names(), "all") if name.startswith(incomplete)]
-
-
-def complete_architectures(incomplete: str) -> list[str]:
-    """Built-in architectures, for the shell."""
-    from oodcli.networks import architectures
-
-    return [name for name in architectures.names() if name.startswith(incomplete)]
 
 
 Checkpoint = Annotated[

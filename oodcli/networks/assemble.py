@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,18 +62,13 @@ def assemble(
     )
     image = image if parameter is None else image.to(parameter.device)
     classes = num_classes or (None if class_names is None else len(class_names))
-    try:
-        with torch.no_grad():
-            calls, returned = _trial(network, image)
-            reading, logits = _read(network, image, returned, calls, classes)
-    except (RuntimeError, MemoryError, ValueError, AssertionError, IndexError, TypeError) as error:
-        if ran_out(error):
-            raise OodcliError(too_short(image.device, preprocessing.input_size)) from error
-        reason = first_line(error)
-        raise CheckpointError(
-            f"{arch} does not run on {preprocessing.channels}x{height}x{width} images "
-            f"({reason}): give --input-size and --mean (one number for grey, three for RGB)"
-        ) from error
+    with _one_sentence(
+        image,
+        f"{arch} does not run on {preprocessing.channels}x{height}x{width} images (%s): give "
+        "--input-size and --mean (one number for grey, three for RGB)",
+    ):
+        calls, returned = _trial(network, image)
+        reading, logits = _read(network, image, returned, calls, classes)
     returning_logits(network, reading)
     found = logits.shape[1]
     if found < 2:
@@ -91,6 +87,13 @@ def assemble(
         joint.join(network)
         head_name, head = NAME, joint.linear()
         notes.append("the logits are the mean of two heads; the embedding is the input of both")
+    taps = _find_taps(network, calls, layers, preprocessing.input_size)
+    with _one_sentence(
+        image,
+        f"{arch} runs on one image, but not on a batch of two (%s): give an --arch whose code "
+        "takes batches of any size",
+    ):
+        taps = _image_by_image(network, image, calls, taps)
     return Classifier(
         network=network,
         arch=arch,
@@ -99,14 +102,26 @@ def assemble(
         preprocessing=preprocessing,
         sha256=sha256,
         assumptions=(*assumptions, *filter(None, notes)),
-        taps=_image_by_image(
-            network, image, calls, _find_taps(network, calls, layers, preprocessing.input_size)
-        ),
+        taps=taps,
         head_name=head_name,
         head=head,
         logits_level=reading.level,
         named=class_names is not None,
     )
+
+
+@contextmanager
+def _one_sentence(image: Tensor, sentence: str) -> Iterator[None]:
+    """Runs a network without gradients. Raises CheckpointError with the sentence, whose ``%s`` is
+    the reason, where the network fails, OodcliError where the memory is too short."""
+    try:
+        with torch.no_grad():
+            yield
+    except (RuntimeError, MemoryError, ValueError, AssertionError, IndexError, TypeError) as error:
+        if ran_out(error):
+            height, width = image.shape[2:]
+            raise OodcliError(too_short(image.device, (height, width))) from error
+        raise CheckpointError(sentence.replace("%s", first_line(error))) from error
 
 
 def _trial(network: nn.Module, image: Tensor) -> tuple[list[Call], Any]:
@@ -252,8 +267,7 @@ def _image_by_image(
             for name in doubtful
         ]
         try:
-            with torch.no_grad():
-                network(images)
+            network(images)
         finally:
             for handle in handles:
                 handle.remove()

@@ -17,6 +17,7 @@ from torch import nn
 from oodcli.errors import CheckpointError, first_sentence
 from oodcli.networks import architectures
 from oodcli.networks.architectures import Inputs
+from oodcli.networks.architectures.weightless import Weightless
 from oodcli.networks.inputs import guess_inputs
 from oodcli.networks.preprocessing import INTERPOLATIONS
 
@@ -28,6 +29,7 @@ class Maker:
         self.arch = arch
 
     def skeleton(self, num_classes: int) -> nn.Module:
+        """The network for its names and shapes, without weights where that is possible."""
         return architectures.skeleton(self.arch, num_classes)
 
     def build(self, num_classes: int | None) -> nn.Module:
@@ -75,13 +77,7 @@ class TimmMaker(Maker):
             self.arguments["pretrained_cfg"] = {k: v for k, v in cfg.items() if k in known}
 
     def skeleton(self, num_classes: int) -> nn.Module:
-        """Without memory where the model can be made so."""
-        from oodcli.networks.architectures.weightless import Weightless
-
-        try:
-            with Weightless():
-                return self.build(num_classes)
-        except CheckpointError:
+        with Weightless():
             return self.build(num_classes)
 
     def build(self, num_classes: int | None) -> nn.Module:
@@ -107,7 +103,7 @@ class TimmMaker(Maker):
             ) from error
 
     def _inputs(self, config: Mapping[str, Any]) -> Inputs:
-        channels, height, width = map(int, config["input_size"])
+        height, width = map(int, config["input_size"][1:])
         share, mode = float(config["crop_pct"]), config["crop_mode"]
         scaled = (math.floor(height / share), math.floor(width / share))
         cannot = {}
@@ -138,7 +134,8 @@ class TimmMaker(Maker):
             crop_share=share,
             cannot=cannot,
         )
-        return architectures.grey(found) if channels == 1 != len(found.mean) else found
+        grey = self.arguments.get("in_chans") == 1 != len(found.mean)
+        return architectures.grey(found) if grey else found
 
 
 _LOADING = re.compile(r"pretrained|checkpoint|cache_dir|features_only|num_classes$")
@@ -149,7 +146,7 @@ _FETCHED = frozenset(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename
 
 
 def timm_name(name: str, arguments: Mapping[str, Any]) -> str:
-    """A model of timm with its arguments, as ``--arch`` takes it; None and defaults are left out."""
+    """A model of timm with its arguments, as ``--arch`` takes it; those that are None left out."""
     words = (
         f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
         for key, value in arguments.items()

@@ -150,7 +150,7 @@ def _recognised(layouts: Layouts, given: Overrides, path: Path) -> Network | Non
         if known is None:
             continue
         require_classes(given.num_classes, known.num_classes, path)
-        network = architectures.skeleton(known.name, known.num_classes)
+        network = known.network
         _fill(network, known.state_dict)
         notes = [
             f"architecture {known.name} recognised from {len(layout)} tensors (override: --arch)",
@@ -163,8 +163,21 @@ def _recognised(layouts: Layouts, given: Overrides, path: Path) -> Network | Non
 
 
 def _unrecognised(layouts: Layouts, path: Path) -> CheckpointError:
+    from oodcli.networks.timm_models import likely
+
     first, layout = layouts[0][0], layouts[-1][0]
-    name, differing = architectures.nearest(layout)
+    names, differing = likely(layout, path.name)
+    if names and not differing:
+        others = f" or {', '.join(names[1:5])}" if names[1:] else ""
+        return CheckpointError(
+            f"{path}: the architecture is not recognised, but its {len(layout)} tensors fit "
+            f"{names[0]}{others}: give the one that was trained with --arch"
+        )
+    name, ours = architectures.nearest(layout)
+    if names and (not name or len(differing) < len(ours)):
+        name = names[0]
+    else:
+        differing = ours
     if not name:
         like = f"no known architecture resembles it (its first keys: {', '.join([*first][:3])})"
     else:
@@ -196,6 +209,11 @@ def _stem_notes(name: str, num_classes: int) -> list[str]:
         notes.append(
             "shortcuts without weights are read as option A, zeros on both sides (override: --arch)"
         )
+    if name == "torchvision:resnet50":
+        notes.append(
+            "timm's resnetaa50 and resnetblur50 have the same names and shapes, but another "
+            "forward pass (override: --arch timm:resnetaa50)"
+        )
     return notes + _transform_notes(name, num_classes)
 
 
@@ -222,14 +240,14 @@ def named(
     """The network that ``--arch`` names, with the weights of the layout that fits it best.
     stand_in: weight of a linear layer in a retrained head's place. maker: of that network."""
     maker = maker or maker_of(arch)
-    probe = maker.skeleton(1000 if given.num_classes is None else given.num_classes)
+    probe = maker.skeleton(architectures.PROBED)
     if stand_in is not None:
         layouts = _standing_in(layouts, heads.last_linear(probe, arch), stand_in)
     options = [(architectures.rename(arch, state), dropped) for state, dropped in layouts]
     state, dropped = min(
         options, key=lambda option: len(architectures.compare(probe.state_dict(), option[0]))
     )
-    classes = _head_classes(maker, probe, state) or given.num_classes
+    classes = architectures.head_classes(probe.state_dict(), state) or given.num_classes
     if classes is not None:
         require_classes(given.num_classes, classes, path)
     network = maker.build(classes)
@@ -266,14 +284,3 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the weights cannot be loaded: {reason}") from error
     network.float()
-
-
-def _head_classes(maker: Maker, probe: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """The number of classes in a state dict: the length of a tensor whose length follows the
-    number of classes that the network is made for. None where no tensor's does."""
-    before = probe.state_dict()
-    for key, tensor in maker.skeleton(997).state_dict().items():  # a number that nobody uses
-        known = before.get(key)
-        if known is not None and known.shape != tensor.shape and len(tensor) == 997:
-            return len(state[key]) if key in state and state[key].ndim else None
-    return None

@@ -74,8 +74,8 @@ INPUTS = (
 """Arguments of timm's training script that say how images are prepared."""
 
 
-class _TooFar(Exception):
-    pass
+class TooFarError(Exception):
+    """A model is unlike a state dict."""
 
 
 def likely(state: Mapping[str, Tensor], hint: str = "") -> tuple[list[str], list[str]]:
@@ -89,7 +89,7 @@ def likely(state: Mapping[str, Tensor], hint: str = "") -> tuple[list[str], list
         return [], []
     end = time.monotonic() + SECONDS
     arguments = _arguments(state)
-    best: tuple[list[str], list[str]] = ([], ["nothing in common"] * (FAR + 1))
+    best: tuple[list[str], list[str]] = ([], ["nothing in common"] * min(FAR, len(state) // 2))
     for name in _ordered(timm, state, hint):
         if time.monotonic() > end:
             break
@@ -101,8 +101,10 @@ def likely(state: Mapping[str, Tensor], hint: str = "") -> tuple[list[str], list
         differing = architectures.compare(network.state_dict(), state)
         if len(differing) < len(best[1]):
             best = [name], differing
-        elif not differing:
+        elif not differing and best[0]:
             best[0].append(name)
+    if not best[0]:
+        return [], []
     grey = {"in_chans": arguments["in_chans"]} if "in_chans" in arguments else {}
     return [timm_name(name, grey) for name in best[0]], best[1]
 
@@ -117,7 +119,7 @@ def _arguments(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _ordered(timm: Any, state: Mapping[str, Tensor], hint: str) -> list[str]:
     """Names of timm's models: those in the hint, then those in whose source most words of the state
-    dict's names are. A module in which less than half of them are is left out."""
+    dict's names are. A module without any is left out."""
     words = {word for key in state for word in key.split(".")[:-1] if not word.isdecimal()}
     sources: dict[str, float] = {}
     folder = Path(timm.models.__file__).parent
@@ -128,7 +130,7 @@ def _ordered(timm: Any, state: Mapping[str, Tensor], hint: str) -> list[str]:
         sources[file.stem] = len(words & known) / (len(words) or 1)
     ranked: list[tuple[float, str]] = []
     for module, share in sources.items():
-        if share >= 0.5:
+        if share > 0:
             ranked += [(share, name) for name in timm.list_models(module=module)]
     simple = re.sub(r"\W", "", hint.lower())
     return [
@@ -151,7 +153,7 @@ def _near(state: Mapping[str, Tensor]) -> Iterator[None]:
         shapes[tuple(parameter.shape)] -= 1
         left -= shapes[tuple(parameter.shape)] < 0
         if left < 0:
-            raise _TooFar
+            raise TooFarError
 
     handle = register_module_parameter_registration_hook(take)
     try:

@@ -24,7 +24,7 @@ def default_detector(opened: Opened, checkpoint: Path | None) -> str:
     checkpoint, or for a cache only the logits. checkpoint: None for a cache.
 
     peak-energy is stronger than 1c-sum on residual networks, but no better than chance on the
-    demo's network, and nothing here can tell which case holds (docs/protocol.md).
+    demo's network, and nothing here can tell which case holds (docs/research/protocol.md).
     """
     for name, artefact in _artefacts(checkpoint):
         reason = _why_not(artefact, name, opened)

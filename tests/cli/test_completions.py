@@ -113,29 +113,42 @@ def test_zsh_can_read_its_script():
     subprocess.run(["zsh", "-n", SCRIPTS / "_oodcli"], check=True)
 
 
-ZSH = r"""
+INTERACTIVE = {
+    "bash": (
+        ".bashrc",
+        r"""
 PS1='ready> '
+source "$COMPLETIONS/oodcli.bash"
+bind -x '"\C-t": printf %s "$READLINE_LINE" >"$HOME/typed"; exit'
+""",
+    ),
+    "zsh": (
+        ".zshrc",
+        r"""
+PS1='ready> '
+fpath=("$COMPLETIONS" $fpath)
 autoload -Uz compinit
 compinit -u -d "$HOME/zcompdump"
-source "$COMPLETIONS/_oodcli"
 typed() {
-    LISTMAX=0
-    zle complete-word
-    print -r -- "$BUFFER" >"$HOME/typed"
+    printf %s "$BUFFER" >"$HOME/typed"
     exit
 }
 zle -N typed
 bindkey '^T' typed
-"""
+""",
+    ),
+}
+"""A start-up file of each shell, which installs the script and lets Ctrl-T store the line."""
 
 
-def zsh(line, home):
-    """The line after Tab was typed behind it, in a zsh on a terminal of its own."""
-    (home / ".zshrc").write_text(ZSH, encoding="utf-8")
+def after_tab(shell, line, home):
+    """The line that an interactive shell on a pseudo-terminal shows once Tab is typed after it."""
+    name, setup = INTERACTIVE[shell]
+    (home / name).write_text(setup, encoding="utf-8")
     terminal, other = os.openpty()
     environment = {**os.environ, "ZDOTDIR": str(home), "COMPLETIONS": str(SCRIPTS), "TERM": "dumb"}
     started = subprocess.Popen(
-        ["zsh", "-i", "-d"],  # -d: no files of the system's
+        [shell, "-i"],
         stdin=other,
         stdout=other,
         stderr=other,
@@ -146,44 +159,58 @@ def zsh(line, home):
     alarm = threading.Timer(60, started.kill)
     alarm.start()
     shown = b""
-    with contextlib.suppress(OSError):  # which ends it: nobody has the other end any longer
+    with contextlib.suppress(OSError):  # reading fails once the shell has closed its end
         while b"ready> " not in shown:
             shown += os.read(terminal, 1000)
-        os.write(terminal, line.encode() + b"\x14")
+        os.write(terminal, line.encode() + b"\t\x14")
         while os.read(terminal, 1000):
             pass
     assert started.wait() == 0, shown
     alarm.cancel()
     os.close(terminal)
-    return (home / "typed").read_text(encoding="utf-8").rstrip("\n")
+    return (home / "typed").read_text(encoding="utf-8").rstrip()
 
 
-@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh")
+@pytest.mark.parametrize("shell", INTERACTIVE)
 @pytest.mark.parametrize(
     ("line", "completed"),
     [
-        ("oodcli sco", "oodcli score "),
-        ("oodcli invert my\\ n", "oodcli invert my\\ net.pt "),
-        ("oodcli score x.pt -d energy-n", "oodcli score x.pt -d energy-norm "),
-        (
-            "oodcli score x.pt --arch torchvision:alex",
-            "oodcli score x.pt --arch torchvision:alexnet ",
-        ),
-        ("oodcli extract x.pt y --record emb", "oodcli extract x.pt y --record embedding "),
+        ("oodcli sco", "oodcli score"),
+        ("oodcli invert my\\ n", "oodcli invert my\\ net.pt"),
+        ("oodcli score my\\ net.pt -d energy-n", "oodcli score my\\ net.pt -d energy-norm"),
+        ("oodcli score x --arch torchvision:alex", "oodcli score x --arch torchvision:alexnet"),
+        ("oodcli score x.pt --arch my", "oodcli score x.pt --arch my\\"),
+        ("oodcli extract x.pt y --record emb", "oodcli extract x.pt y --record embedding"),
         (
             "oodcli extract x.pt y --record logits,odi",
-            "oodcli extract x.pt y --record logits,odin.logits ",
+            "oodcli extract x.pt y --record logits,odin.logits",
         ),
     ],
 )
-def test_zsh(folder, line, completed):
-    assert zsh(line, folder) == completed
+def test_a_terminal(folder, shell, line, completed):
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell}")
+    assert after_tab(shell, line, folder) == completed
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("oodcli score x.pt y --arch=torchvision:alex", "--arch=torchvision:alexnet"),
+        ("oodcli extract x.pt y --record=emb", "--record=embedding"),
+        ("oodcli evaluate --id x --ood far=my\\ n", "--ood far=my\\ net.pt"),
+        ("oodcli score x.pt a:b -d energy-n", "-d energy-norm"),
+    ],
+)
+def test_bash_splits_words_at_colons_and_equals_signs(folder, line, completed):
+    assert after_tab("bash", line, folder).endswith(completed)
 
 
 @pytest.mark.parametrize(
     ("shell", "script"), [("bash", "oodcli.bash"), ("zsh", "_oodcli"), ("fish", "oodcli.fish")]
 )
-def test_the_scripts_are_those_of_typer(folder, shell, script):
+def test_the_scripts_are_those_that_the_command_prints(folder, shell, script):
     """To write one: ``_OODCLI_COMPLETE=source_zsh oodcli | grep . >completions/_oodcli``."""
     environment = {**os.environ, "_OODCLI_COMPLETE": f"source_{shell}"}
     done = subprocess.run(["oodcli"], env=environment, capture_output=True, text=True, check=True)

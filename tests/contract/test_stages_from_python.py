@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import io
+import json
 import logging
 import shlex
 from collections.abc import Callable
@@ -160,7 +161,7 @@ def taken(folder: Path, files: tuple[str, ...]) -> dict[str, str]:
 
 def test_every_stage_is_here():
     public = {name for name in oodcli.__all__ if inspect.isfunction(getattr(oodcli, name))}
-    assert public - {"load_classifier", "load_detector", "record"} == STAGES.keys()
+    assert public - {"inspect", "load_classifier", "load_detector", "record"} == STAGES.keys()
     commands = {command.name for command in app.registered_commands}
     assert commands - {"inspect", "detectors", "demo"} == STAGES.keys()
 
@@ -275,6 +276,32 @@ def test_an_argument_that_makes_no_sense_is_a_sentence(wrong, folder):
     with pytest.raises(oodcli.OodcliError, match=next(iter(wrong))):
         oodcli.score("digits.pt", "test.npz", "y.csv", ["energy"], **wrong)
     assert not list(folder.glob("y*"))
+
+
+@pytest.mark.parametrize("name", ["digits.pt", "id.csv", "real.h5"])
+def test_inspect_returns_what_the_command_prints(name, folder, capfd):
+    found = oodcli.inspect(name)
+    assert tuple(capfd.readouterr()) == ("", "")
+    assert json.loads(run("inspect", name, "--json").out) == json.loads(json.dumps(found))
+
+
+def test_inspect_takes_a_classifier(folder):
+    loaded = oodcli.inspect(oodcli.load_classifier("digits.pt"))
+    assert loaded == {**oodcli.inspect("digits.pt"), "checkpoint": None}
+
+
+def test_inspect_writes_a_model_card(folder):
+    oodcli.inspect("digits.pt", card="y.toml")
+    written = Path("y.toml").read_text("utf-8")
+    assert "num_classes = 10" in written
+    with pytest.raises(oodcli.OodcliError, match=r"y\.toml exists"):
+        oodcli.inspect("digits.pt", card=Path("y.toml"))
+    oodcli.inspect("digits.pt", card=Path("y.toml"), force=True)
+    assert Path("y.toml").read_text("utf-8") == written
+    Path("y.toml").unlink()
+    with pytest.raises(oodcli.OodcliError, match=r"id\.csv is no checkpoint: leave card out"):
+        oodcli.inspect("id.csv", card="y.toml")
+    assert not Path("y.toml").exists()
 
 
 def test_the_estimate_writes_nothing(folder):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from oodcli.errors import CheckpointError
 from oodcli.files.hashes import file_sha256
-from oodcli.networks.architectures import CIFAR_MEAN, CIFAR_STD, build
+from oodcli.networks.architectures import CIFAR_MEAN, CIFAR_STD, PROBED, build
 from oodcli.networks.card import Overrides, read_card, write_card
 from oodcli.networks.load import load_classifier
 from oodcli.networks.preprocessing import Preprocessing, Resize
@@ -556,12 +556,15 @@ def test_grey_networks(tmp_path: Path) -> None:
     assert any("0.5" in note and "--mean" in note for note in found.assumptions)
 
 
-def test_a_factory_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_factory_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(
         "import torch.nn as nn\n"
         "from width import WIDTH\n"
         "def net(num_classes=1000):\n"
+        "    print(num_classes)\n"
         "    return nn.Sequential(nn.Conv2d(3, WIDTH, 7, 2), nn.AdaptiveAvgPool2d(1),\n"
         "                         nn.Flatten(), nn.Linear(WIDTH, num_classes))\n"
         "def fixed(): return net(6)\n"
@@ -576,6 +579,8 @@ def test_a_factory_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     torch.save({f"module.{key}": tensor for key, tensor in module.state_dict().items()}, path)
     for factory in ("net", "fixed"):
         found = same(path, module, overrides=Overrides(arch=f"mine.py:{factory}"))
+        built = capsys.readouterr().out.split()  # for its shapes, and with the checkpoint's classes
+        assert built == [str(PROBED) if factory == "net" else "6", "6"]
         assert (found.num_classes, found.head_name) == (6, "3")
         assert found.preprocessing.input_size == (224, 224)
     fails(path, "6 classes", "7 were", overrides=Overrides(arch="mine.py:net", num_classes=7))

@@ -26,6 +26,8 @@ OPTIONAL = {
     "huggingface_hub": "hf",
 }
 """Module → the extra that installs it. All others come with oodcli."""
+TESTED = ("parquet", "heic", "ray", "timm", "test")
+"""Extras whose packages the tests use."""
 
 
 def imported(source: str) -> Iterator[str]:
@@ -65,6 +67,22 @@ def test_every_import_is_declared() -> None:
         assert name.replace("_", "-") in extras[extra], f"{name} is not in the extra {extra}"
     imported_as = {DISTRIBUTIONS.get(name, name) for name in found}
     assert declared <= imported_as, "declared, but imported nowhere"
+
+
+def test_every_requirement_has_one_lower_bound() -> None:
+    """``.ci/oldest`` installs exactly that version."""
+    project_file = PACKAGE.parent / "pyproject.toml"
+    if not project_file.is_file():
+        pytest.skip("not in the repository")
+    project = tomllib.loads(project_file.read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for name in TESTED for line in extras[name])]
+    bounds: dict[str, set[str]] = {}
+    for line in lines:
+        assert re.fullmatch(r"[\w-]+(\[[\w,]+\])?>=[\d.]+", line), line
+        name, _, version = line.partition(">=")
+        bounds.setdefault(name, set()).add(version)
+    assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
 
 
 def test_imports_are_found_in_functions() -> None:

@@ -302,6 +302,20 @@ def test_windows_are_recorded_image_by_image_or_not_at_all():
     assert assemble(mixed, **settings).taps == ()
 
 
+class OneImage(Windows):
+    """Windows of a network whose author wrote a batch of one into it."""
+
+    def forward(self, x):
+        return super().forward(x.reshape(1, 3, 8, 8))
+
+
+def test_windows_of_a_network_that_takes_one_image_only():
+    network = OneImage(True)
+    network.load_state_dict(networks.settled(Windows(True)).state_dict())
+    with pytest.raises(CheckpointError, match=r"^small runs on one image, but not on a .* two \("):
+        assemble(network.eval(), arch="small", preprocessing=networks.PREPROCESSING)
+
+
 def test_layers_by_regular_expression():
     chosen = networks.classifier(networks.Residual(), layers=r"conv\d$")
     assert {tap.name for tap in chosen.taps if tap.kind == "other"} >= {"conv1", "layer2.1.conv2"}

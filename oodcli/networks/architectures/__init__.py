@@ -44,6 +44,9 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 """Modules that are a ``family.Family``, in the order in which they are asked, and names worth
 completing; other depths and widths are spelt the same way. torchvision's own names are added."""
 
+PROBED = 997
+"""Number of classes of a network that is built for its shapes; no other layer has this width."""
+
 CIFAR10 = "CIFAR-10's"
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
@@ -76,11 +79,12 @@ class Inputs:
 @dataclass(frozen=True)
 class Recognition:
     """The architecture of a state dict. name: as ``build`` takes it. state_dict: with the keys of
-    the network that ``build`` makes."""
+    the network that ``build`` makes. network: that network, on the meta device."""
 
     name: str
     num_classes: int
     state_dict: dict[str, Tensor]
+    network: nn.Module
 
 
 def usual() -> list[str]:
@@ -152,17 +156,25 @@ def recognise(state: Mapping[str, Tensor]) -> Recognition | None:
     """Which network the tensors belong to, by their names and shapes; None when it is unknown."""
     for family in FAMILIES:
         guessed = _family(family).guess(state)
-        if guessed is None or not known(guessed[0]):
+        if guessed is None:
+            continue
+        try:
+            network = skeleton(*guessed)
+        except CheckpointError:  # a depth or width that no network of the family has
             continue
         renamed = _family(family).rename(state)
-        if not differences(*guessed, renamed):
-            return Recognition(*guessed, renamed)
+        if not compare(network.state_dict(), renamed):
+            return Recognition(*guessed, renamed, network)
     return None
 
 
-def differences(name: str, num_classes: int, state: Mapping[str, Tensor]) -> list[str]:
-    """What keeps a renamed state dict from fitting the named network, one phrase a key."""
-    return compare(skeleton(name, num_classes).state_dict(), state)
+def head_classes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> int | None:
+    """The number of classes in a state dict. expected: that of the same network with ``PROBED``
+    classes, whose first tensor of this length is the head's. None where state has no head."""
+    for key, tensor in expected.items():
+        if tensor.shape[:1] == (PROBED,):
+            return len(state[key]) if key in state and state[key].ndim else None
+    return None
 
 
 def compare(expected: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
@@ -196,7 +208,7 @@ def nearest(state: Mapping[str, Tensor]) -> tuple[str, list[str]]:
         renamed = rename(name, state)
         expected = {
             key: renamed[key] if _is_head(key, tensor, renamed) else tensor
-            for key, tensor in skeleton(name, 1000).state_dict().items()
+            for key, tensor in skeleton(name, PROBED).state_dict().items()
         }
         same = sum(
             key in expected and expected[key].shape == tensor.shape
@@ -209,10 +221,8 @@ def nearest(state: Mapping[str, Tensor]) -> tuple[str, list[str]]:
 
 
 def _is_head(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor differs from the network's for 1000 classes in the number of classes."""
-    if key not in state or tensor.ndim == 0 or tensor.shape[0] != 1000:
-        return False
-    return tensor.shape[1:] == state[key].shape[1:]
+    """Whether a tensor differs from the network's for ``PROBED`` classes only in their number."""
+    return key in state and tensor.shape == (PROBED, *state[key].shape[1:])
 
 
 def inputs(name: str, network: nn.Module) -> Inputs:
