@@ -125,6 +125,18 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         "PvtImageProcessor",
         {"size": SQUARE},
     ),
+    "Levit": (
+        "LevitConfig",
+        {
+            "image_size": 224,
+            "hidden_sizes": [16, 24, 32],
+            "num_attention_heads": [2, 2, 2],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+        },
+        "LevitImageProcessor",
+        {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}},
+    ),
     "Siglip": (
         "SiglipConfig",
         {"vision_config": VISION, "text_config": {**VISION, "vocab_size": 64}},

@@ -85,6 +85,7 @@ def timm_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The names of the classes, one an output; None where there are none, or only numbers."""
     names: Any = config.get("label_names") or timm_cfg(config).get("label_names")
+    names = names or config.get("labels")  # in files of old versions of timm
     about = config.get("label_descriptions") or timm_cfg(config).get("label_descriptions")
     if not names and isinstance(config.get("id2label"), dict):
         found = {str(key): value for key, value in config["id2label"].items()}
@@ -131,7 +132,11 @@ def hub_network(
     with no_larger_than(state, where):
         if is_timm(config):
             arch = timm_arch(config, where)
-            maker = TimmMaker(arch, timm_cfg(config), source=SOURCE)
+            cfg = timm_cfg(config)
+            # Within transformers timm's network is not made for the size in pretrained_cfg.
+            wrapped = head_of(config).startswith("TimmWrapper")
+            used = {"inputs": cfg} if wrapped else {"cfg": cfg}
+            maker = TimmMaker(arch, **used, source=SOURCE)
             found = named(arch, layouts_of(state), given, path, maker=maker)
         else:
             from oodcli.networks.huggingface import network_of_transformers

@@ -78,7 +78,7 @@ def network_of_transformers(
         inputs, reverse = _inputs(transformers, network, folder)
     if reverse:
         network.register_forward_pre_hook(_reverse_channels)
-        notes.append("the network gets the channels in the order BGR (from preprocessor_config)")
+        notes.append(f"the network gets the channels in the order BGR, {inputs.size_source}")
     return Network(network, f"transformers:{head}", inputs, tuple(notes))
 
 
@@ -218,7 +218,8 @@ def _measured(
     size = (theirs[0].shape[1], theirs[0].shape[2])
     method = getattr(processor, "resample", None)
     kinds = [kind for kind, value in INTERPOLATION.items() if method is None or value == method]
-    lengths = sorted(sides | {math.floor(side / share) for side in sides})
+    shares = {1.0, share, 224 / 256}  # the last by LeViT's own rule
+    lengths = sorted({math.floor(side / each) for side in sides for each in shares})
     resizes: list[Resize] = [None, *lengths, *product(lengths, lengths)]
     found = Inputs(
         size, mean, std, size_source=f"from {name}", normalisation_source=f"from {name},"

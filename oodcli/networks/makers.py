@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,8 @@ class TimmMaker(Maker):
     def build(self, num_classes: int | None) -> nn.Module:
         given = self.arguments | ({} if num_classes is None else {"num_classes": num_classes})
         try:
-            network: nn.Module = self.timm.create_model(self.name, pretrained=False, **given)
+            with _quiet():
+                network: nn.Module = self.timm.create_model(self.name, pretrained=False, **given)
         except CheckpointError:
             raise
         except Exception as error:  # timm raises RuntimeError, TypeError, …, by model
@@ -95,7 +98,9 @@ class TimmMaker(Maker):
         """What timm's ``create_transform`` does with this model's configuration when it evaluates.
         Resize, crop mode and interpolation that cannot be so are in ``cannot``."""
         try:
-            return self._inputs(self.timm.data.resolve_model_data_config(network, self.given))
+            with _quiet():
+                config = self.timm.data.resolve_model_data_config(network, self.given)
+            return self._inputs(config)
         except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the configuration of {self.arch} {self.source} makes no sense "
@@ -143,6 +148,18 @@ _LOADING = re.compile(r"pretrained|checkpoint|cache_dir|features_only|num_classe
 
 _FETCHED = frozenset(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"))
 """Where timm's configuration says that weights come from."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it, timm does not warn: what it warns of is in our own lines."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def timm_name(name: str, arguments: Mapping[str, Any]) -> str:
