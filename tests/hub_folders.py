@@ -195,9 +195,11 @@ def transformers_logits(folder: Path, network: nn.Module, backend: str | None = 
 def timm_folder(name: str, folder: Path, *, safe: bool = True, **arguments: Any) -> nn.Module:
     """Saves a network of timm as timm does."""
     import timm
+    from timm.models._hub import save_for_hf
 
     network = randomise(timm.create_model(name, **arguments))
-    timm.models.save_for_hf(network, folder, safe_serialization=safe)
+    kept = {key: value for key, value in arguments.items() if key != "num_classes"}
+    save_for_hf(network, folder, model_args=kept, safe_serialization=safe)
     return network
 
 

@@ -62,8 +62,8 @@ def network_of_transformers(
         from transformers.models.auto import modeling_auto
     except ImportError as error:
         raise CheckpointError(
-            f"{folder / CONFIG} describes a network of transformers, which is not installed: pip "
-            "install 'oodcli[hf]'"
+            f"{folder / CONFIG} describes a network of transformers, which cannot be imported "
+            f"({first_sentence(error)}): pip install 'oodcli[hf]'"
         ) from error
     heads: set[str] = set()
     for each in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
