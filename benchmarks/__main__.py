@@ -5,7 +5,7 @@
 Without a CHECKPOINT: the network of 'oodcli demo', trained here in seconds. Writes FOLDER/
 benchmarks.json and benchmarks.md (default: benchmark-results), both anew after each benchmark, and
 prints the Markdown in the end. As it is, all of it takes less than 15 minutes on two cores; --full
-takes the sizes and rounds of the README's figures instead, which is hours and 10 GB of disk. Words
+takes the sizes and rounds of docs/research/cost.md instead, which is hours and 10 GB of disk. Words
 after -- are handed to every benchmark that runs. The exit status is 1 when one failed.
 """
 

@@ -1,21 +1,17 @@
-"""The figures of docs/detectors, and the tables on its pages that are made from them.
+"""The figures of the detectors' pages, in docs/detectors/figures.json.
 
-    python -m benchmarks.detector_pages measure DATA [--rows 2000] [--fit-rows 5000] [--work FOLDER]
-    python -m benchmarks.detector_pages write [--check]
+    python -m benchmarks.detector_pages measure DATA [--only NAME …] [--rows 2000]
+        [--fit-rows 5000] [--per-class 50] [--work FOLDER] [--figures FILE]
 
-The first step runs oodcli on the networks and images of the folder DATA and writes
-docs/detectors/figures.json; with a WORK folder that is kept, it resumes. The second step needs
-neither: it puts tables of that file, and of the detectors' own classes, between the marks on the
-pages, and makes a page for a detector that has none. With --check it changes nothing, but fails
-where a page is missing, or is not what it would write.
+Runs oodcli on the networks and images of the folder DATA. With --only, these detectors alone are
+measured and the others' figures are kept. With a WORK folder that is kept, it resumes.
+docs/hooks.py makes the tables of the pages from the file when the site is built.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -28,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_startup import MAIN
+from benchmarks.measure import machine
 from oodcli import detectors
-from oodcli.cli.detectors import fitted_on
-from oodcli.detectors.hyperparameters import hyperparameters
 
-PAGES = Path(__file__).parents[1] / "docs" / "detectors"
+FIGURES = Path(__file__).parents[1] / "docs" / "detectors" / "figures.json"
 
 NETWORKS = {"ResNet-20": "resnet20-12fca82f.th", "ResNet-32": "resnet32-d509ac18.th"}
 PUBLISHED = {"resnet20-12fca82f.th": "0.9173", "resnet32-d509ac18.th": "0.9263"}
@@ -45,32 +40,44 @@ NOISE = "noise"
 NOISE_IMAGES = "noise:uniform?n=1000&seed=1"
 """Another seed than that of 1c-sum's own noise."""
 
-KINDS = {name: detectors.get(name) for name in detectors.names()}
-
-VIRTUAL = [name for name, kind in KINDS.items() if "layers.sensitivity" in kind.fit_needs()]
-"""Fitted on virtual images alone."""
-
-WITH_POOL = [name for name, kind in KINDS.items() if kind.needs_pool]
-"""Fitted on virtual images, on noise, and on other virtual images, matched to the accuracy."""
-
-WITH_OOD = [name for name, kind in KINDS.items() if kind.uses_ood]
-"""Fitted on OOD rows, too: of every set but the one that is scored."""
-
-EITHER = [
-    name
-    for name, kind in KINDS.items()
-    if kind.fitted
-    and not (kind.needs_ood or kind.reference_images)
-    and name not in (*VIRTUAL, *WITH_POOL)
-]
-"""Fitted on virtual images, and on real ones."""
+ROWS = "auroc and tnr95"
+"""The key of a network's figures."""
 
 OWN_NETWORK = ("godin", "mos")
 """They need a network trained for them, which these are not."""
 
-NOT_MEASURED = "not measured"
 
-Row = Mapping[str, Sequence[float]]
+@dataclass(frozen=True)
+class Ways:
+    """Names of detectors, by what they are fitted on and measured with.
+
+    free: nothing. either: virtual images, and real ones. virtual: virtual images alone. noise: the
+    images of ``reference_images``. pool: virtual images, noise, and other virtual images, matched
+    to the accuracy. ood: real images and OOD rows, of every set but the one that is scored.
+    """
+
+    free: Sequence[str]
+    either: Sequence[str]
+    virtual: Sequence[str]
+    noise: Sequence[str]
+    pool: Sequence[str]
+    ood: Sequence[str]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Ways:
+        """All names but those of detectors that need a network of their own."""
+        kinds = {name: detectors.get(name) for name in names if name not in OWN_NETWORK}
+        pool = [name for name, kind in kinds.items() if kind.needs_pool]
+        virtual = [n for n, kind in kinds.items() if "layers.sensitivity" in kind.fit_needs()]
+        noise = [name for name, kind in kinds.items() if kind.reference_images]
+        either = [
+            name
+            for name, kind in kinds.items()
+            if kind.fitted and not kind.needs_ood and name not in (*pool, *virtual, *noise)
+        ]
+        free = [name for name, kind in kinds.items() if not kind.fitted]
+        ood = [name for name, kind in kinds.items() if kind.uses_ood]
+        return cls(free, either, virtual, noise, pool, ood)
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,10 @@ class Work:
         np.savez(target, images=np.concatenate(images), **more)
 
 
-def measure(data: Path, folder: Path, rows: int, fit_rows: int, per_class: int) -> dict[str, Any]:
-    """What figures.json holds."""
+def measure(
+    names: Sequence[str], data: Path, folder: Path, rows: int, fit_rows: int, per_class: int
+) -> dict[str, Any]:
+    """What figures.json holds, for these detectors."""
     import numpy as np
 
     work = Work(folder, data.resolve())
@@ -142,14 +151,15 @@ def measure(data: Path, folder: Path, rows: int, fit_rows: int, per_class: int) 
     networks: dict[str, Any] = {}
     commands: list[str] = []
     for network, checkpoint in NETWORKS.items():
-        shown, found_ = _measure_network(work, checkpoint, per_class)
-        commands = commands or shown
-        networks[network] = found_
+        measured = _Network(work, checkpoint, per_class)
+        networks[network] = measured.figures(Ways.of(names))
+        commands = commands or measured.commands
+    about = machine()
     return {
         "date": date.today().isoformat(),
-        "machine": "two cores of an AMD EPYC",
+        "machine": f"{about['logical_cores']} cores of {about['processor'] or about['system']}",
         "versions": {
-            "python": ".".join(map(str, sys.version_info[:3])),
+            "python": about["python"],
             **{name: version(name) for name in ("oodcli", "torch", "numpy", "scikit-learn")},
         },
         "images": {**counts, NOISE: 1000},
@@ -159,81 +169,135 @@ def measure(data: Path, folder: Path, rows: int, fit_rows: int, per_class: int) 
     }
 
 
-def _measure_network(
-    work: Work, checkpoint: str, per_class: int
-) -> tuple[list[str], dict[str, Any]]:
-    stem = checkpoint.partition("-")[0]
-    (work.folder / stem).mkdir(exist_ok=True)
-    commands: list[str] = []
+def merged(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Earlier figures with those of some detectors measured again. When and how these were
+    measured is under ``later``. Raises SystemExit when they are not of the same images."""
+    for key in ("images", "virtual_images_per_class"):
+        if before[key] != found[key]:
+            raise SystemExit(
+                f"{key} differ from those of the earlier figures: {found[key]}, {before[key]}; "
+                "measure with the same --rows, --fit-rows and --per-class"
+            )
+    again = {row.partition("[")[0] for each in found["networks"].values() for row in each[ROWS]}
+    networks = {}
+    for network, each in before["networks"].items():
+        kept = {way: row for way, row in each[ROWS].items() if way.partition("[")[0] not in again}
+        networks[network] = {**each, ROWS: {**kept, **found["networks"][network][ROWS]}}
+    how = {key: found[key] for key in ("date", "machine", "versions", "commands")}
+    earlier = [
+        {**each, "detectors": left}
+        for each in before.get("later", [])
+        if (left := [name for name in each["detectors"] if name not in again])
+    ]
+    return {
+        **before,
+        "networks": networks,
+        "later": [*earlier, {"detectors": sorted(again), **how}],
+    }
 
-    def run(output: str, *words: str) -> str:
-        whole = [*words, "-o", output]
-        commands.append(shlex.join(["oodcli", *whole]))
-        work.run(output, *whole, "--force")
+
+class _Network:
+    """A network on which detectors are measured. commands: all that were run."""
+
+    def __init__(self, work: Work, checkpoint: str, per_class: int) -> None:
+        self.work, self.checkpoint, self.per_class = work, checkpoint, str(per_class)
+        self.stem = checkpoint.partition("-")[0]
+        self.commands: list[str] = []
+        (work.folder / self.stem).mkdir(exist_ok=True)
+
+    def run(self, name: str, *words: str) -> str:
+        """The output of a command, in the network's folder."""
+        output = f"{self.stem}/{name}"
+        self._run(output, *words, "-o", output, more=("--force",))
         return output
 
-    def evaluate(output: str, inside: str, **outside: str) -> dict[str, dict[str, list[float]]]:
-        pairs = (word for name, path in outside.items() for word in ("--ood", f"{name}={path}"))
+    def _run(self, output: str, *words: str, more: Sequence[str] = ()) -> str:
+        self.commands.append(shlex.join(["oodcli", *words]))
+        return self.work.run(output, *words, *more)
+
+    def extract(self, name: str, images: str, *words: str) -> str:
+        return self.run(name, "extract", self.checkpoint, images, *words)
+
+    def fit(self, name: str, names: Sequence[str], *words: str) -> list[str]:
+        """The artefacts."""
+        if not names:
+            return []
+        folder = self.run(name, "fit", *words, *_options(names))
+        return [f"{folder}/{each}.safetensors" for each in names]
+
+    def evaluate(self, name: str, inside: str, **outside: str) -> dict[str, Any]:
+        """What ``evaluate --json`` prints."""
+        pairs = (word for set_, path in outside.items() for word in ("--ood", f"{set_}={path}"))
         words = ["evaluate", "--id", inside, *pairs, "--resamples", "0", "--json"]
-        commands.append(shlex.join(["oodcli", *words]))
-        summary = json.loads(work.run(output, *words))
-        accuracy.append(summary["id_accuracy"])
-        return _figures(summary)
+        summary: dict[str, Any] = json.loads(self._run(f"{self.stem}/{name}", *words))
+        return summary
 
-    def options(names: Iterable[str]) -> Iterator[str]:
-        for name in names:
-            yield from ("-d", name)
-
-    accuracy: list[float] = []
-    known = [name for name in detectors.names() if name not in OWN_NETWORK]
-    free = [name for name in known if not detectors.get(name).fitted]
-    everything = ",".join(known)
-    virtual = run(f"{stem}/v.h5", "invert", checkpoint, "--per-class", str(per_class))
-    cache = run(f"{stem}/v.features.h5", "extract", checkpoint, virtual, "--for", everything)
-    run(f"{stem}/virtual", "fit", cache, *options([*EITHER, *VIRTUAL]))
-    fitted = ",".join([*EITHER, "supervised"])
-    real = f"{stem}/{TRAINED_ON}.features.h5"
-    run(real, "extract", checkpoint, f"{TRAINED_ON}.npz", "--for", fitted)
-    run(f"{stem}/real", "fit", real, *options(EITHER))
-    noise = run(f"{stem}/uniform.h5", "extract", checkpoint, "noise:uniform?n=2000&seed=0")
-    run(f"{stem}/one-class", "fit", noise, "-d", "1c-sum")
-    other = run(f"{stem}/w.h5", "invert", checkpoint, "--per-class", str(per_class), "--seed", "1")
-    published = ("--match-accuracy", PUBLISHED[checkpoint])
-    pool = run(f"{stem}/pool.h5", "extract", checkpoint, other, *published)
-    three = (cache, "--noise", noise, "--calibrate", pool)
-    run(f"{stem}/with-pool", "fit", *three, *options(WITH_POOL))
-    artefacts = [
-        *(f"{stem}/virtual/{name}.safetensors" for name in (*EITHER, *VIRTUAL)),
-        *(f"{stem}/real/{name}.safetensors" for name in EITHER),
-        f"{stem}/one-class/1c-sum.safetensors",
-        *(f"{stem}/with-pool/{name}.safetensors" for name in WITH_POOL),
-    ]
-    scores = {}
-    for name in (INSIDE, *SETS, NOISE):
-        images = NOISE_IMAGES if name == NOISE else f"{name}.npz"
-        rows = run(f"{stem}/{name}.features.h5", "extract", checkpoint, images, "--for", everything)
-        scores[name] = run(f"{stem}/{name}.csv", "score", rows, *options([*free, *artefacts]))
-    found = evaluate(f"{stem}/all", scores.pop(INSIDE), **scores)
-    for name in SETS:
-        ood = f"{stem}/not-{name}.features.h5"
-        run(ood, "extract", checkpoint, f"not-{name}.npz", "--for", ",".join(WITH_OOD))
-        learnt = run(f"{stem}/not-{name}", "fit", real, "--ood", ood, *options(WITH_OOD))
-        each = [f"{learnt}/{kind}.safetensors" for kind in WITH_OOD]
-        inside, outside = (
-            run(
-                f"{stem}/{of}-by-not-{name}.csv",
-                *("score", f"{stem}/{of}.features.h5", *options(each)),
+    def figures(self, ways: Ways) -> dict[str, Any]:
+        """Checkpoint, accuracy, and AUROC and TNR95 by detector and set."""
+        names = [*ways.free, *ways.either, *ways.virtual, *ways.noise, *ways.pool, *ways.ood]
+        known = ",".join(name for name in detectors.names() if name in names)
+        artefacts = self._fitted(ways, known)
+        scores = {}
+        if real := [*ways.either, *(name for name in ways.ood if name not in ways.either)]:
+            cache = self.extract(f"{TRAINED_ON}.features.h5", f"{TRAINED_ON}.npz", *_for(real))
+            artefacts += self.fit("real", ways.either, cache)
+        for name in (INSIDE, *SETS, NOISE):
+            images = NOISE_IMAGES if name == NOISE else f"{name}.npz"
+            rows = self.extract(f"{name}.features.h5", images, "--for", known)
+            if ways.free or artefacts:
+                scores[name] = self.run(
+                    f"{name}.csv", "score", rows, *_options([*ways.free, *artefacts])
+                )
+        found: dict[str, dict[str, list[float]]] = {}
+        accuracy = 0.0
+        if scores:
+            summary = self.evaluate("all", scores.pop(INSIDE), **scores)
+            found, accuracy = _figures(summary), summary["id_accuracy"]
+        for name in SETS if ways.ood else ():
+            ood = self.extract(f"not-{name}.features.h5", f"not-{name}.npz", *_for(ways.ood))
+            learnt = self.fit(f"not-{name}", ways.ood, cache, "--ood", ood)
+            inside, outside = (
+                self.run(
+                    f"{of}-by-not-{name}.csv",
+                    *("score", f"{self.stem}/{of}.features.h5", *_options(learnt)),
+                )
+                for of in (INSIDE, name)
             )
-            for of in (INSIDE, name)
-        )
-        one = evaluate(f"{stem}/not-{name}-{name}", inside, **{name: outside})
-        for detector, row in one.items():
-            found.setdefault(f"{detector}[ood]", {}).update(row)
-    return commands, {
-        "checkpoint": checkpoint,
-        "accuracy": round(100 * accuracy[0], 2),
-        "auroc and tnr95": found,
-    }
+            summary = self.evaluate(f"not-{name}-{name}", inside, **{name: outside})
+            accuracy = summary["id_accuracy"]
+            for detector, row in _figures(summary).items():
+                found.setdefault(f"{detector}[ood]", {}).update(row)
+        accuracy = round(100 * accuracy, 2)
+        return {"checkpoint": self.checkpoint, "accuracy": accuracy, ROWS: found}
+
+    def _fitted(self, ways: Ways, known: str) -> list[str]:
+        """Artefacts fitted without real images."""
+        artefacts: list[str] = []
+        if virtual := [*ways.either, *ways.virtual, *ways.pool]:
+            images = self.run("v.h5", "invert", self.checkpoint, "--per-class", self.per_class)
+            cache = self.extract("v.features.h5", images, "--for", known)
+            artefacts += self.fit(
+                "virtual", [name for name in virtual if name not in ways.pool], cache
+            )
+        if ways.noise or ways.pool:
+            noise = self.extract("uniform.h5", "noise:uniform?n=2000&seed=0")
+            artefacts += self.fit("one-class", ways.noise, noise)
+        if ways.pool:
+            words = ("invert", self.checkpoint, "--per-class", self.per_class, "--seed", "1")
+            other = self.run("w.h5", *words)
+            pool = self.extract("pool.h5", other, "--match-accuracy", PUBLISHED[self.checkpoint])
+            three = (cache, "--noise", noise, "--calibrate", pool)
+            artefacts += self.fit("with-pool", ways.pool, *three)
+        return artefacts
+
+
+def _options(names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        yield from ("-d", name)
+
+
+def _for(names: Iterable[str]) -> tuple[str, str]:
+    return "--for", ",".join(names)
 
 
 def _figures(summary: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
@@ -247,216 +311,29 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def read_figures(path: Path = PAGES / "figures.json") -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def pages() -> dict[str, Path]:
-    """Detector → its page, by the marks on the pages."""
-    found: dict[str, Path] = {}
-    for page in sorted(PAGES.glob("*.md")):
-        for kind, words in _marks(page.read_text(encoding="utf-8")):
-            if kind == "facts":
-                found |= dict.fromkeys(words, page)
-    return found
-
-
-def written(text: str, figures: Mapping[str, Any]) -> str:
-    """A page with what is between its marks made anew. Raises ValueError for an unknown mark."""
-
-    def anew(match: re.Match[str]) -> str:
-        kind, *names = match["words"].split()
-        make = {"facts": _facts, "figures": _table_of_figures, "index": _index, "how": _how}
-        if kind not in make:
-            raise ValueError(f"unknown mark '{kind}'")
-        made = "\n".join(make[kind](names, figures))
-        return f"<!-- {match['words']} -->\n\n{made}\n\n<!-- end -->"
-
-    return MARK.sub(anew, text)
-
-
-MARK = re.compile(r"<!-- (?P<words>[^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
-
-
-def _marks(text: str) -> Iterator[tuple[str, list[str]]]:
-    for match in MARK.finditer(text):
-        kind, *names = match["words"].split()
-        yield kind, names
-
-
-def _facts(names: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
-    rows = []
-    for name in names:
-        kind = detectors.get(name)
-        needs = ", ".join(f"`{word}`" for word in sorted(kind.needs | kind.fit_needs()))
-        rows.append([f"`{name}`", kind.about, kind.source, needs, fitted_on(kind)])
-    return _table(["", "what it is", "source", "what must be recorded", "fitted on"], rows)
-
-
-def rows_of(name: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Row]]:
-    """Network, the column of the scores, what the detector was fitted on, and the figures by set,
-    for each way in which it was measured."""
-    ways = {"": "", "[virtual]": "virtual images", "[real]": "real images", "[ood]": "real and OOD"}
-    for network, measured in figures["networks"].items():
-        for way, words in ways.items():
-            row = measured["auroc and tnr95"].get(f"{name}{way}")
-            if row is not None:
-                fitted = "virtual images" if name in (*VIRTUAL, *WITH_POOL) else words
-                yield network, f"{name}{way}", fitted, row
-
-
-def mean_of(row: Row) -> tuple[float, float]:
-    """Over the five sets, without the noise."""
-    first, second = (sum(row[name][i] for name in SETS) / len(SETS) for i in (0, 1))
-    return first, second
-
-
-def _table_of_figures(names: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
-    rows = []
-    for name in names:
-        for network, _, fitted, row in rows_of(name, figures):
-            pairs = [row.get(set_) for set_ in SETS]
-            pairs += [mean_of(row), row.get(NOISE)]
-            label = f"`{name}`" + (f", {fitted}" if fitted else "")
-            rows.append([label, network, *(_pair(pair) for pair in pairs)])
-        if not any(rows_of(name, figures)):
-            rows.append([f"`{name}`", NOT_MEASURED, *[""] * (len(SETS) + 2)])
-    return _table(["AUROC / TNR95, %", "network", *SETS, "mean of five", "uniform noise"], rows)
-
-
-def _pair(pair: Sequence[float] | None) -> str:
-    return "" if pair is None else f"{pair[0]:.1f} / {pair[1]:.1f}"
-
-
-def _index(names: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
-    where = pages()
-    rows = []
-    for name in detectors.names():
-        kind = detectors.get(name)
-        page = where.get(name, PAGES / f"{name}.md")
-        cells = dict.fromkeys(figures["networks"], "")
-        for network, _, fitted, row in rows_of(name, figures):
-            words = {"virtual images": "virtual ", "real images": "real ", "real and OOD": "OOD "}
-            prefix = words.get(fitted, "") if name not in (*VIRTUAL, *WITH_POOL) else ""
-            cells[network] += f"{'; ' * bool(cells[network])}{prefix}{_pair(mean_of(row))}"
-        needs = " ".join(sorted(kind.needs | kind.fit_needs()))
-        link = f"[`{name}`]({page.name})"
-        measured = [cell or NOT_MEASURED for cell in cells.values()]
-        rows.append([link, needs, fitted_on(kind), kind.about, *measured])
-    return _table(["name", "needs", "fitted on", "what it is", *figures["networks"]], rows)
-
-
-def _how(names: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
-    versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
-    right = " and ".join(
-        f"{measured['accuracy']:.1f} % ({network}, `{measured['checkpoint']}`)"
-        for network, measured in figures["networks"].items()
-    )
-    return [
-        f"Taken on {figures['date']} on {figures['machine']}: {versions}.",
-        "The networks classify the in-distribution images correctly in",
-        f"{right}.",
-        "",
-        "```text",
-        *(_shortened(each) for each in figures["commands"] if _is_of_the_first_set(each)),
-        "```",
-        "",
-        f"These are the commands of one network, without those of the sets after {SETS[0]}; "
-        "[figures.json](figures.json) has them in full.",
-    ]
-
-
-def _is_of_the_first_set(command: str) -> bool:
-    output = command.split(" -o ")[-1].split(" --ood ")[0]
-    return not any(name in output for name in SETS[1:])
-
-
-def _shortened(command: str) -> str:
-    """Lists of more than three detectors as their first and their number."""
-    command = re.sub(
-        r"(-d \S+)((?: -d \S+){3,})", lambda m: f"{m[1]} … ({m[2].count('-d ') + 1} -d)", command
-    )
-    return re.sub(
-        r"(--for [^\s,]+)((?:,[^\s,]+){3,})", lambda m: f"{m[1]},… ({m[2].count(',') + 1})", command
-    )
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detector_pages")
-    steps = parser.add_subparsers(dest="step", required=True)
-    first = steps.add_parser("measure")
-    first.add_argument("data", type=Path, metavar="DATA")
-    first.add_argument("--rows", type=int, default=2000)
-    first.add_argument("--fit-rows", type=int, default=5000)
-    first.add_argument("--per-class", type=int, default=50)
-    first.add_argument("--work", type=Path)
-    second = steps.add_parser("write")
-    second.add_argument("--check", action="store_true")
+    step = parser.add_subparsers(required=True).add_parser("measure")
+    step.add_argument("data", type=Path, metavar="DATA")
+    known = [name for name in detectors.names() if name not in OWN_NETWORK]
+    step.add_argument("--only", nargs="+", metavar="NAME", choices=known)
+    step.add_argument("--rows", type=int, default=2000)
+    step.add_argument("--fit-rows", type=int, default=5000)
+    step.add_argument("--per-class", type=int, default=50)
+    step.add_argument("--work", type=Path)
+    step.add_argument("--figures", type=Path, default=FIGURES)
     options = parser.parse_args(words)
-    if options.step == "write":
-        return _write(options.check)
+    names = options.only or known
     with tempfile.TemporaryDirectory() as made:
         folder = options.work or Path(made)
         folder.mkdir(parents=True, exist_ok=True)
-        found = measure(options.data, folder, options.rows, options.fit_rows, options.per_class)
+        sizes = options.rows, options.fit_rows, options.per_class
+        found = measure(names, options.data, folder, *sizes)
+    if options.only:
+        found = merged(json.loads(options.figures.read_text(encoding="utf-8")), found)
     text = json.dumps(found, indent=1, ensure_ascii=False)
-    (PAGES / "figures.json").write_text(text + "\n", encoding="utf-8")
+    options.figures.write_text(text + "\n", encoding="utf-8")
     return 0
-
-
-def new_page(name: str) -> str:
-    """The page of a detector that has none, from its class, before ``written``."""
-    kind = detectors.get(name)
-    settings = []
-    for key, (_, default) in hyperparameters(kind).items():
-        plain = default is None or isinstance(default, bool)
-        settings.append(f"| `{name}.{key}` | {str(default).lower() if plain else default} | |")
-    table = ["| | default | meaning |", "| --- | --- | --- |", *settings] if settings else ["None."]
-    example = f"oodcli score ckpt.pt photos/ -d {name} -o photos.csv"
-    if kind.fitted:
-        example = (
-            f"oodcli fit v.features.h5 -d {name} -o detectors\n"
-            f"oodcli score ckpt.pt photos/ -d detectors/{name}.safetensors -o photos.csv"
-        )
-    parts = (
-        f"# {name}: {kind.about}",
-        inspect.getdoc(kind) or "",
-        f"<!-- facts {name} -->\n<!-- end -->",
-        "## Hyper-parameters",
-        "\n".join(table),
-        "## Measured",
-        f"<!-- figures {name} -->\n<!-- end -->",
-        "## Example",
-        f"```sh\n{example}\n```",
-    )
-    return "\n\n".join(parts) + "\n"
-
-
-def _write(check: bool) -> int:
-    figures = read_figures()
-    stale = 0
-    for name in [each for each in detectors.names() if each not in pages()]:
-        page = PAGES / f"{name}.md"
-        if check:
-            stale += 1
-            print(f"{page.name}: is missing")
-        else:
-            page.write_text(new_page(name), encoding="utf-8")
-    for page in sorted(PAGES.glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        anew = written(text, figures)
-        if anew != text:
-            stale += 1
-            print(f"{page.name}: {'is not up to date' if check else 'written'}")
-            if not check:
-                page.write_text(anew, encoding="utf-8")
-    return int(check and stale > 0)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ oodcli merge v1.h5 v2.h5 v3.h5 -o v.h5
 oodcli merge parts/*.csv -o scores.csv --max-ood-fraction 0.05
 """,
     "detectors": """\
+oodcli detectors knn c2ir-peak
 oodcli detectors --json
 """,
     "demo": """\

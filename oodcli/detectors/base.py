@@ -26,6 +26,11 @@ class Detector(ABC):
     about: ClassVar[str] = ""
     """Paper and equation, and one line for the listing."""
 
+    formula: ClassVar[str] = ""
+    """The score as LaTeX, with a blank line between equations. The detector's page in the docs is
+    made from this, the first paragraph of the class's docstring, which explains the signs, and the
+    ``Annotated[TYPE, "meaning"]`` of each setting. Optional for detectors outside this package."""
+
     needs: ClassVar[frozenset[str]]
     """Records that ``_score`` reads, such as logits, embedding, head: records.KNOWN_RECORDS."""
 
@@ -55,7 +60,8 @@ class Detector(ABC):
     @classmethod
     def fit(cls, train: Blocks, *args: Any, **hyperparameters: Any) -> Self:
         """A detector without fitted state is made from its hyper-parameters alone. The others name
-        theirs, keyword-only, with types and defaults."""
+        theirs, keyword-only, with types and defaults, such as ``k: Annotated[int, "which
+        neighbour"] = 50``."""
         return cls(*args, **hyperparameters)
 
     @classmethod

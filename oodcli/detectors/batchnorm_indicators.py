@@ -26,6 +26,14 @@ TINY = torch.finfo(torch.float32).tiny
 """A running variance of 0 with eps 0 is divided by as this: a channel that was dead and wakes up is
 far out, but finite."""
 
+STANDARDISED = r"""
+
+    y = \frac{a - \mu_\text{running}}{\sqrt{\sigma^2_\text{running} + \epsilon}},
+    \qquad M = \operatorname{mean}_{h,w} y,
+    \qquad S^2 = \frac{1}{HW - 1} \sum_{h,w} (y - M)^2
+"""
+"""What the formulas of the four share."""
+
 Shape = tuple[tuple[int, int], ...]
 """Number of positions and number of channels of each layer."""
 

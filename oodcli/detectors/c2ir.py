@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -41,7 +41,9 @@ def deviation(mean: Tensor, beta: Tensor, centre: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class C2IR(Detector):
-    """Σ_l α^c_l Δ_l(x), c the predicted class, over the outputs of all BatchNorm layers.
+    """Σ_l α^c_l Δ_l(x), c the predicted class, over the outputs A of all BatchNorm layers. A bar:
+    mean over positions; x̂: the class's virtual images; y_c: its logit; Δy_c: its change in step t
+    of the inversion.
 
     layers: L names. alpha: (K, L). beta: name → (K, C). centre: name → (K,), the C-Avg of the
     class's virtual images. present: (K,) bool, classes that had virtual images; the predicted
@@ -56,6 +58,17 @@ class C2IR(Detector):
     name = "c2ir"
     source = "C2IR, eq. 3-10"
     about = "layer-wise deviation from the class's virtual images, weighted by gradients"
+    formula = r"""
+        s = \sum_l \alpha^c_l \, \Bigl| \sum_k \beta^c_{l,k} \, \bar A_{l,k}(x) -
+        \operatorname{mean}_{\hat x} \sum_k \beta^c_{l,k} \, \bar A_{l,k}(\hat x) \Bigr|
+
+        \beta^c_l = \operatorname{softmax}_k \Bigl(\operatorname{mean}_{\hat x, h, w}
+        \frac{\partial y_c}{\partial A_{l,k}}\Bigr)
+
+        \alpha^c = \operatorname{softmax}_l \Bigl(\operatorname{mean}_{\hat x, t}
+        \frac{1}{\Delta y_c} \sum_k \beta^c_{l,k}
+        \operatorname{mean}_{h,w} \frac{\partial y_c}{\partial A_{l,k}}\Bigr)
+    """
     needs = frozenset({"logits", "layers.mean", "batchnorm.running"})
     fitted = True
 
@@ -78,9 +91,13 @@ class C2IR(Detector):
         cls,
         train: Blocks,
         *,
-        weights: Weights = "mgi",
-        statistics: Statistics = "virtual",
-        seed: int = 0,
+        weights: Annotated[
+            Weights, "mgi as in the paper; uniform, random or penultimate: its ablation, fig. 2d"
+        ] = "mgi",
+        statistics: Annotated[
+            Statistics, "means of virtual images, or batchnorm: the layers' running means"
+        ] = "virtual",
+        seed: Annotated[int, "seed of the random weights"] = 0,
     ) -> Self:
         """Two passes over the rows: class means of activations and gradients, then those of the
         sensitivities Σ_k β_k s_k (eq. 8-9). Raises DetectorError when a record is missing."""

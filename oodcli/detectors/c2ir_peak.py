@@ -87,7 +87,7 @@ class LogDeviation(Detector):
 class C2IRPeak(Summed):
     """r(r(−log E) + r(mean_l log d_l)) + r(−log‖p‖): free energy and deviations from the class's
     virtual images layer by layer, which go as one, and the highest positions, which means over
-    positions hide. How it was found: docs/research/protocol.md.
+    positions hide. r: by median and quartiles on accuracy-matched virtual images.
 
     median, spread: of the first two so that their sum has the median 0 and the interquartile
     range 1. with_peak: whether the last term counts. It does not where uniform noise has higher
@@ -98,6 +98,14 @@ class C2IRPeak(Summed):
     name = "c2ir-peak"
     source = "this project, on C2IR and Liu et al. 2020"
     about = "logarithms of energy, c2ir-z's deviations and peak, scaled on an accuracy-matched pool"
+    formula = r"""
+        s = r\Bigl(r(-\log E) + r\bigl(\operatorname{mean}_l \log d_l\bigr)\Bigr)
+        + r(-\log \lVert p \rVert)
+
+        E = \log\Bigl(1 + \sum_c e^{z_c}\Bigr),
+        \qquad d_l = \operatorname{mean}_k \frac{(m_{l,k} - \mu^c_{l,k})^2}{\sigma_{l,k}^2},
+        \qquad r(s) = \frac{s - \operatorname{median}}{q_{75} - q_{25}}
+    """
     needs = C2IRZ.needs | Peak.needs
     noise_images = OneClassSum.reference_images
 

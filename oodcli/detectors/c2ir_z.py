@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +33,10 @@ def head_evidence(embedding: Tensor, head: LinearHead, predicted: Tensor) -> Ten
 
 @dataclass(frozen=True)
 class C2IRZ(Detector):
-    """Mean over layers of the standardised deviation, plus the z-score of −w_c·(u − μ^c_u).
+    """Mean over layers of the standardised deviation, plus the z-score of −w_c·(u − μ^c_u). m:
+    means
+    over positions at the BatchNorm outputs; μ^c: their mean over the rows x̂ of the predicted class
+    c; σ: their standard deviation within classes; λ = 1/L.
 
     layers: L names. layer_weights: (K, L), rows sum to 1. centre: name → (K, C). variance: name →
     (C,), within classes, with a ridge. evidence: (K,), class means of −w_c·u; evidence_sd: ().
@@ -43,6 +46,11 @@ class C2IRZ(Detector):
     name = "c2ir-z"
     source = "this project, on the statistics of C2IR"
     about = "standardised deviation from the class's virtual images, all BatchNorm layers and head"
+    formula = r"""
+        s = \sum_l \lambda^c_l \operatorname{mean}_k
+        \frac{(m_{l,k} - \mu^c_{l,k})^2}{\sigma_{l,k}^2}
+        + \frac{-w_c^\top u - \operatorname{mean}_{\hat x}(-w_c^\top \hat u)}{\sigma_e}
+    """
     needs = frozenset({"logits", "embedding", "head", "layers.mean", "batchnorm.running"})
     fitted = True
     explains = True
@@ -62,7 +70,14 @@ class C2IRZ(Detector):
         return cls.needs | {"label"} | gradient
 
     @classmethod
-    def fit(cls, train: Blocks, *, weights: Literal["uniform", "mgi"] = "uniform") -> Self:
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        weights: Annotated[
+            Literal["uniform", "mgi"], "weights of the layers; mgi: by the length of gradient × sd"
+        ] = "uniform",
+    ) -> Self:
         """One pass over the rows. Raises DetectorError when a record is missing, or when no class
         has two rows."""
         needs = cls.fit_needs(weights=weights)

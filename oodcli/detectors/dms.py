@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from oodcli.detectors.batchnorm_indicators import BatchNormIndicator
+from oodcli.detectors.batchnorm_indicators import STANDARDISED, BatchNormIndicator
 from oodcli.features import Features
 
 
@@ -17,11 +17,13 @@ def dms(mean: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DMS(BatchNormIndicator):
-    """(1/C_S) Σ M²."""
+    """(1/C) Σ M² over all channels of the BatchNorm layers and of the image, C in all. a: the input
+    of a layer; M and S: mean and standard deviation of y over the positions."""
 
     name = "dms"
     source = "Begon & Geurts 2021, eq. 27"
     about = "squared deviation of the channel means from BatchNorm's"
+    formula = r"s = \frac{1}{C} \sum M^2" + STANDARDISED
     needs = frozenset({"batchnorm.mean", "batchnorm.running"})
 
     def _of(self, test: Features, channels: slice) -> Tensor:
@@ -30,7 +32,8 @@ class DMS(BatchNormIndicator):
 
 @dataclass(frozen=True)
 class InDMS(DMS):
-    """``dms`` of the input pseudo-layer alone."""
+    """``dms`` of the normalised image alone, as a layer with running mean 0 and running variance
+    1."""
 
     name = "in-dms"
     about = "dms of the normalised image alone"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from oodcli.detectors.batchnorm_indicators import BatchNormIndicator
+from oodcli.detectors.batchnorm_indicators import STANDARDISED, BatchNormIndicator
 from oodcli.detectors.dms import dms
 from oodcli.features import Features
 
@@ -20,11 +20,13 @@ def dms_aos(mean: Tensor, variance: Tensor, positions: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DMSAOS(BatchNormIndicator):
-    """(1/C_S) Σ mean y²."""
+    """(1/C) Σ mean y² over all channels of the BatchNorm layers and of the image, C in all. a: the
+    input of a layer; M and S: mean and standard deviation of y over the positions."""
 
     name = "dms-aos"
     source = "Begon & Geurts 2021, eq. 28"
     about = "mean square of the standardised inputs of BatchNorm"
+    formula = r"s = \frac{1}{C} \sum \operatorname{mean}_{h,w} y^2" + STANDARDISED
     needs = frozenset({"batchnorm.mean", "batchnorm.var", "batchnorm.running"})
 
     def _of(self, test: Features, channels: slice) -> Tensor:
@@ -34,7 +36,8 @@ class DMSAOS(BatchNormIndicator):
 
 @dataclass(frozen=True)
 class InDMSAOS(DMSAOS):
-    """``dms-aos`` of the input pseudo-layer alone."""
+    """``dms-aos`` of the normalised image alone, as a layer with running mean 0 and running
+    variance 1."""
 
     name = "in-dms-aos"
     about = "dms-aos of the normalised image alone"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oodcli.detectors.batchnorm_indicators import BatchNormIndicator
+from oodcli.detectors.batchnorm_indicators import STANDARDISED, BatchNormIndicator
 from oodcli.features import Features
 
 
@@ -20,11 +20,13 @@ def dss(variance: Tensor, positions: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DSS(BatchNormIndicator):
-    """(1/C_S) Σ (S − 1)²."""
+    """(1/C) Σ (S − 1)² over all channels of the BatchNorm layers and of the image, C in all. a: the
+    input of a layer; M and S: mean and standard deviation of y over the positions."""
 
     name = "dss"
     source = "Begon & Geurts 2021, eq. 29"
     about = "squared deviation of the channels' standard deviations from BatchNorm's"
+    formula = r"s = \frac{1}{C} \sum (S - 1)^2" + STANDARDISED
     needs = frozenset({"batchnorm.var", "batchnorm.running"})
 
     def _of(self, test: Features, channels: slice) -> Tensor:
@@ -33,7 +35,8 @@ class DSS(BatchNormIndicator):
 
 @dataclass(frozen=True)
 class InDSS(DSS):
-    """``dss`` of the input pseudo-layer alone."""
+    """``dss`` of the normalised image alone, as a layer with running mean 0 and running variance
+    1."""
 
     name = "in-dss"
     about = "dss of the normalised image alone"

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from oodcli.detectors.batchnorm_indicators import BatchNormIndicator, Shape, shape_of
+from oodcli.detectors.batchnorm_indicators import STANDARDISED, BatchNormIndicator, Shape, shape_of
 from oodcli.features import Features
 
 SIGNIFICANCE = 0.1
@@ -45,11 +45,14 @@ def channel_bounds(shape: Shape) -> Tensor:
 
 @dataclass(frozen=True)
 class DSSExt(BatchNormIndicator):
-    """(1/C_S) Σ [p < 0.1]."""
+    """Share of channels with p < 0.1 over all channels of the BatchNorm layers and of the image, C
+    in all. a: the input of a layer; M and S: mean and standard deviation of y over the positions.
+    F: the χ² distribution function of (HW − 1) S² with HW − 1 degrees of freedom."""
 
     name = "dss-ext"
     source = "Begon & Geurts 2021, eq. 30"
     about = "share of channels whose variance is extreme by a χ² test"
+    formula = r"s = \frac{1}{C} \sum [p < 0.1], \qquad p = 2 \min(F, 1 - F)" + STANDARDISED
     needs = frozenset({"batchnorm.var", "batchnorm.running"})
 
     def _of(self, test: Features, channels: slice) -> Tensor:
@@ -60,7 +63,8 @@ class DSSExt(BatchNormIndicator):
 
 @dataclass(frozen=True)
 class InDSSExt(DSSExt):
-    """``dss-ext`` of the input pseudo-layer alone."""
+    """``dss-ext`` of the normalised image alone, as a layer with running mean 0 and running
+    variance 1."""
 
     name = "in-dss-ext"
     about = "dss-ext of the normalised image alone"

@@ -14,7 +14,7 @@ from oodcli.detectors.one_class_sum import OneClassSum
 
 @dataclass(frozen=True)
 class Duo(Summed):
-    """r(c2ir-z) + r(1c-sum).
+    """r(c2ir-z) + r(1c-sum), r by median and quartiles on accuracy-matched virtual images.
 
     indicators: the second part, fitted on noise.
     """
@@ -22,6 +22,10 @@ class Duo(Summed):
     name = "duo"
     source = "this project, on C2IR and Begon & Geurts 2021"
     about = "c2ir-z + 1c-sum, each scaled by its quartiles on accuracy-matched virtual images"
+    formula = r"""
+        s = r(s_\text{c2ir-z}) + r(s_\text{1c-sum}),
+        \qquad r(s) = \frac{s - \operatorname{median}}{q_{75} - q_{25}}
+    """
     needs = C2IRZ.needs | OneClassSum.needs
     noise_images = OneClassSum.reference_images
     further: ClassVar[tuple[Detector, ...]] = ()

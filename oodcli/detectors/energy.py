@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ class Energy(Detector):
     name = "energy"
     source = "Liu et al. 2020"
     about = "free energy of the logits, −T logsumexp(z/T)"
+    formula = r"s = -T \log \sum_c e^{z_c / T}"
     needs = frozenset({"logits", "logits.level"})
 
-    T: float = 1.0
+    T: Annotated[float, "temperature, above 0"] = 1.0
 
     def __post_init__(self) -> None:
         require_positive(self.name, T=self.T)

@@ -26,6 +26,7 @@ class EnergyNorm(LastLayerGradient):
     name = "energy-norm"
     source = "RG, tab. 1 and 3"
     about = "free energy times the embedding's L1 norm"
+    formula = r"s = -\lVert u \rVert_1 \log \sum_c e^{z_c}"
 
     def _score(self, test: Features) -> Tensor:
         return energy_norm(recorded(test.logits), test.shared(embedding_length))

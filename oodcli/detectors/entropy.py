@@ -27,6 +27,7 @@ class Entropy(Detector):
     name = "entropy"
     source = "Begon & Geurts 2021, eq. 8"
     about = "entropy of the softmax"
+    formula = r"s = -\sum_c p_c \log p_c"
     needs = frozenset({"logits"})
 
     def _score(self, test: Features) -> Tensor:

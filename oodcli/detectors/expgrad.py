@@ -31,6 +31,7 @@ class ExpGrad(LastLayerGradient):
     name = "expgrad"
     source = "RG, eq. 5"
     about = "minus the log-norm of the gradient of Σ exp z"
+    formula = r"s = -\Bigl(\log \sum_c e^{z_c} + \log \lVert u \rVert_1\Bigr)"
 
     def _score(self, test: Features) -> Tensor:
         return expgrad(recorded(test.logits), test.shared(embedding_length))

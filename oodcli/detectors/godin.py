@@ -24,6 +24,7 @@ class GeneralizedODIN(Detector):
     name = "godin"
     source = "Hsu et al. 2020"
     about = "Generalized ODIN: largest h of a network trained with logits h/g (DeConf)"
+    formula = r"s = -\max_c h_c"
     needs = frozenset({"deconf.h"})
 
     def _score(self, test: Features) -> Tensor:

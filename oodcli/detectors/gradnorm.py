@@ -26,6 +26,7 @@ class GradNorm(LastLayerGradient):
     name = "gradnorm"
     source = "Huang et al. 2021; RG, eq. 3 and 6"
     about = "minus the norm of the gradient towards a uniform softmax"
+    formula = r"s = -\lVert u \rVert_1 \sum_c \lvert 1/K - p_c \rvert"
 
     def _score(self, test: Features) -> Tensor:
         return gradnorm(test.shared(probabilities), test.shared(embedding_length))

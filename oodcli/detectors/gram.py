@@ -52,8 +52,9 @@ def gram_deviation(rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gram(Detector):
-    """Deviation from the smallest and the largest row sums of the predicted class, each layer's
-    divided by its expectation in distribution, summed over the stages.
+    """Deviation of the row sums g from the smallest and largest ones of the predicted class, each
+    layer's divided by its expectation in distribution, summed over the stages. F: a stage's output,
+    channels × positions; powers are taken entry by entry.
 
     low, high: layer → (K, 10·C). expected: layer → (). present: (K,) bool. The expectation, which
     the paper takes from held-out images, is that of the rows fitted on, each measured by the bounds
@@ -63,6 +64,14 @@ class Gram(Detector):
     name = "gram"
     source = "Sastry & Oore 2020"
     about = "row sums of Gram matrices outside the range of the predicted class"
+    formula = r"""
+        s = \sum_l \frac{\delta_l}{\operatorname{E}[\delta_l]},
+        \qquad \delta_l = \sum \Bigl[\frac{(\text{low} - g)_+}{\lvert \text{low} \rvert + 10^{-6}}
+        + \frac{(g - \text{high})_+}{\lvert \text{high} \rvert + 10^{-6}}\Bigr]
+
+        g_q = \Bigl(\sum_j \bigl(F^q (F^q)^\top\bigr)_{\cdot j}\Bigr)^{1/q},
+        \qquad q = 1, \dots, 10
+    """
     needs = frozenset({"logits", "layers.gram"})
     fitted = True
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from oodcli.errors import DetectorError
 
@@ -13,16 +23,31 @@ if TYPE_CHECKING:
     from oodcli.detectors.base import Detector
 
 
-def hyperparameters(kind: type[Detector]) -> dict[str, tuple[Any, Any]]:
-    """Name → (type, default) of everything that ``-p NAME.KEY=VALUE`` may set; where no type is
-    written, it is that of the default."""
+class Setting(NamedTuple):
+    """A hyper-parameter. meaning: from ``Annotated[TYPE, "meaning"]``, else empty."""
+
+    type: Any
+    default: Any
+    meaning: str
+
+
+def hyperparameters(kind: type[Detector]) -> dict[str, Setting]:
+    """Everything that ``-p NAME.KEY=VALUE`` may set, by its key. Where no type is declared, it is
+    that of the default."""
     maker = kind.fit if kind.fitted else kind.__init__
-    hints = get_type_hints(maker)
+    hints = get_type_hints(maker, include_extras=True)
     return {
-        name: (hints.get(name, type(parameter.default)), parameter.default)
+        name: _setting(hints.get(name, type(parameter.default)), parameter.default)
         for name, parameter in inspect.signature(maker).parameters.items()
         if name not in ("self", "train", "ood") and parameter.default is not inspect.Parameter.empty
     }
+
+
+def _setting(hint: Any, default: Any) -> Setting:
+    if get_origin(hint) is not Annotated:
+        return Setting(hint, default, "")
+    declared, *notes = get_args(hint)
+    return Setting(declared, default, next((note for note in notes if isinstance(note, str)), ""))
 
 
 def parse(kind: type[Detector], given: Mapping[str, str]) -> dict[str, Any]:
@@ -35,7 +60,7 @@ def parse(kind: type[Detector], given: Mapping[str, str]) -> dict[str, Any]:
             f"{kind.name} has no hyper-parameter '{unknown[0]}': known are "
             f"{', '.join(known) or 'none'}"
         )
-    return {key: _convert(kind.name, key, value, known[key][0]) for key, value in given.items()}
+    return {key: _convert(kind.name, key, value, known[key].type) for key, value in given.items()}
 
 
 def _convert(detector: str, key: str, value: str, kind: Any) -> Any:

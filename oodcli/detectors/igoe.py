@@ -29,6 +29,7 @@ class Igoe(LastLayerGradient):
     name = "igoe"
     source = "Igoe et al. 2022; RG, eq. 4"
     about = "expected norm of the log-likelihood's gradient"
+    formula = r"s = \lVert u \rVert_1 \cdot 2 \sum_c p_c (1 - p_c)"
 
     def _score(self, test: Features) -> Tensor:
         return igoe(test.shared(probabilities), test.shared(embedding_length))

@@ -30,12 +30,17 @@ def kl_matching(logits: Tensor, templates: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KLMatching(Detector):
-    """Divergence from the nearest class's mean softmax. templates: (C, K), one a class that some
-    row was predicted as."""
+    """Divergence of the softmax p from the nearest d_c, the mean softmax of the rows predicted as
+    class c.
+
+    templates: (C, K), one a class that some row was predicted as."""
 
     name = "klm"
     source = "Hendrycks et al. 2022"
     about = "divergence of the softmax from the nearest class's mean softmax"
+    formula = r"""
+        s = \min_c \operatorname{KL}(p \Vert d_c) = \min_c \sum_i p_i \log \frac{p_i}{d_{c,i}}
+    """
     needs = frozenset({"logits"})
     fitted = True
 

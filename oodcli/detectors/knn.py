@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class KNN(Detector):
     name = "knn"
     source = "Sun et al. 2022"
     about = "distance of the normalised embedding to its k-th nearest neighbour"
+    formula = r"s = \left\lVert \frac{u}{\lVert u \rVert} - r_{(k)} \right\rVert"
     needs = frozenset({"embedding"})
     fitted = True
     heavy = True
@@ -70,7 +71,15 @@ class KNN(Detector):
         return cls.needs | {"logits"}
 
     @classmethod
-    def fit(cls, train: Blocks, *, k: int | None = None) -> Self:
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        k: Annotated[
+            int | None,
+            "which neighbour; by default 50, or half the rows of an average class if that is less",
+        ] = None,
+    ) -> Self:
         """Two passes; a large bank is only read when it is saved. k: 50 where it is not given, or
         half the rows of an average class where that is less, which is said: neighbours are to be
         of the same class. Raises DetectorError when there are fewer than k rows."""

@@ -11,6 +11,10 @@ from oodcli.features import Features, recorded
 
 EMBEDDING = "embedding"
 
+LAYER = "embedding, or the name of a recorded layer, whose means are used"
+LAYERS = "stages, blocks, or a regular expression for whole names of layers"
+"""Meanings of detectors' settings."""
+
 
 def chosen_layers(block: Features, which: str, who: str) -> list[str]:
     """Names of the layers with spatial means, in the network's order: its ``stages``, its

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.hyperparameters import require_positive
-from oodcli.detectors.layer_choice import chosen_layers, layer_mean, layer_rows
+from oodcli.detectors.layer_choice import LAYERS, chosen_layers, layer_mean, layer_rows
 from oodcli.errors import DetectorError
 from oodcli.features import Features
 
@@ -169,7 +169,10 @@ class Mixture:
 
 @dataclass(frozen=True)
 class LSGM(Detector):
-    """−log P(x_1, …, x_m) over the spatial means of m layers, summed over all traces.
+    """−log P(x_1, …, x_m) over the spatial means of m layers, summed over all traces, by the
+    forward
+    algorithm of a hidden Markov model. z: a component of a layer's Gaussian mixture; P(z | z'): how
+    often rows go from one to the other.
 
     layer_names: m, in order. weights, means, covariance: layer → as ``Mixture`` has them, of
     covariances that are ``covariance_kind``. transitions: later layer → (K_{i−1}, K_i). shares:
@@ -181,6 +184,12 @@ class LSGM(Detector):
     name = "lsgm"
     source = "LSGM, eq. 3 and §3.3"
     about = "improbability of the path through Gaussian mixtures of the stages' channel means"
+    formula = r"""
+        s = -\log \sum_z \alpha_m(z)
+
+        \alpha_1(z) = P(x_1 \mid z) \, P(z),
+        \qquad \alpha_i(z) = P(x_i \mid z) \sum_{z'} P(z \mid z') \, \alpha_{i-1}(z')
+    """
     needs = frozenset({"layers.mean"})
     fitted = True
     heavy = True
@@ -203,15 +212,17 @@ class LSGM(Detector):
         cls,
         train: Blocks,
         *,
-        layers: str = "stages",
-        components: int = 50,
-        mixture: Literal["dp", "em"] = "dp",
-        covariance: Literal["full", "tied", "diag"] = "full",
-        pca: int = 64,
-        rows: int = 20_000,
-        prior: Literal["first", "every-layer"] = "first",
-        explain: bool = False,
-        seed: int = 0,
+        layers: Annotated[str, LAYERS] = "stages",
+        components: Annotated[int, "components of a layer's mixture; with dp, at most"] = 50,
+        mixture: Annotated[Literal["dp", "em"], "dp: Dirichlet process; em: plain mixture"] = "dp",
+        covariance: Annotated[Literal["full", "tied", "diag"], "kind of covariance"] = "full",
+        pca: Annotated[int, "dimensions to which wider layers are reduced; 0: never"] = 64,
+        rows: Annotated[int, "most rows that mixtures are fitted on, drawn at random"] = 20_000,
+        prior: Annotated[
+            Literal["first", "every-layer"], "layers at which P(z) counts; every-layer: as in eq. 4"
+        ] = "first",
+        explain: Annotated[bool, "add the most probable path to each score, in words"] = False,
+        seed: Annotated[int, "seed of the draw of rows and of the mixtures"] = 0,
     ) -> Self:
         """Three passes: rows are counted, then at most ``rows`` of them gathered and mixtures
         fitted, then the steps of all rows from layer to layer counted. Layers wider than ``pca``

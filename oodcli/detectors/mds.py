@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks
-from oodcli.detectors.layer_choice import EMBEDDING, layer_rows
+from oodcli.detectors.layer_choice import EMBEDDING, LAYER, layer_rows
 from oodcli.detectors.tied_gaussians import mahalanobis, tied_gaussians
 from oodcli.features import Features
 
@@ -26,6 +26,7 @@ class MDS(Detector):
     name = "mds"
     source = "Lee et al. 2018, eq. 2"
     about = "Mahalanobis distance to the nearest class mean, tied covariance"
+    formula = r"s = \min_c \, (u - \mu_c)^\top \Sigma^{-1} (u - \mu_c)"
     needs = frozenset({"embedding"})
     fitted = True
     heavy = True
@@ -39,7 +40,7 @@ class MDS(Detector):
         return _needed(hyperparameters.get("layer", EMBEDDING)) | {"logits"}
 
     @classmethod
-    def fit(cls, train: Blocks, *, layer: str = EMBEDDING) -> Self:
+    def fit(cls, train: Blocks, *, layer: Annotated[str, LAYER] = EMBEDDING) -> Self:
         """One pass; a (D, D) and a (K, D) sum are kept. layer: ``embedding`` or a layer's name."""
         mean, whitening = tied_gaussians(train, cls.fit_needs(layer=layer), [layer], cls.name)
         return cls(layer, mean[layer], whitening[layer])

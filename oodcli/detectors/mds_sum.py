@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
-from oodcli.detectors.layer_choice import chosen_layers, layer_rows
+from oodcli.detectors.layer_choice import LAYERS, chosen_layers, layer_rows
 from oodcli.detectors.tied_gaussians import mahalanobis, tied_gaussians
 from oodcli.errors import DetectorError
 from oodcli.features import Features
@@ -24,14 +24,18 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class MDSSum(Detector):
     """Σ_l α_l · the distance of ``mds`` at layer l (LSGM eq. 5), over the stages' spatial means.
+    α = 1, or learnt by logistic regression from OOD rows.
 
-    α = 1, or learnt by logistic regression from OOD rows. mean: layer → (C, D_l); whitening: layer
+    mean: layer → (C, D_l); whitening: layer
     → (D_l, D_l); weight: (L,), in the order of ``layers``.
     """
 
     name = "mds-sum"
     source = "Lee et al. 2018; LSGM, eq. 5 and 6"
     about = "Mahalanobis distances summed over the stages; weights 1, or learnt from OOD rows"
+    formula = r"""
+        s = \sum_l \alpha_l \min_c \, (x_l - \mu_{l,c})^\top \Sigma_l^{-1} (x_l - \mu_{l,c})
+    """
     needs = frozenset({"layers.mean"})
     fitted = True
     heavy = True
@@ -52,9 +56,11 @@ class MDSSum(Detector):
         cls,
         train: Blocks,
         *,
-        layers: str = "stages",
+        layers: Annotated[str, LAYERS] = "stages",
         ood: Blocks | None = None,
-        C: float = 1.0,  # noqa: N803
+        C: Annotated[  # noqa: N803
+            float, "inverse strength of the penalty on the learnt weights; only with --ood"
+        ] = 1.0,
     ) -> Self:
         """One pass, with OOD rows a second one. layers: ``stages``, ``blocks`` or a regular
         expression. C: inverse strength of the logistic regression's penalty."""

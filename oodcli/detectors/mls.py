@@ -12,11 +12,12 @@ from oodcli.features import Features, recorded
 
 @dataclass(frozen=True)
 class MLS(Detector):
-    """−max z."""
+    """−max z, the largest logit."""
 
     name = "mls"
     source = "Hendrycks et al. 2022"
     about = "minus the largest logit"
+    formula = r"s = -\max_c z_c"
     needs = frozenset({"logits", "logits.level"})
 
     def _score(self, test: Features) -> Tensor:

@@ -18,11 +18,13 @@ def minimum_others(others: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MOS(Detector):
-    """Smallest probability of "others" over the groups of a network trained with them."""
+    """Smallest probability of "others" over the groups of a network trained with them. Each softmax
+    is over the classes of one group and its "others"."""
 
     name = "mos"
     source = "Huang & Li 2021"
     about = "smallest probability of 'others' in a network trained with groups of classes"
+    formula = r"s = \min_g \; p(\text{others} \mid \text{group } g)"
     needs = frozenset({"mos.others"})
 
     def _score(self, test: Features) -> Tensor:

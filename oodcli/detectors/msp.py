@@ -44,6 +44,7 @@ class MSP(Detector):
     name = "msp"
     source = "Hendrycks & Gimpel 2017"
     about = "1 − the largest softmax probability"
+    formula = r"s = 1 - \max_c p_c = \sum_{c \neq k} p_c"
     needs = frozenset({"logits"})
 
     def _score(self, test: Features) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
@@ -24,10 +25,16 @@ class ODIN(Detector):
     name = "odin"
     source = "Liang et al. 2018"
     about = "softmax at T = 1000 after a small step that lowers the loss"
+    formula = r"""
+        s = 1 - \max_c \operatorname{softmax}\bigl(z(x') / T\bigr)_c
+
+        x' = x - \varepsilon
+        \operatorname{sign}\bigl(\nabla_x \operatorname{CE}(z(x) / T, k)\bigr)
+    """
     needs = frozenset({"odin.logits"})
 
-    epsilon: float = 0.0014
-    T: float = 1000.0
+    epsilon: Annotated[float, "length of the step, in pixel units of [0, 1]"] = 0.0014
+    T: Annotated[float, "temperature of the loss and of the softmax, above 0"] = 1000.0
 
     def __post_init__(self) -> None:
         require_positive(self.name, T=self.T)

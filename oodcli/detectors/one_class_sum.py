@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from torch import Tensor
@@ -44,17 +44,19 @@ def standardised(indicators: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OneClassSum(Detector):
-    """H = Σ w (h − μ)/σ over the 14 indicators of ``SUMMED`` (eq. 31). mean, sd: (14,), of the
-    indicators on images of uniform noise, so no data are needed. weight: (14,), 1 unless learnt
-    from labelled rows.
+    """Σ (h − μ)/σ over 14 indicators h: t1000, msp, entropy, norm, norm+, act, act+, proj, ang,
+    ang++, dms, dms-aos, dss and dss-ext. μ and σ are those on images of uniform noise, so you need
+    no data.
 
-    reference: what was fitted on, as it is for the user to know: ``uniform``, or ``virtual`` for
-    the images that invert makes.
+    mean, sd, weight: (14,), in the order of ``SUMMED``; weight is 1 unless learnt from labelled
+    rows. reference: what was fitted on, as it is for the user to know: ``uniform``, or ``virtual``
+    for the images that invert makes.
     """
 
     name = "1c-sum"
     source = "Begon & Geurts 2021, eq. 31"
     about = "sum of 14 indicators of output, embedding and BatchNorm, standardised on noise"
+    formula = r"s = \sum_{i=1}^{14} \frac{h_i - \mu_i}{\sigma_i}"
     needs = frozenset(
         {"logits", "embedding", "head", "batchnorm.mean", "batchnorm.var", "batchnorm.running"}
     )
@@ -68,7 +70,14 @@ class OneClassSum(Detector):
     reference: Reference
 
     @classmethod
-    def fit(cls, train: Blocks, *, reference: Reference = "uniform") -> Self:
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        reference: Annotated[
+            Reference, "images that you fit on, for the record: uniform noise, or virtual images"
+        ] = "uniform",
+    ) -> Self:
         """One pass; 14 numbers a row are kept. Raises DetectorError when there is no row."""
         rows = [indicators(block, SUMMED) for block in finite_rows(train, cls.needs, cls.name)]
         mean, sd = column_moments(torch.cat(rows))

@@ -28,12 +28,15 @@ def smallest_angle(embedding: Tensor, direction: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OneDimensional(Detector):
-    """Smallest angle between u and the first singular vector of a class's embeddings, which are not
-    centred. direction: (C, D), a row of length 1 for each class that was fitted on."""
+    """Smallest angle between u and the first singular vector v_c of a class's embeddings, which are
+    not centred.
+
+    direction: (C, D), a row of length 1 for each class that was fitted on."""
 
     name = "1d"
     source = "Zaeemzadeh et al. 2021"
     about = "smallest angle to the first singular vector of a class"
+    formula = r"s = \min_c \arccos \frac{\lvert u^\top v_c \rvert}{\lVert u \rVert}"
     needs = frozenset({"embedding"})
     fitted = True
 

@@ -20,6 +20,7 @@ class Peak(Detector):
     name = "peak"
     source = "this project"
     about = "minus the norm of the last feature map's peak activations"
+    formula = r"s = -\lVert p \rVert, \qquad p_k = \max\bigl(0, \max_{h,w} A_{k,h,w}\bigr)"
     needs = frozenset({"layers.peak"})
     explains = True
 

@@ -21,6 +21,10 @@ class PeakEnergy(Detector):
     name = "peak-energy"
     source = "this project, with Liu et al. 2020"
     about = "minus the squared norm of the last feature map's peaks, times the free energy"
+    formula = r"""
+        s = -\lVert p \rVert^2 \log\Bigl(1 + \sum_c e^{z_c}\Bigr),
+        \qquad p_k = \max\bigl(0, \max_{h,w} A_{k,h,w}\bigr)
+    """
     needs = Peak.needs | {"logits", "logits.level"}
 
     def _score(self, test: Features) -> Tensor:

@@ -16,10 +16,11 @@ def projection(of: Products) -> Tensor:
 
 @dataclass(frozen=True)
 class Proj(LatentSpace):
-    """−w_k·u/‖w_k‖."""
+    """−w_k·u/‖w_k‖, the length of the embedding along the predicted class's weights."""
 
     name = "proj"
     source = "Begon & Geurts 2021, eq. 16"
     about = "minus the embedding's projection onto the predicted class's weights"
+    formula = r"s = -\frac{w_k^\top u}{\lVert w_k \rVert}"
 
     indicator = staticmethod(projection)

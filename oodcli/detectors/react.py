@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 from torch import Tensor
 
@@ -36,13 +36,24 @@ class ReAct(Detector):
     name = "react"
     source = "Sun et al. 2021"
     about = "free energy of the head on the embedding clipped at its 90th percentile"
+    formula = r"s = -\log \sum_c e^{z'_c}, \qquad z' = W \min(u, c) + b"
     needs = frozenset({"embedding", "head"})
     fitted = True
 
     c: float
 
     @classmethod
-    def fit(cls, train: Blocks, *, c: float | None = None, percentile: float = 90.0) -> Self:
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        c: Annotated[
+            float | None, "upper bound of each component; by default the percentile"
+        ] = None,
+        percentile: Annotated[
+            float, "percentile of all entries of the embeddings, 0 to 100"
+        ] = 90.0,
+    ) -> Self:
         """Two passes, none where c is given. Raises DetectorError for a percentile outside 0 …
         100, and for a c that is not positive."""
         if c is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
@@ -33,10 +34,11 @@ class RG(Detector):
     name = "rg"
     source = "RG, eq. 8"
     about = "free energy times the clipped norm of the embedding"
+    formula = r"s = -T \log \sum_c e^{z_c / T} \cdot \sum_j \min(u_j, k)"
     needs = frozenset({"logits", "embedding", "head"})
 
-    T: float = 1.0
-    k: float = 1.0
+    T: Annotated[float, "temperature, above 0"] = 1.0
+    k: Annotated[float, "upper bound of each component of the embedding, above 0"] = 1.0
 
     def __post_init__(self) -> None:
         require_positive(self.name, T=self.T, k=self.k)

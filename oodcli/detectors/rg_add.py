@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ class RGAdd(Detector):
     name = "rg-add"
     source = "RG, eq. 12"
     about = "free energy plus the clipped norm of the embedding, scaled to equal spread"
+    formula = r"""
+        s = -\Bigl(\log \sum_c e^{z_c} + \alpha \sum_j \min(u_j, k)\Bigr)
+
+        \alpha = \text{ratio} \cdot
+        \frac{\operatorname{std}\bigl(\log \sum_c e^{z_c}\bigr)}
+        {\operatorname{std}\bigl(\sum_j \min(u_j, k)\bigr)}
+    """
     needs = frozenset({"logits", "embedding", "head"})
     fitted = True
 
@@ -45,7 +52,14 @@ class RGAdd(Detector):
     k: float
 
     @classmethod
-    def fit(cls, train: Blocks, *, ratio: float = 0.6, k: float = 1.0, rows: int = 1000) -> Self:
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        ratio: Annotated[float, "share of the α at which both terms vary alike"] = 0.6,
+        k: Annotated[float, "upper bound of each component of the embedding, above 0"] = 1.0,
+        rows: Annotated[int, "α comes from this many rows, the first ones"] = 1000,
+    ) -> Self:
         """Less than one pass; two numbers a row are kept. A term that is the same for all rows has
         a spread of 1. Raises DetectorError when there is no row."""
         require_positive(cls.name, ratio=ratio, k=k, rows=rows)

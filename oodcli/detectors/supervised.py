@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -23,16 +23,18 @@ INDICATORS = (*SUMMED, "in-dms", "in-dms-aos", "in-dss", "in-dss-ext")
 
 @dataclass(frozen=True)
 class Supervised(Detector):
-    """Signed distance from the plane that separates the rows fitted on, w·(h − μ)/σ + b, over the
-    18 indicators of ``INDICATORS``. mean, sd, weight: (18,); bias: ().
+    """Signed distance from the plane that separates the rows fitted on, w·(h − μ)/σ + b, over
+    18 indicators: those of ``1c-sum`` and the four of the image alone.
 
-    mean and sd are those of all rows; both groups weigh the same in the loss, however many rows
-    they have. An upper bound on what the indicators can do on OOD data that are known beforehand.
+    mean, sd, weight: (18,), in the order of ``INDICATORS``; bias: (). mean and sd are those of all
+    rows; both groups weigh the same in the loss, however many rows they have. An upper bound on
+    what the indicators can do on OOD data that are known beforehand.
     """
 
     name = "supervised"
     source = "Begon & Geurts 2021, §3"
     about = "linear SVM on 18 indicators, trained on labelled ID and OOD rows"
+    formula = r"s = w^\top \frac{h - \mu}{\sigma} + b"
     needs = OneClassSum.needs
     fitted = True
     uses_ood = True
@@ -44,7 +46,13 @@ class Supervised(Detector):
     bias: Tensor
 
     @classmethod
-    def fit(cls, train: Blocks, *, ood: Blocks | None = None, C: float = 1.0) -> Self:  # noqa: N803
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        ood: Blocks | None = None,
+        C: Annotated[float, "inverse strength of the SVM's penalty, above 0"] = 1.0,  # noqa: N803
+    ) -> Self:
         """One pass over each; 18 numbers a row are kept. Raises DetectorError when a record or
         one of the two groups is missing."""
         from sklearn.svm import LinearSVC

@@ -18,6 +18,7 @@ class T1000(Detector):
     name = "t1000"
     source = "Begon & Geurts 2021, eq. 11"
     about = "1 − the largest softmax probability at T = 1000"
+    formula = r"s = 1 - \max_c \operatorname{softmax}(z / 1000)_c"
     needs = frozenset({"logits"})
 
     def _score(self, test: Features) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ def _squares(block: Features) -> Tensor:
 
 @dataclass(frozen=True)
 class Thinkback(Detector):
-    """Squared length of the step; large = OOD.
+    """Squared length of the gradient of the cross entropy by the head's weights, with the predicted
+    class k as the label. 1_k: 1 at k, 0 elsewhere.
 
     T = ``auto``, the paper's rule, takes the T of 1 … 5 with the smallest spread of the score over
     rows of the distribution, which must be given to fit. As the score carries 1/T², that tends to
@@ -54,9 +55,15 @@ class Thinkback(Detector):
     name = "thinkback"
     source = "Thinkback, eq. 5 and 7"
     about = "squared norm of the head's gradient for the predicted label"
+    formula = r"""
+        s = \sum_{i,j} (e_i u_j)^2 = \lVert e \rVert^2 \lVert u \rVert^2,
+        \qquad e = \frac{\operatorname{softmax}(z / T) - 1_k}{T}
+    """
     needs = frozenset({"logits", "embedding", "head"})
 
-    T: float | Literal["auto"] = 1.0
+    T: Annotated[
+        float | Literal["auto"], "temperature, above 0; auto: the paper's rule, by oodcli fit"
+    ] = 1.0
 
     def __post_init__(self) -> None:
         if self.T == "auto":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
@@ -46,11 +46,18 @@ def expected_square(blocks: Iterable[tuple[Tensor, Tensor]], temperature: float 
 
 @dataclass(frozen=True)
 class ThinkbackNorm(Detector):
-    """The step, each weight's part divided by what it is in distribution. expected: (K, D)."""
+    """``thinkback``, the square of each weight's gradient divided by its mean E over the rows
+    fitted on.
+
+    expected: (K, D), E."""
 
     name = "thinkback-norm"
     source = "Thinkback, eq. 6 and 7"
     about = "thinkback, each weight scaled by its mean square on ID rows"
+    formula = r"""
+        s = \sum_{i,j} \frac{e_i^2 u_j^2}{10^{-16} + E_{ij}},
+        \qquad e = \frac{\operatorname{softmax}(z / T) - 1_k}{T}
+    """
     needs = frozenset({"logits", "embedding", "head"})
     fitted = True
 
@@ -58,7 +65,7 @@ class ThinkbackNorm(Detector):
     T: float
 
     @classmethod
-    def fit(cls, train: Blocks, *, T: float = 1.0) -> Self:  # noqa: N803
+    def fit(cls, train: Blocks, *, T: Annotated[float, "temperature, above 0"] = 1.0) -> Self:  # noqa: N803
         """One pass; labels are the predicted ones. Raises DetectorError without a row."""
         require_positive(cls.name, T=T)
         rows = finite_rows(train, cls.needs, cls.name)

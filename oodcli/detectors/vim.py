@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
@@ -35,17 +35,17 @@ def residual_norm(embedding: Tensor, origin: Tensor, basis: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ViM(Detector):
-    """α‖Rᵀ(u − o)‖ − logsumexp z: the virtual logit against the free energy (Wang et al. 2022,
-    eq. 7, whose softmax rises with it).
+    """Distance of u from the principal space, scaled to a logit, minus logsumexp z. The principal
+    space: the ``dim`` eigenvectors of Σ (u − o)(u − o)ᵀ with the largest eigenvalues; R are the
+    others, o = −W⁺b. α: mean of max z over mean of ‖Rᵀ(u − o)‖, over the rows fitted on.
 
-    The principal space: the ``dim`` eigenvectors of Σ (u − o)(u − o)ᵀ with the largest eigenvalues;
-    R are the others. α = mean of max z over mean of ‖Rᵀ(u − o)‖, over the rows fitted on.
-    origin: (D,); basis: R, (D, D − dim); alpha: ().
+    The softmax of eq. 7 rises with this. origin: (D,); basis: R, (D, D − dim); alpha: ().
     """
 
     name = "vim"
     source = "Wang et al. 2022, eq. 4-7"
     about = "virtual logit from the embedding's residual outside its principal subspace"
+    formula = r"s = \alpha \lVert R^\top (u - o) \rVert - \log \sum_c e^{z_c}"
     needs = frozenset({"logits", "embedding", "head"})
     fitted = True
     heavy = True
@@ -55,7 +55,14 @@ class ViM(Detector):
     alpha: Tensor
 
     @classmethod
-    def fit(cls, train: Blocks, *, dim: int | None = None) -> Self:
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        dim: Annotated[
+            int | None, "dimensions of the principal space, below D; by default D/2, at most 1000"
+        ] = None,
+    ) -> Self:
         """Two passes; one (D, D) sum is kept. dim: half the width, at most 1,000, where it is not
         given. Raises DetectorError when it is not in 1 … D − 1, or nothing lies off that space."""
         first = next(iter(finite_rows(train, cls.needs, cls.name)))

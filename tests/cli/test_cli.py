@@ -1116,10 +1116,34 @@ def test_list_of_detectors():
     found = json.loads(oodcli("detectors", "--json").out)
     assert [row["name"] for row in found] == list(detectors.names())
     for row in found:
-        assert set(row) == {"name", "source", "needs", "fitted", "fitted_on", "about"}
+        assert set(row) == {
+            *("name", "source", "needs", "fitted", "fitted_on", "about"),
+            *("explanation", "formula", "settings"),
+        }
     shown = oodcli("detectors").out
     assert all(name in shown for name in detectors.names())
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_detectors_in_full():
+    shown = oodcli("detectors", "knn", "lsgm", "peak").out
+    assert max(map(len, shown.splitlines())) <= 80
+    words = " ".join(shown.split())
+    assert "needs embedding logits fitted on virtual or real images" in words
+    assert "knn.k none which neighbour; by default 50, or half" in words
+    assert "lsgm.explain false add the most probable path" in words
+    assert words.count("setting default meaning") == 2  # peak has none
+    (knn,) = json.loads(oodcli("detectors", "knn", "--json").out)
+    assert knn["settings"]["k"] == {
+        "type": "int",
+        "default": None,
+        "meaning": "which neighbour; by default 50, or half the rows of an average class if that "
+        "is less",
+    }
+    (thinkback,) = json.loads(oodcli("detectors", "thinkback", "--json").out)
+    assert thinkback["settings"]["T"]["type"] == "float or auto"
+    assert len(thinkback["formula"]) == 1
+    fails("no detector is called 'nearest'", "detectors", "nearest")
 
 
 # ---------------------------------------------------------------------------- faults

@@ -118,6 +118,15 @@ def test_one_that_needs_no_fitting_is_scored(folder):
     assert "msp" in names
 
 
+def test_it_is_described(folder):
+    """Also without a docstring, a source and meanings."""
+    shown = " ".join(oodcli("detectors", "margin.py:Margin").out.split())
+    assert (
+        shown
+        == "name margin needs logits fitted on nothing setting default meaning margin.power 1.0"
+    )
+
+
 def test_all_is_without_them(folder):
     oodcli("score", "ckpt.pt", NOISE, "-d", "margin.py:Margin")
     assert own.known

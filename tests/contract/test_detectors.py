@@ -15,9 +15,9 @@ import torch
 from naive import NAIVE, Fit
 
 from oodcli import detectors
-from oodcli.detectors import serial
+from oodcli.detectors import facts, serial
 from oodcli.detectors.bank import Bank
-from oodcli.detectors.hyperparameters import parse
+from oodcli.detectors.hyperparameters import hyperparameters, parse
 from oodcli.errors import DetectorError
 from oodcli.features import Features
 from oodcli.records import KNOWN_RECORDS
@@ -91,6 +91,10 @@ def test_listing(name):
     assert kind.about
     assert kind.needs | kind.fit_needs() <= KNOWN_RECORDS
     assert kind.__doc__
+    assert facts.explanation(kind), "the first paragraph of its docstring explains the formula"
+    assert facts.equations(kind), 'its formula stands on its page: formula = r"s = …"'
+    for key, setting in hyperparameters(kind).items():
+        assert setting.meaning, f'say what {key} is: {key}: Annotated[TYPE, "meaning"] = DEFAULT'
     assert serial.fault_of_fields(kind) is None
 
 
@@ -112,7 +116,7 @@ def test_every_file_is_a_detectors_or_is_shared():
     folder = Path(detectors.__file__).parent
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     own = {detectors.get(name).__module__.rpartition(".")[2] for name in detectors.names()}
-    shared = {"base", "bank", "blocks", "calibration", "hyperparameters", "own", "serial"}
+    shared = {"base", "bank", "blocks", "calibration", "facts", "hyperparameters", "own", "serial"}
     formulas = {"batchnorm_indicators", "class_statistics", "common_scale", "last_layer_gradients"}
     formulas |= {"latent_space", "layer_choice", "percentiles", "tied_gaussians"}
     assert files - own == shared | formulas

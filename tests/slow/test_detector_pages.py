@@ -1,4 +1,5 @@
-"""docs/detectors: every detector has a page, and its facts, figures and commands are right."""
+"""The pages of docs/detectors and their figures: what a page says to run runs, and what it says
+exists exists."""
 
 from __future__ import annotations
 
@@ -20,110 +21,69 @@ from oodcli import detectors
 from oodcli.detectors.hyperparameters import hyperparameters
 from oodcli.networks.architectures import build
 
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in detector_pages.PAGES.glob("*.md")}
-FIGURES = detector_pages.read_figures()
-WHERE = detector_pages.pages()
+FOLDER = detector_pages.FIGURES.parent
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in FOLDER.glob("*.md")}
+FIGURES = json.loads(detector_pages.FIGURES.read_text(encoding="utf-8"))
 
 every_page = pytest.mark.parametrize("page", sorted(PAGES))
-every_detector = pytest.mark.parametrize("name", detectors.names())
-
-
-def section(text: str, title: str) -> str:
-    """What stands below a heading, up to the next one of any level."""
-    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", text, re.M | re.S)
-    return found[1] if found else ""
 
 
 @every_page
-def test_its_tables_are_what_the_figures_and_the_classes_give(page):
-    assert detector_pages.written(PAGES[page], FIGURES) == PAGES[page], (
-        "python -m benchmarks.detector_pages write"
-    )
-
-
-def test_no_page_is_written_anew_by_a_check(capsys):
-    assert detector_pages.main(["write", "--check"]) == 0
-    assert capsys.readouterr().out == ""
-
-
-def test_a_changed_figure_is_seen():
-    changed = json.loads(json.dumps(FIGURES))
-    changed["networks"]["ResNet-20"]["auroc and tnr95"]["vim[real]"]["scenes"][0] += 0.2
-    stale = [name for name, text in PAGES.items() if detector_pages.written(text, changed) != text]
-    assert stale == ["vim.md"] or sorted(stale) == ["index.md", "vim.md"]
-
-
-@every_detector
-def test_it_has_a_page_and_a_row_in_the_index(name):
-    assert f"| [`{name}`]({WHERE[name].name}) |" in PAGES["index.md"]
-
-
-@every_page
-def test_its_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
-        assert (detector_pages.PAGES / target).is_file(), target
-
-
-def test_every_page_is_some_detectors():
-    assert {path.name for path in WHERE.values()} | {"index.md"} == set(PAGES)
-
-
-@every_detector
-def test_hyperparameters_are_those_of_the_class(name):
-    """In the table: name and default, and none that there is not. A meaning may be missing."""
-    text = section(PAGES[WHERE[name].name], "Hyper-parameters")
-    found = dict(re.findall(rf"^\| `{re.escape(name)}\.(\w+)` \| (\S+) \|", text, re.M))
-    expected = {
-        key: str(default).lower() if default is None or isinstance(default, bool) else str(default)
-        for key, (_, default) in hyperparameters(detectors.get(name)).items()
-    }
-    assert found == expected
-    rows = [line for line in text.splitlines() if line.startswith("| `")]
-    family = [other for other, page in WHERE.items() if page == WHERE[name]]
-    total = sum(len(hyperparameters(detectors.get(other))) for other in family)
-    assert len(rows) == total
-    assert total or text.startswith("\nNone.")
+def test_its_settings_exist(page):
+    for name, key in re.findall(r"`-p ([a-z0-9+-]+)\.(\w+)=", PAGES[page]):
+        assert key in hyperparameters(detectors.get(name)), f"{name}.{key}"
 
 
 def test_the_figures_are_of_detectors_and_of_all_sets():
+    """A detector may have none, but what is there is whole."""
     for measured in FIGURES["networks"].values():
-        for way, row in measured["auroc and tnr95"].items():
+        for way, row in measured[detector_pages.ROWS].items():
             assert way.split("[")[0] in set(detectors.names()) - set(detector_pages.OWN_NETWORK)
             assert row.keys() >= set(detector_pages.SETS), way
 
 
-def test_a_detector_without_figures_is_not_measured():
-    without = json.loads(json.dumps(FIGURES))
-    for measured in without["networks"].values():
-        found = measured["auroc and tnr95"]
-        for way in [each for each in found if each.split("[")[0] == "vim"]:
-            del found[way]
-    page = detector_pages.written(PAGES["vim.md"], without)
-    assert re.search(r"^\| `vim` \| not measured \|( *\|)+$", page, re.M)
-    index = detector_pages.written(PAGES["index.md"], without)
-    assert re.search(r"^\| \[`vim`\]\(vim\.md\) .* not measured \| not measured \|$", index, re.M)
-
-
-def test_a_page_is_made_for_a_detector_without_one(tmp_path, monkeypatch, capsys):
-    for name, text in PAGES.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "figures.json").write_text(json.dumps(FIGURES))
-    (tmp_path / "vim.md").unlink()
-    monkeypatch.setattr(detector_pages, "PAGES", tmp_path)
-    assert detector_pages.main(["write", "--check"]) == 1
-    assert capsys.readouterr().out == "vim.md: is missing\n"
-    assert not (tmp_path / "vim.md").exists()
-    assert detector_pages.main(["write"]) == 0
-    made = (tmp_path / "vim.md").read_text()
-    assert made.startswith("# vim: virtual logit from the embedding's residual")
-    assert "| `vim.dim` | none | |" in made
-    assert "| `vim`, real images | ResNet-20 |" in made
-    assert "oodcli fit v.features.h5 -d vim -o detectors\n" in made
-    assert detector_pages.main(["write", "--check"]) == 0
-
-
 def test_the_figures_hold_no_path():
     assert not re.search(r"/(work|tmp|home|root)\b", json.dumps(FIGURES))
+
+
+def test_every_detector_is_measured_in_one_way_or_more():
+    ways = detector_pages.Ways.of(detectors.names())
+    all_ways = [*ways.free, *ways.either, *ways.virtual, *ways.noise, *ways.pool, *ways.ood]
+    assert set(all_ways) == set(detectors.names()) - set(detector_pages.OWN_NETWORK)
+    assert ways.noise == ["1c-sum"]
+    assert ways.virtual == ["c2ir"]
+    assert ways.pool == ["c2ir-peak", "duo", "trio"]
+    assert ways.ood == ["supervised", "mds-sum"]
+    assert "mds-sum" in ways.either
+
+
+def test_one_detector_can_be_measured_again():
+    row = {name: [50.0, 5.0] for name in detector_pages.SETS}
+    found = {
+        "date": "2030-01-01",
+        "machine": "a machine",
+        "versions": {"oodcli": "9.0"},
+        "commands": ["oodcli score"],
+        "images": FIGURES["images"],
+        "virtual_images_per_class": FIGURES["virtual_images_per_class"],
+        "networks": {
+            name: {detector_pages.ROWS: {"knn[real]": row}} for name in detector_pages.NETWORKS
+        },
+    }
+    after = detector_pages.merged(FIGURES, found)
+    for network, each in FIGURES["networks"].items():
+        before = dict(each[detector_pages.ROWS])
+        del before["knn[virtual]"]
+        now = after["networks"][network][detector_pages.ROWS]
+        assert now == before | {"knn[real]": row}
+    assert [(each["detectors"], each["date"]) for each in after["later"]] == [
+        (["knn"], "2030-01-01")
+    ]
+    assert after["date"] == FIGURES["date"]
+    again = detector_pages.merged(after, {**found, "date": "2031-01-01"})
+    assert [each["date"] for each in again["later"]] == ["2031-01-01"]
+    with pytest.raises(SystemExit, match="--rows"):
+        detector_pages.merged(FIGURES, {**found, "images": {"textures": 3}})
 
 
 def test_samples_are_spread_over_a_set(tmp_path):
@@ -169,24 +129,27 @@ def workplace(fitted, tmp_path_factory):
         rows = torch.randint(0, 256, (count, 8, 8), generator=torch.Generator().manual_seed(seed))
         for index, row in enumerate(rows.to(torch.uint8)):
             Image.fromarray(row.numpy()).save(folder / name / f"{index:02d}.png")
-    for name in ("real", "ood"):
-        words = "extract", folder / "ckpt.pt", folder / name, "-o", folder / f"{name}.features.h5"
-        assert oodcli(*words).status == 0
     grouped = randomised(build("resnet20-cifar", 13)).state_dict()
     slices = torch.tensor([[0, 5], [5, 9], [9, 13]])
     torch.save(grouped | {"group_slices": slices}, folder / "mos.pt")
     backbone = randomised(build("resnet20-cifar", 10))
     backbone.linear = nn.Identity()
     torch.save(deconf_state(backbone, "cosine"), folder / "deconf.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(examples(PAGES["index.md"]))
     return folder
 
 
-@every_page
-def test_its_examples_run(workplace, monkeypatch, page):
-    monkeypatch.chdir(workplace)
-    blocks = re.findall(r"```sh\n(.*?)```", PAGES[page], re.S)
+def examples(page):
+    """Lines of the ``sh`` blocks of a page."""
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
     assert blocks
-    for line in "\n".join(blocks).splitlines():
+    return "\n".join(blocks).splitlines()
+
+
+def run(lines):
+    for line in lines:
         words = shlex.split(line, comments=True)
         if not words:
             continue
@@ -195,3 +158,21 @@ def test_its_examples_run(workplace, monkeypatch, page):
         assert result.status == 0, (line, result.err)
         output = words[words.index("-o") + 1]
         assert Path(output).exists()
+
+
+@every_page
+def test_its_examples_run(workplace, monkeypatch, page):
+    monkeypatch.chdir(workplace)
+    run(examples(PAGES[page]))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in detectors.names() if f"{name}.md" not in PAGES] + ["c2ir", "duo"]
+)
+def test_examples_of_pages_without_a_file_run(workplace, monkeypatch, name):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
+    from docs import hooks
+
+    monkeypatch.chdir(workplace)
+    run(examples(hooks.detector_page(name)))

@@ -1,9 +1,10 @@
-"""README and docs/: every command runs and prints what the page says; files.md lists all that files
-hold.
+"""README and docs/: every command runs and prints what the page shows; files.md lists all that
+files hold.
 
 A fenced block ``sh`` is run line by line in a folder of its page, as a shell would; ``text`` after
-it is what it prints, with other numbers; ``python`` is run, too, or written to the file that its
-first line names (``# FILE.py``). A page of docs/ begins with what docs/index.md's commands leave.
+it is what it prints, with other numbers; ``python`` is run as well, or written to the file that its
+first line names (``# FILE.py``). README begins in an empty folder and is run as it is printed; a
+page of docs/ begins with what docs/index.md's commands leave, and its jobs are made smaller.
 
 In the pages stands ``<!-- not run: REASON -->`` before a block that is not run, ``<!-- needs:
 MODULE -->`` before one that is run where that can be imported, and ``# exit status N`` behind a
@@ -15,6 +16,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -42,6 +44,7 @@ DOCS = ROOT / "docs"
 GUIDE = [page for page in sorted(DOCS.rglob("*.md")) if DOCS / "detectors" not in page.parents]
 """The pages of docs/detectors/ have tests of their own."""
 
+README = ROOT / "README.md"
 START = DOCS / "index.md"
 
 SMALLER = (
@@ -51,23 +54,7 @@ SMALLER = (
     (r"--resamples \d+", "--resamples 20"),
     (r"^(oodcli evaluate (?!.*--resamples).*)$", r"\1 --resamples 20"),
 )
-"""What is made smaller in every command, so that it takes less time."""
-
-README_NOT_RUN = {
-    "python3 -m venv .venv": "installs packages",
-    "torchrun": "needs a launcher, several jobs and a cluster, which have tests of their own",
-}
-"""Commands of README.md, by their beginning, that are not run."""
-
-PRESUPPOSED = {
-    "README.md": {
-        "oodcli evaluate --id id.csv --ood photos": "oodcli score ckpt.pt digits-test.npz "
-        "-d detectors/c2ir-z.safetensors -d energy -o id.csv",
-        "oodcli evaluate --id id.csv --ood far": "oodcli score ckpt.pt 'noise:blob?n=50' "
-        "-d detectors/c2ir-z.safetensors -d energy -o far.csv",
-    },
-}
-"""By page: before a command that begins so, this one is run, for what the page presupposes."""
+"""What is made smaller in the commands of docs/, so that they take less time."""
 
 SHELL = ("cat", "cp", "cut", "find", "grep", "head", "ls", "mkdir", "sort", "tail")
 """Programs besides oodcli that a block may run."""
@@ -127,7 +114,7 @@ def name_of(page: Path) -> str:
 
 PAGES = [
     page
-    for page in (ROOT / "README.md", *GUIDE)
+    for page in (README, *GUIDE)
     if any(block.kind in ("sh", "python") for block in blocks(page))
 ]
 
@@ -202,14 +189,11 @@ def missing(mark: str) -> str:
     return module if module and importlib.util.find_spec(module) is None else ""
 
 
-def skipped(page: Path, block: Block) -> bool:
-    if page.name == "README.md":
-        return any(block.text.startswith(each) for each in README_NOT_RUN)
+def skipped(block: Block) -> bool:
     return block.mark.startswith("not run:") or bool(missing(block.mark))
 
 
 def run_page(page: Path, folder: Path) -> None:
-    before = PRESUPPOSED.get(name_of(page), {})
     printed: str | None = None
     for block in blocks(page):
         if block.kind == "text":
@@ -218,20 +202,23 @@ def run_page(page: Path, folder: Path) -> None:
                 assert not unseen, (name_of(page), block.line, unseen, printed)
             continue
         printed = None
-        if skipped(page, block):
+        if skipped(block):
             continue
         if block.kind == "sh":
             printed = ""
             for line in lines_of(block.text):
                 if line.startswith("#"):
                     continue
-                for beginning, needed in before.items():
-                    if line.startswith(beginning):
-                        run(needed, folder)
+                if line.startswith("cd "):
+                    folder = folder / line.removeprefix("cd ")
+                    os.chdir(folder)
+                    continue
                 uncommented = re.sub(r"\s+# (?!.*exit status).*$", "", line)
                 code, comment = re.fullmatch(r"(.*?)(\s+#.*)?", uncommented).groups()
                 try:
-                    printed += run(smaller(code) + (comment or ""), folder)
+                    printed += run(
+                        (code if page == README else smaller(code)) + (comment or ""), folder
+                    )
                 except AssertionError as error:
                     raise AssertionError(f"{name_of(page)}, line {block.line}: {error}") from error
         elif block.kind == "python":
@@ -265,8 +252,7 @@ def link(source: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def desk(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``oodcli demo`` leaves and the quick start needs; for README.md the same under the names
-    that it has there."""
+    """What ``oodcli demo`` leaves and the quick start needs, and the same under other names."""
     folder = tmp_path_factory.mktemp("desk")
     state = torch.load(trained / "digits.pt", weights_only=True)
     card = (trained / "digits.toml").read_text(encoding="utf-8")
@@ -301,10 +287,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page != START], ids=lambda page: name_of(page)
+    "page", [page for page in PAGES if page not in (README, START)], ids=lambda page: name_of(page)
 )
-def test_commands_run_and_print_what_the_page_says(page, desk, started, folder, monkeypatch):
-    link(desk if page.name == "README.md" else started, folder)
+def test_commands_run_and_print_what_the_page_says(page, started, folder, monkeypatch):
+    link(started, folder)
     if page.name == "checkpoints.md":
         write_checkpoints(folder)
         if importlib.util.find_spec("transformers") is None:
@@ -312,6 +298,11 @@ def test_commands_run_and_print_what_the_page_says(page, desk, started, folder, 
         else:
             write_hugging_face(folder / "hf_resnet")
     run_page(page, folder)
+
+
+def test_readme_runs_as_it_is_printed(folder):
+    run_page(README, folder)
+    assert (folder / "oodcli-demo" / "verdicts.csv").is_file()
 
 
 def test_the_quick_start_runs(started):
@@ -333,6 +324,53 @@ def test_a_wrong_page_is_noticed(text, noticed, desk, folder):
     (folder / "page.md").write_text(text, encoding="utf-8")
     with pytest.raises(AssertionError, match=noticed):
         run_page(folder / "page.md", folder)
+
+
+def test_the_figures_of_readme_are_the_measured_ones():
+    """benchmarks/papers/results.json has them: mean AUROC and TNR95 over the same five sets."""
+    results = json.loads((ROOT / "benchmarks" / "papers" / "results.json").read_text("utf-8"))
+    networks = results["tables"]["data-free"]
+    table = README.read_text(encoding="utf-8").partition("## How good is it")[2]
+    _, *names = re.search(r"^\| detector \|(.*) \|$", table, re.M)[1].split(" | ")
+    rows = re.findall(r"^\| `([\w-]+)`[^|]*\|[^|]*\| ([\d. /*|]+) \|$", table, re.M)
+    assert [name for name, _ in rows] == ["msp", "energy", "odin", "knn", "c2ir-peak"]
+    for detector, cells in rows:
+        for name, cell in zip(names, cells.replace("*", "").split(" | "), strict=True):
+            mean = networks[name]["rows"]["knn, real" if detector == "knn" else detector]["mean"]
+            auroc, tnr95 = (float(each) for each in cell.split(" / "))
+            assert auroc == pytest.approx(mean["auroc"][0], abs=0.0501), (detector, name)
+            assert tnr95 == pytest.approx(mean["tnr95"][0], abs=0.0501), (detector, name)
+
+
+def test_the_picture_of_readme_shows_verdicts(started, folder, monkeypatch):
+    """With other photographs: scikit-image is not needed for this."""
+    from PIL import Image
+
+    from benchmarks import readme_picture
+
+    link(started, folder)
+    run("oodcli extract digits.safetensors digits-test.npz -o real.h5", folder)
+    run("oodcli fit -d energy --calibrate real.h5 -o calibrated", folder)
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
+    with np.load("digits-test.npz") as file:
+        digit = file["images"][0, :, :, 0]
+    data = types.ModuleType("skimage.data")
+    for name in readme_picture.PHOTOGRAPHS:
+        setattr(data, name, lambda shown=digit if name == "chelsea" else noise: shown)
+    monkeypatch.setitem(sys.modules, "skimage", types.ModuleType("skimage"))
+    monkeypatch.setitem(sys.modules, "skimage.data", data)
+    monkeypatch.setattr(readme_picture, "OUTPUT", folder / "assets" / "verdicts.png")
+    drawn = []
+    draw = readme_picture.draw
+    monkeypatch.setattr(readme_picture, "draw", lambda *given: drawn.append(given) or draw(*given))
+    readme_picture.main("digits.safetensors", "calibrated/energy.safetensors")
+    with Image.open(folder / "assets" / "verdicts.png") as picture:
+        colours = {tuple(each) for each in np.array(picture.convert("RGB")).reshape(-1, 3).tolist()}
+    verdicts = [row["energy.ood"] for row in drawn[0][1]]
+    assert len(verdicts) == 6
+    for verdict, colour in (("0", readme_picture.IN), ("1", readme_picture.OUT)):
+        shown = tuple(int(colour[place : place + 2], 16) for place in (1, 3, 5))
+        assert (shown in colours) == (verdict in verdicts)
 
 
 # --- files ------------------------------------------------------------------------------------
