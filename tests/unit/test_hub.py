@@ -128,10 +128,9 @@ def test_the_card_of_a_folder_is_found_again(tmp_path: Path) -> None:
     first = oodcli.load_classifier(folder, input_size=(64, 64), class_names=("a", "b", "c"))
     assert card_path(folder) == folder / "oodcli.toml"
     write_card(first, card_path(folder))
-    assert (
-        read_card(folder / "oodcli.toml")["arch"]
-        == "timm:test_resnet?stem_width=16&global_pool=avg"
-    )
+    arch = read_card(folder / "oodcli.toml")["arch"]
+    assert arch.startswith("timm:test_resnet?")
+    assert "stem_width=16" in arch
     for path in (folder, folder / "model.safetensors"):
         again = oodcli.load_classifier(path)
         assert again.class_names == ("a", "b", "c")
