@@ -41,11 +41,13 @@ def network_of_script(
     the inputs that they give; None where there are none, or the weights are another network's."""
     args = content.get("args") if isinstance(content, Mapping) else None
     said = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(said, Mapping) or "val_crop_size" in said:  # torchvision's own script
+    name = said.get("model") if isinstance(said, Mapping) else None
+    if not isinstance(said, Mapping) or not isinstance(name, str):
         return None
-    name = said.get("model")
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-        return None
+    layouts = layouts_of(state)
+    by_timm = {"arch", "state_dict"} <= content.keys()
+    if not by_timm and any(architectures.recognise(layout) for layout, _ in layouts):
+        return None  # torchvision's script saves args, too
     inputs = {key: said[key] for key in INPUTS if said.get(key)}
     size = inputs.get("input_size")
     if isinstance(size, int):  # of DeiT's script and its descendants
@@ -59,7 +61,7 @@ def network_of_script(
             arch = timm_name(name, arguments)
             with no_larger_than(state, f"{path} (args.model)"):
                 maker = TimmMaker(arch, inputs=inputs, source=SOURCE)
-                found = named(arch, layouts_of(state), given, path, maker=maker)
+                found = named(arch, layouts, given, path, maker=maker)
         except CheckpointError:  # no timm, not a model of it, or not this one
             continue
         note = f"architecture {arch} {SOURCE} (override: --arch)"

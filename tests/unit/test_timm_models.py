@@ -101,13 +101,28 @@ def test_grey_networks_have_one_channel(tmp_path: Path) -> None:
         {"model": ["test_resnet"]},
         {"model": "test_resnet", "model_kwargs": {"checkpoint_path": "x"}},
         {"model": "test_resnet", "mean": "abc"},
-        {"model": "resnet18", "val_crop_size": 224},
     ],
 )
 def test_args_that_are_no_use_are_passed_over(values: dict[str, Any], tmp_path: Path) -> None:
     network = timm.create_model("resnet18", num_classes=3)
     path = saved(network, tmp_path / "net.pth", **values)
     assert oodcli.load_classifier(path).arch == "torchvision:resnet18"
+
+
+def test_what_the_script_of_torchvision_saved_is_torchvisions(tmp_path: Path) -> None:
+    network = timm.create_model("resnet18", num_classes=3)
+    said = argparse.Namespace(model="resnet18", val_crop_size=224)
+    torch.save({"model": network.state_dict(), "args": said}, tmp_path / "net.pth")
+    assert oodcli.load_classifier(tmp_path / "net.pth").arch == "torchvision:resnet18"
+
+
+def test_the_script_of_deit_names_a_model_of_timm(tmp_path: Path) -> None:
+    network = timm.create_model("test_vit2", num_classes=3, img_size=96)
+    said = argparse.Namespace(model="test_vit2", input_size=96)
+    torch.save({"model": network.state_dict(), "args": said}, tmp_path / "net.pth")
+    found = oodcli.load_classifier(tmp_path / "net.pth")
+    assert found.arch == "timm:test_vit2?img_size=96"
+    assert found.preprocessing.input_size == (96, 96)
 
 
 def test_a_tag_gives_the_inputs_of_those_weights(tmp_path: Path) -> None:
