@@ -296,3 +296,38 @@ def test_half_a_pixel_before_the_crop_is_rounded_as_transformers_does() -> None:
     target = Target((8, 8), 1, 8, "nearest", "turn", None)
     assert fit(picture, target)[0, 0, 0] == 2  # 1.5 to even
     assert fit(picture, target._replace(crop_rounding="down"))[0, 0, 0] == 1
+
+
+@needs_timm
+def test_a_folder_goes_to_a_cluster_with_all_its_files(tmp_path: Path) -> None:
+    from oodcli.networks.card import NOTHING
+    from oodcli.stages.ray import Network
+
+    folder = tmp_path / "net.v1"
+    timm_folder("test_resnet", folder, num_classes=3)
+    (folder / "oodcli.toml").write_text('class_names = ["a", "b", "c"]\n', encoding="utf-8")
+    here = oodcli.load_classifier(folder)
+    for path in (folder, folder / "model.safetensors"):
+        sent = Network.of(path, NOTHING, prefer_ema=False, trust_pickle=False)
+        there = sent.load("cpu")
+        assert (there.sha256, there.arch) == (here.sha256, here.arch)
+        assert there.preprocessing == here.preprocessing
+        assert there.class_names == ("a", "b", "c")
+
+
+@needs_timm
+def test_inspect_and_score_take_a_folder(tmp_path: Path) -> None:
+    from commands import oodcli as run
+
+    folder = tmp_path / "net"
+    timm_folder("test_resnet", folder, num_classes=3)
+    inspected = run("inspect", folder, "--json", "--write-card")
+    found = json.loads(inspected.out)
+    assert found["checkpoint"] == str(folder)
+    assert found["arch"].startswith("timm:test_resnet")
+    assert (folder / "oodcli.toml").is_file()
+    assert "from config.json" in inspected.err
+    done = run("score", folder, "noise:uniform?n=2", "-d", "energy", "-o", tmp_path / "s.csv")
+    assert done.status == 0
+    verified = run("inspect", "--verify", tmp_path / "s.csv", folder)
+    assert found["sha256"][:12] in verified.out
