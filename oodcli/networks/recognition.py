@@ -166,18 +166,17 @@ def _unrecognised(layouts: Layouts, path: Path) -> CheckpointError:
     from oodcli.networks.timm_models import likely
 
     first, layout = layouts[0][0], layouts[-1][0]
-    names, differing = likely(layout, path.name)
-    if names and not differing:
-        others = f" or {', '.join(names[1:5])}" if names[1:] else ""
-        return CheckpointError(
-            f"{path}: the architecture is not recognised, but its {len(layout)} tensors fit "
-            f"{names[0]}{others}: give the one that was trained with --arch"
-        )
-    name, ours = architectures.nearest(layout)
-    if names and (not name or len(differing) < len(ours)):
-        name = names[0]
-    else:
-        differing = ours
+    name, differing = architectures.nearest(layout)
+    if not name or len(differing) > 3:
+        names, others = likely(layout, path.name)
+        if names and not others:
+            more = f" or {', '.join(names[1:5])}" if names[1:] else ""
+            return CheckpointError(
+                f"{path}: the architecture is not recognised, but its {len(layout)} tensors fit "
+                f"{names[0]}{more}: give the one that was trained with --arch"
+            )
+        if names and (not name or len(others) < len(differing)):
+            name, differing = names[0], others
     if not name:
         like = f"no known architecture resembles it (its first keys: {', '.join([*first][:3])})"
     else:

@@ -27,8 +27,12 @@ from oodcli.networks.state_dict import layouts_of
 
 SOURCE = "from the training script's args"
 
-SECONDS = 10.0
+SECONDS = 6.0
 """For which timm's models are compared with a state dict."""
+
+FAMILIAR = 0.3
+"""Share of the words of a state dict's names that are in the source of one of timm's modules at
+least; its blocks may be those of another module."""
 
 FAR = 12
 """Tensors of other shapes with which a model is no longer tried."""
@@ -121,7 +125,7 @@ def _arguments(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _ordered(timm: Any, state: Mapping[str, Tensor], hint: str) -> list[str]:
     """Names of timm's models: those in the hint, then those in whose source most words of the state
-    dict's names are. A module without any is left out."""
+    dict's names are. Empty where no module has enough of them."""
     words = {word for key in state for word in key.split(".")[:-1] if not word.isdecimal()}
     sources: dict[str, float] = {}
     folder = Path(timm.models.__file__).parent
@@ -130,6 +134,8 @@ def _ordered(timm: Any, state: Mapping[str, Tensor], hint: str) -> list[str]:
         attributes = set(re.findall(r"self\.(\w+)\b|['\"](\w+)['\"]", text))
         known = {word for pair in attributes for word in pair}
         sources[file.stem] = len(words & known) / (len(words) or 1)
+    if max(sources.values()) < FAMILIAR:
+        return []
     ranked: list[tuple[float, str]] = []
     for module, share in sources.items():
         if share > 0:
