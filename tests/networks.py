@@ -228,7 +228,13 @@ def deconf_state(backbone, form, prefix=PREFIXES[0]):
 
 def layout(name: str, classes: int = 10) -> dict[str, Tensor]:
     """The keys in which the checkpoints of a built-in network are usually published."""
-    state = skeleton(name, classes).state_dict()
+    return published(name, skeleton(name, classes).state_dict())
+
+
+def published(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of a built-in network with those keys."""
+    if "-weiaicunzai" in name and not name.startswith(("vgg", "seresnet")):
+        return of_weiaicunzai(name, state)
     if re.fullmatch(r"resnet\d+-kuangliu.*", name):
         return rekeyed(state, (r"^fc\.", "linear."), (r"\.downsample\.", ".shortcut."))
     if name.startswith("densenet") and "kuangliu" in name:
@@ -251,3 +257,80 @@ def layout(name: str, classes: int = 10) -> dict[str, Tensor]:
             (r"^linear\.", "fc."),
         )
     return rekeyed(state)
+
+
+MOBILE_STAGES = ("stem.1", *(f"conv{stage}.{block}" for stage in (1, 2) for block in (0, 1)))
+MOBILE_STAGES += (*(f"conv3.{block}" for block in range(6)), "conv4.0", "conv4.1")
+"""weiaicunzai's names of MobileNet's thirteen blocks."""
+
+
+def of_weiaicunzai(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of weiaicunzai/pytorch-cifar100."""
+    if name.startswith("preactresnet"):
+        parts = (("bn1", 0), ("conv1", 2), ("bn2", 3), ("conv2", 5), ("bn3", 6), ("conv3", 8))
+        inner = [(rf"^(layer.*)\.{part}\.", rf"\1.residual.{place}.") for part, place in parts]
+        outer = ((r"^conv1", "pre.0"), (r"^bn1", "pre.1"), (r"^layer", "stage"))
+        return rekeyed(state, *inner, *outer, (r"shortcut\.0", "shortcut"))
+    if name.startswith("mobilenetv2"):
+        return of_mobilenetv2(state)
+    if name.startswith("resnext"):
+        parts = (("conv1", 0), ("bn1", 1), ("conv2", 3), ("bn2", 4), ("conv3", 6), ("bn3", 7))
+        inner = [(rf"^(layer.*)\.{part}\.", rf"\1.split_transforms.{n}.") for part, n in parts]
+        stem = ((r"^conv1\.", "conv1.0."), (r"^bn1\.", "conv1.1."), (r"^linear", "fc"))
+        return rekeyed(
+            state, *stem, *inner, *((rf"^layer{n}", f"conv{n + 1}") for n in (1, 2, 3, 4))
+        )
+    if name.startswith("googlenet"):
+        return rekeyed(state, (r"^pre_layers", "prelayer"))
+    if name.startswith("wrn"):
+        parts = (("bn1", 0), ("conv1", 2), ("bn2", 3), ("conv2", 6))
+        inner = [(rf"(\d)\.{part}\.", rf"\1.residual.{place}.") for part, place in parts]
+        stem = ((r"^conv1", "init_conv"), (r"^bn1", "bn"), (r"\.shortcut\.", ".shortcut.0."))
+        stages = [(rf"^block{number}\.", f"conv{number + 1}.") for number in (3, 2, 1)]
+        return rekeyed(state, *stem, *inner, *stages)
+    if name.startswith("densenet"):
+        parts = (("bn1", 0), ("conv1", 2), ("bn2", 3), ("conv2", 5))
+        found = {}
+        for key, tensor in rekeyed(state, (r"^bn\.", "features.bn.")).items():
+            if match := re.match(r"block(\d)\.(\d+)\.(\w+)\.", key):
+                block = (
+                    "dense_block3" if match[1] == "4" else f"dense_block_layer_{int(match[1]) - 1}"
+                )
+                inner = f"bottle_neck_layer_{match[2]}.bottle_neck.{dict(parts)[match[3]]}"
+                key = f"features.{block}.{inner}.{key[match.end() :]}"
+            if match := re.match(r"trans(\d)\.(bn|conv)\.", key):
+                part = ("bn", "conv").index(match[2])
+                block = f"transition_layer_{int(match[1]) - 1}.down_sample.{part}"
+                key = f"features.{block}.{key[match.end() :]}"
+            found[key] = tensor
+        return found
+    blocks = [
+        (rf"^layers\.{place}\.{layer}{number}\.", f"{stage}.{kind}wise.{part}.")
+        for place, stage in enumerate(MOBILE_STAGES)
+        for number, kind in ((1, "depth"), (2, "point"))
+        for part, layer in enumerate(("conv", "bn"))
+    ]
+    stem = ((r"^(conv|bn)1\.(?!\d)", r"stem.0.\1."), (r"^linear", "fc"))
+    return rekeyed(state, *stem, *blocks)
+
+
+def of_mobilenetv2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of weiaicunzai's MobileNetV2, whose head is a 1x1 convolution."""
+    places = [
+        (stage, block)
+        for stage, count in enumerate((1, 2, 3, 4, 3, 3, 1), 1)
+        for block in range(count)
+    ]
+    parts = (("conv1", 0), ("bn1", 1), ("conv2", 3), ("bn2", 4), ("conv3", 6), ("bn3", 7))
+    rules = [
+        (
+            rf"^layers\.{number}\.{part}\.",
+            f"stage{stage}{'' if stage in (1, 7) else f'.{block}'}.residual.{place}.",
+        )
+        for number, (stage, block) in enumerate(places)
+        for part, place in parts
+    ]
+    outer = ((r"^conv1\.", "pre.0."), (r"^bn1\.", "pre.1."), (r"^conv2\.", "conv1.0."))
+    found = rekeyed(state, *outer, (r"^bn2\.", "conv1.1."), (r"^linear\.", "conv2."), *rules)
+    found["conv2.weight"] = found["conv2.weight"][:, :, None, None]
+    return found

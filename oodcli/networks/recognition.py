@@ -150,6 +150,7 @@ def _recognised(layouts: Layouts, given: Overrides, path: Path) -> Network | Non
         if known is None:
             continue
         require_classes(given.num_classes, known.num_classes, path)
+        _require_clear(known.name, known.num_classes, path)
         network = known.network
         _fill(network, known.state_dict)
         notes = [
@@ -160,6 +161,18 @@ def _recognised(layouts: Layouts, given: Overrides, path: Path) -> Network | Non
             notes.append(f"{some_of(dropped)} not part of it and ignored")
         return Network(network, known.name, architectures.inputs(known.name, network), tuple(notes))
     return None
+
+
+def _require_clear(name: str, num_classes: int, path: Path) -> None:
+    """Raises CheckpointError for CIFAR's number of classes where two networks have the same names
+    and shapes."""
+    base, plus, options = name.partition("+")
+    small = architectures.AMBIGUOUS.get(base)
+    if small is not None and num_classes in (10, 100):
+        raise CheckpointError(
+            f"{path}: two architectures have these names and shapes: give --arch {name} if it was "
+            f"trained on 224x224 images, or --arch {small}{plus}{options} if on 32x32 images"
+        )
 
 
 def _unrecognised(layouts: Layouts, path: Path) -> CheckpointError:
@@ -201,9 +214,13 @@ def _stem_notes(name: str, num_classes: int) -> list[str]:
     """What the keys and shapes of a recognised network cannot tell."""
     notes = []
     if "+cifar-stem" in name:
+        pooled = name.replace("+cifar-stem", "+cifar-stem+max-pool")
         notes.append(
-            "a 3x3 first convolution is read as stride 1 without max-pool (override: --arch)"
+            "a 3x3 first convolution is read as stride 1 without max-pool "
+            f"(override: --arch {pooled})"
         )
+    if name.endswith("-chenyaofo") and name.startswith(("mobilenet", "repvgg")):
+        notes.append("strides are those for 32x32 images (override: --arch)")
     if "-cifar" in name and "-cifar-b" not in name and not name.startswith("torchvision:"):
         notes.append(
             "shortcuts without weights are read as option A, zeros on both sides (override: --arch)"

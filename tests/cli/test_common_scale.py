@@ -198,7 +198,7 @@ def test_rows_of_the_pool_that_are_not_finite_do_not_count(three, test, monkeypa
     expected = Duo.fit(**{**three, "pool": pool.select(kept)}).score(test)
     assert torch.equal(found, expected)
     monkeypatch.setattr(C2IRZ, "_score", lambda self, block: torch.full((len(block),), torch.inf))
-    with pytest.raises(DetectorError, match="not one row of the pool has finite scores"):
+    with pytest.raises(DetectorError, match="no row of the pool has finite scores"):
         Duo.fit(**three)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from oodcli.networks import architectures
 from oodcli.networks.architectures import names, recognise, skeleton
 from oodcli.networks.architectures.weightless import Weightless
 
-BUILT_IN = [name for name in names() if not name.startswith("torchvision:")]
+SAME_KEYS = architectures.AMBIGUOUS.values()
+BUILT_IN = [
+    name for name in names() if not name.startswith("torchvision:") and name not in SAME_KEYS
+]
 TORCHVISION = [name for name in names() if name.startswith("torchvision:")]
 SOME = [
     name if place % 8 == 0 else pytest.param(name, marks=pytest.mark.slow)
@@ -32,6 +37,7 @@ VARIANTS = [
     "torchvision:resnet18+cifar-stem",
     "torchvision:resnext50_32x4d+cifar-stem+grey",
     "torchvision:densenet121+cifar-stem",
+    "vgg16-weiaicunzai",
     "torchvision:resnet50+grey",
 ]
 
@@ -87,6 +93,18 @@ def test_every_family_keeps_to_the_contract(family: str) -> None:
             renamed = module.rename(published)
             assert not architectures.compare(state, renamed)
             assert module.rename(renamed).keys() == renamed.keys()
+
+
+def test_every_kind_of_built_in_network_is_in_the_guide() -> None:
+    page = Path(__file__, "../../../docs/checkpoints.md").resolve().read_text("utf-8")
+    listed = re.findall(r"`([a-z]+[\w-]*)`", page)
+
+    def kind(name: str) -> str:  # numbers aside
+        return re.sub(r"\d+|(?<=dla|net)[ab](?=-)", "#", name)
+
+    owners = ("kuangliu", "chenyaofo", "weiaicunzai", "huyvnphan", "chengyangfu")
+    kinds = {kind(name).split("x#")[0] for name in architectures.usual() if name.endswith(owners)}
+    assert kinds <= {kind(name).split("x#")[0] for name in listed}
 
 
 def test_names_are_torchvisions_own() -> None:

@@ -523,6 +523,14 @@ def write_checkpoints(folder: Path) -> None:
 
     from torchvision.models import resnet18
 
+    from oodcli.networks.architectures import build
+
+    net = {
+        f"module.{key}": value for key, value in build("vgg16-kuangliu", 10).state_dict().items()
+    }
+    torch.save({"net": net, "acc": 93.1, "epoch": 199}, folder / "vgg16.pth")
+    shuffle = build("shufflenetv2_x0_5-chenyaofo", 10).state_dict()
+    torch.save(shuffle, folder / "cifar10_shufflenetv2_x0_5-1308b4e9.pt")
     state = resnet18(num_classes=3).state_dict()
     optimizer: dict[str, object] = {"state": {}, "param_groups": []}
     torch.save(state, folder / "resnet18.pth")

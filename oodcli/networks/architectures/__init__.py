@@ -34,15 +34,62 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "wide_resnet": (
         *(f"wrn-{size}" for size in ("16-4", "16-8", "28-2", "28-10", "34-10", "40-2", "40-4")),
         *(f"wrn-{size}-meliketoy" for size in ("28-10", "40-4")),
+        "wrn-40-10-weiaicunzai",
     ),
     "densenet": (
         *(f"densenet-bc-{size}" for size in ("100-12", "190-40", "250-24")),
-        *(f"densenet{n}-kuangliu" for n in (121, 161, 169, 201)),
+        *(f"densenet{n}-{o}" for o in ("kuangliu", "weiaicunzai") for n in (121, 161, 169, 201)),
     ),
+    "cifar_vgg": (
+        *(f"vgg{n}-kuangliu" for n in (11, 13, 16, 19)),
+        *(
+            f"vgg{n}_bn-{owner}"
+            for owner in ("chenyaofo", "weiaicunzai", "chengyangfu")
+            for n in (11, 13, 16, 19)
+        ),
+    ),
+    "cifar_preact": (
+        *(f"preactresnet{n}-kuangliu" for n in (18, 34, 50, 101, 152)),
+        "senet18-kuangliu",
+        *(f"preactresnet{n}-weiaicunzai" for n in (18, 34, 50, 101, 152)),
+    ),
+    "cifar_senet": tuple(f"seresnet{n}-weiaicunzai" for n in (18, 34, 50, 101, 152)),
+    "cifar_bottleneck": (
+        *(f"resnext29_{size}-kuangliu" for size in ("2x64d", "4x64d", "8x64d", "32x4d")),
+        *(f"regnet{size}-kuangliu" for size in ("x_200mf", "x_400mf", "y_400mf")),
+        *(f"dpn{n}-kuangliu" for n in (26, 92)),
+        *(f"resnext{n}-weiaicunzai" for n in (50, 101, 152)),
+    ),
+    "cifar_mobile": (
+        *(f"{name}-kuangliu" for name in ("mobilenet", "mobilenetv2", "efficientnetb0")),
+        *("mobilenet-weiaicunzai", "mobilenetv2-weiaicunzai"),
+    ),
+    "cifar_shuffle": (
+        *(f"shufflenetg{n}-kuangliu" for n in (2, 3)),
+        *(f"shufflenetv2_x{size}-kuangliu" for size in ("0_5", "1_0", "1_5", "2_0")),
+    ),
+    "cifar_inception": ("googlenet-kuangliu", "googlenet-weiaicunzai"),
+    "cifar_dla": ("dla-kuangliu", "simpledla-kuangliu"),
+    "cifar_pnasnet": ("pnasneta-kuangliu", "pnasnetb-kuangliu"),
+    "cifar_repvgg": tuple(f"repvgg_a{n}-chenyaofo" for n in range(3)),
     "imagenet": tuple(f"resnet{n}-kuangliu" for n in (18, 34, 50, 101, 152)),
+    "torchvision_cifar": (
+        *(f"mobilenetv2_x{size}-chenyaofo" for size in ("0_5", "0_75", "1_0", "1_4")),
+        *(f"shufflenetv2_x{size}-chenyaofo" for size in ("0_5", "1_0", "1_5", "2_0")),
+        *(f"{name}-huyvnphan" for name in ("googlenet", "inception_v3")),
+    ),
 }
 """Modules that are a ``family.Family``, in the order in which they are asked, and names worth
 completing; other depths and widths are spelt the same way. torchvision's own names are added."""
+
+AMBIGUOUS: Mapping[str, str] = {
+    "torchvision:mobilenet_v2": "mobilenetv2_x1_0-chenyaofo",
+    **{
+        f"torchvision:shufflenet_v2_{size}": f"shufflenetv2_{size}-chenyaofo"
+        for size in ("x0_5", "x1_0", "x1_5", "x2_0")
+    },
+}
+"""Networks for 224x224 pixels → those for 32x32 pixels with the same keys and shapes."""
 
 PROBED = 997
 """Number of classes of a network that is built for its shapes; no other layer has this width."""
@@ -50,6 +97,9 @@ PROBED = 997
 CIFAR10 = "CIFAR-10's"
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
+KUANGLIU_STD = (0.2023, 0.1994, 0.2010)
+"""What kuangliu's and chenyaofo's training scripts divide CIFAR-10 by: the mean of the standard
+deviations of single images."""
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -202,22 +252,34 @@ def nearest(state: Mapping[str, Tensor]) -> tuple[str, list[str]]:
     """The known architecture with the most keys and shapes in common, and what differs; the
     number of classes does not count. Builds many skeletons: a second or more, so for error
     messages only."""
-    best = ("", ["nothing in common"], 0.0)
-    candidates = [*usual(), *(f"torchvision:{name}" for name in _imagenet().likely(state))]
-    for name in candidates:
-        renamed = rename(name, state)
-        expected = {
-            key: renamed[key] if _is_head(key, tensor, renamed) else tensor
-            for key, tensor in skeleton(name, PROBED).state_dict().items()
-        }
-        same = sum(
-            key in expected and expected[key].shape == tensor.shape
-            for key, tensor in renamed.items()
-        )
-        score = same / (len(expected.keys() | renamed.keys()) or 1)
-        if score > best[2]:
-            best = (name, compare(expected, renamed), score)
-    return best[:2]
+    first = {names[0]: names for names in FAMILIES.values()}
+    close = sorted(first, key=lambda name: _likeness(*_beside(name, state)))[-3:]
+    candidates = [name for each in close for name in first[each]]
+    candidates += [f"torchvision:{name}" for name in _imagenet().likely(state)]
+    best = max(candidates, key=lambda name: _likeness(*_beside(name, state)))
+    expected, renamed = _beside(best, state)
+    if not _likeness(expected, renamed):
+        return "", ["nothing in common"]
+    return best, compare(expected, renamed)
+
+
+def _beside(name: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state dict of the named network, with the given one's head if it differs in the number
+    of classes, and the given one with that network's keys."""
+    renamed = rename(name, state)
+    expected = {
+        key: renamed[key] if _is_head(key, tensor, renamed) else tensor
+        for key, tensor in skeleton(name, PROBED).state_dict().items()
+    }
+    return expected, renamed
+
+
+def _likeness(expected: Mapping[str, Tensor], renamed: Mapping[str, Tensor]) -> float:
+    """The share of keys that both have, with the same shape."""
+    same = sum(
+        key in expected and expected[key].shape == tensor.shape for key, tensor in renamed.items()
+    )
+    return same / (len(expected.keys() | renamed.keys()) or 1)
 
 
 def _is_head(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
@@ -237,6 +299,16 @@ def inputs(name: str, network: nn.Module) -> Inputs:
             size_source="usual for CIFAR networks",
             normalisation_source=CIFAR10,
         )
+        owner = base.partition("-")[2]
+        # Many other scripts train ResNets and DenseNets with kuangliu's keys.
+        if owner == "chenyaofo" or (owner == "kuangliu" and not _OTHERS_TOO.match(base)):
+            source = f"{owner}'s for CIFAR-10,"
+            found = replace(found, std=KUANGLIU_STD, normalisation_source=source)
+        elif owner == "chengyangfu":
+            source = "chengyangfu's, which is ImageNet's,"
+            found = replace(
+                found, mean=IMAGENET_MEAN, std=IMAGENET_STD, normalisation_source=source
+            )
     else:
         side = getattr(network, "image_size", None)
         weights, preset = _imagenet().transforms(base.partition(":")[2], side)
@@ -255,9 +327,12 @@ def inputs(name: str, network: nn.Module) -> Inputs:
     return grey(found) if "grey" in options else found
 
 
+_OTHERS_TOO = re.compile(r"(resnet|densenet)\d")
+
+
 def for_classes(found: Inputs, num_classes: int) -> Inputs:
     """The same with CIFAR-100's normalisation where CIFAR-10's would be assumed of 100 classes."""
-    if num_classes != 100 or found.normalisation_source != CIFAR10:
+    if num_classes != 100 or "CIFAR-10" not in found.normalisation_source:
         return found
     return replace(found, mean=CIFAR100_MEAN, std=CIFAR100_STD, normalisation_source="CIFAR-100's")
 

@@ -2,9 +2,11 @@
 own, so that a model it gains is known here without a change.
 
 ``torchvision:NAME`` and, each where it applies, ``+cifar-stem`` (first convolution 3x3 with stride
-1, no max-pool), ``+384px`` (a vision transformer's image size), ``+transform-input`` or
-``+no-transform-input`` (googlenet, inception_v3). ``resnet18-kuangliu`` is
-``torchvision:resnet18+cifar-stem`` in the key layout that has ``shortcut`` and ``linear``.
+1, no max-pool), ``+cifar-stem+max-pool`` (with the max-pool, as in huyvnphan/PyTorch_CIFAR10),
+``+384px`` (a vision transformer's image size), ``+transform-input`` or ``+no-transform-input``
+(googlenet, inception_v3). ``resnet18-kuangliu`` is ``torchvision:resnet18+cifar-stem`` in the key
+layouts that have ``shortcut`` and ``linear``, or ``conv2_x`` and ``residual_function``
+(models/resnet.py of weiaicunzai/pytorch-cifar100).
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def model(
     for option in options:
         if re.fullmatch(r"\d+px", option) and name.startswith("vit_"):
             arguments["image_size"] = int(option[:-2])
-        elif option != "cifar-stem":
+        elif option != "cifar-stem" and (option != "max-pool" or "cifar-stem" not in options):
             return None
     network: nn.Module = models.get_model(name, weights=None, **arguments)
     if "cifar-stem" in options:
@@ -72,7 +74,8 @@ def model(
         first = network.get_submodule(stem)
         assert isinstance(first, nn.Conv2d)
         _replace(network, stem, nn.Conv2d(3, first.out_channels, 3, 1, 1, bias=False))
-        _replace(network, "maxpool" if stem == "conv1" else "features.pool0", nn.Identity())
+        if "max-pool" not in options:
+            _replace(network, "maxpool" if stem == "conv1" else "features.pool0", nn.Identity())
     if channels != 3:
         stem, first = next(
             (path, m) for path, m in network.named_modules() if isinstance(m, nn.Conv2d)
@@ -102,9 +105,11 @@ def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's present keys, from those of its older files or of the CIFAR layout, and without
+    """torchvision's present keys, from those of its older files or of the CIFAR layouts, without
     auxiliary heads."""
-    if _is_kuangliu(state):
+    if _is_weiaicunzai(state):
+        state = _from_weiaicunzai(state)
+    elif _is_kuangliu(state):
         state = _from_kuangliu(state)
     rules = (
         (r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),
@@ -131,6 +136,25 @@ def _from_kuangliu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         re.sub(r"^(linear|classifier)\.", "fc.", key).replace(".shortcut.", ".downsample."): value
         for key, value in state.items()
     }
+
+
+def _is_weiaicunzai(state: Mapping[str, Any]) -> bool:
+    return "conv2_x.0.residual_function.0.weight" in state
+
+
+_PARTS = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
+"""Where weiaicunzai's ``residual_function`` has the layers of a block."""
+
+
+def _from_weiaicunzai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's keys of a ResNet, from ``conv2_x.0.residual_function.0``."""
+    renamed = {}
+    for key, value in state.items():
+        key = re.sub(r"^conv1\.([01])\.", lambda m: f"{_PARTS[m[1]]}.", key)
+        key = re.sub(r"^conv([2345])_x\.", lambda m: f"layer{int(m[1]) - 1}.", key)
+        key = re.sub(r"\.residual_function\.([013467])\.", lambda m: f".{_PARTS[m[1]]}.", key)
+        renamed[key.replace(".shortcut.", ".downsample.")] = value
+    return renamed
 
 
 @cache
@@ -171,7 +195,7 @@ def likely(state: Mapping[str, Any]) -> list[str]:
 
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """As of a Family; here every key and shape has been compared."""
-    kuangliu = _is_kuangliu(state)
+    kuangliu = _is_kuangliu(state) or _is_weiaicunzai(state)
     renamed = rename(state)
     given = {
         key: tuple(value.shape)

@@ -1,0 +1,767 @@
+"""Published CIFAR networks against functional versions written from their repositories' sources.
+
+Each version reads the published keys, and every key must be read: so names, shapes, strides and the
+order of layers are compared at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from commands import oodcli
+from networks import layout, published, randomised, rekeyed
+from torch import Tensor, nn
+from torchvision import models
+
+from oodcli.errors import CheckpointError
+from oodcli.networks import architectures
+from oodcli.networks.architectures import build, recognise, skeleton
+from oodcli.networks.card import Overrides
+from oodcli.networks.load import load_classifier
+
+POOL = 0
+
+
+class Layers:
+    """Layers by their keys in a state dict. ``read`` has the keys that were used."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+        self.read: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.state
+
+    def get(self, key: str) -> Tensor | None:
+        self.read.add(key)
+        return self.state.get(key)
+
+    def conv(self, key: str, x: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
+        weight, bias = self.state[f"{key}.weight"], self.get(f"{key}.bias")
+        self.read.add(f"{key}.weight")
+        return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, 1, groups)
+
+    def depthwise(self, key: str, x: Tensor, stride: int = 1) -> Tensor:
+        return self.conv(key, x, stride, x.shape[1])
+
+    def bn(self, key: str, x: Tensor, eps: float = 1e-5) -> Tensor:
+        parts = [f"{key}.{part}" for part in ("running_mean", "running_var", "weight", "bias")]
+        self.read.update(parts)
+        mean, var, weight, bias = (self.state[part].view(-1, 1, 1) for part in parts)
+        return (x - mean) / (var + eps).sqrt() * weight + bias
+
+    def linear(self, key: str, x: Tensor) -> Tensor:
+        weight, bias = self.get(f"{key}.weight"), self.get(f"{key}.bias")
+        return x @ weight.T + bias
+
+    def blocks(self, stage: str) -> range:
+        found = {
+            key[len(stage) + 1 :].split(".")[0] for key in self.state if key.startswith(f"{stage}.")
+        }
+        return range(len(found))
+
+
+def mean(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, x.shape[-1]).flatten(1)
+
+
+def shuffled(x: Tensor, groups: int) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, h, w).permute(0, 2, 1, 3, 4).reshape(n, c, h, w)
+
+
+# ------------------------------------------------------------------------------- the networks
+
+
+def vgg(s: Layers, x: Tensor, name: str) -> Tensor:
+    plan = {
+        "11": (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL),
+        "13": (64, 64, POOL, 128, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL),
+        "16": (64, 64, POOL, 128, 128, POOL, *((256,) * 3), POOL, *((512,) * 3, POOL) * 2),
+    }[name[3:5]]
+    plan = [number for each in plan for number in (each if isinstance(each, tuple) else (each,))]
+    place = 0
+    for width in plan:
+        if width == POOL:
+            x = F.max_pool2d(x, 2, 2)
+            place += 1
+            continue
+        x = s.conv(f"features.{place}", x)
+        assert x.shape[1] == width
+        if f"features.{place + 1}.running_mean" in s:
+            x = s.bn(f"features.{place + 1}", x)
+            place += 1
+        x = F.relu(x)
+        place += 2
+    x = x.flatten(1)
+    if "classifier.weight" in s:
+        return s.linear("classifier", x)
+    for layer in (1, 4) if "chengyangfu" in name else (0, 3):
+        x = F.relu(s.linear(f"classifier.{layer}", x))
+    return s.linear("classifier.6", x)
+
+
+def preact(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = s.conv("conv1", x)
+    if name.startswith("senet"):
+        x = F.relu(s.bn("bn1", x))
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            stride = 2 if block == 0 and stage != "layer1" else 1
+            last = 3 if f"{p}.conv3.weight" in s else 2
+            active = F.relu(s.bn(f"{p}.bn1", x))
+            short = x
+            if f"{p}.shortcut.0.weight" in s:
+                short = s.conv(f"{p}.shortcut.0", active, stride)
+            out = s.conv(f"{p}.conv1", active, stride if last == 2 else 1)
+            out = s.conv(f"{p}.conv2", F.relu(s.bn(f"{p}.bn2", out)), stride if last == 3 else 1)
+            if last == 3:
+                out = s.conv(f"{p}.conv3", F.relu(s.bn(f"{p}.bn3", out)))
+            if f"{p}.fc1.weight" in s:
+                w = F.avg_pool2d(out, out.shape[2])
+                out = out * torch.sigmoid(s.conv(f"{p}.fc2", F.relu(s.conv(f"{p}.fc1", w))))
+            x = out + short
+    return s.linear("linear", F.avg_pool2d(x, 4).flatten(1))
+
+
+def preact_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("pre.1", s.conv("pre.0", x)))
+    for stage in ("stage1", "stage2", "stage3", "stage4"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            stride = 2 if block == 0 and stage != "stage1" else 1
+            out = s.conv(f"{p}.residual.2", F.relu(s.bn(f"{p}.residual.0", x)), stride)
+            out = s.conv(f"{p}.residual.5", F.relu(s.bn(f"{p}.residual.3", out)))
+            if f"{p}.residual.8.weight" in s:
+                out = s.conv(f"{p}.residual.8", F.relu(s.bn(f"{p}.residual.6", out)))
+            x = out + (s.conv(f"{p}.shortcut", x, stride) if f"{p}.shortcut.weight" in s else x)
+    return s.linear("linear", mean(x))
+
+
+def seresnet(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("pre.1", s.conv("pre.0", x)))
+    for stage in ("stage1", "stage2", "stage3", "stage4"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            stride = 2 if block == 0 and stage != "stage1" else 1
+            layers = (0, 3, 6) if f"{p}.residual.6.weight" in s else (0, 3)
+            out = x
+            for layer in layers:
+                out = s.conv(
+                    f"{p}.residual.{layer}", out, stride if layer == len(layers) * 3 - 6 else 1
+                )
+                out = F.relu(s.bn(f"{p}.residual.{layer + 1}", out))
+            w = F.relu(s.linear(f"{p}.excitation.0", out.mean((2, 3))))
+            w = torch.sigmoid(s.linear(f"{p}.excitation.2", w)).view(len(x), -1, 1, 1)
+            if f"{p}.shortcut.0.weight" in s:
+                x = s.bn(f"{p}.shortcut.1", s.conv(f"{p}.shortcut.0", x, stride))
+            x = F.relu(out * w + x)
+    return s.linear("linear", mean(x))
+
+
+def resnet_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("conv1.1", s.conv("conv1.0", x)))
+    for stage in ("conv2_x", "conv3_x", "conv4_x", "conv5_x"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            stride = 2 if block == 0 and stage != "conv2_x" else 1
+            layers = (0, 3, 6) if f"{p}.residual_function.6.weight" in s else (0, 3)
+            out = x
+            for layer in layers:
+                strided = layer == layers[-2]  # the 3x3 of a bottleneck, the first of two
+                out = s.conv(f"{p}.residual_function.{layer}", out, stride if strided else 1)
+                out = s.bn(f"{p}.residual_function.{layer + 1}", out)
+                out = F.relu(out) if layer != layers[-1] else out
+            if f"{p}.shortcut.0.weight" in s:
+                x = s.bn(f"{p}.shortcut.1", s.conv(f"{p}.shortcut.0", x, stride))
+            x = F.relu(out + x)
+    return s.linear("fc", mean(x))
+
+
+def densenet_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = s.conv("conv1", x)
+    for number in range(4):
+        block = f"features.dense_block{'' if number == 3 else '_layer_'}{number}"
+        for layer in s.blocks(block):
+            p = f"{block}.bottle_neck_layer_{layer}.bottle_neck"
+            out = s.conv(f"{p}.2", F.relu(s.bn(f"{p}.0", x)))
+            x = torch.cat([x, s.conv(f"{p}.5", F.relu(s.bn(f"{p}.3", out)))], 1)
+        if number < 3:
+            p = f"features.transition_layer_{number}.down_sample"
+            x = F.avg_pool2d(s.conv(f"{p}.1", s.bn(f"{p}.0", x)), 2, 2)
+    return s.linear("linear", F.avg_pool2d(F.relu(s.bn("features.bn", x)), 4).flatten(1))
+
+
+def bottlenecks(s: Layers, x: Tensor, name: str) -> Tensor:
+    """ResNeXt and RegNet. Groups follow from the shape of the grouped convolution."""
+    halving = ("layer3", "layer4") if name.startswith("regnet") else ("layer2", "layer3")
+    x = F.relu(s.bn("bn1", s.conv("conv1", x)))
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            stride = 2 if block == 0 and stage in halving else 1
+            out = F.relu(s.bn(f"{p}.bn1", s.conv(f"{p}.conv1", x)))
+            groups = out.shape[1] // s.state[f"{p}.conv2.weight"].shape[1]
+            out = F.relu(s.bn(f"{p}.bn2", s.conv(f"{p}.conv2", out, stride, groups)))
+            if f"{p}.se.se1.weight" in s:
+                w = F.relu(s.conv(f"{p}.se.se1", F.adaptive_avg_pool2d(out, 1)))
+                out = out * s.conv(f"{p}.se.se2", w).sigmoid()
+            out = s.bn(f"{p}.bn3", s.conv(f"{p}.conv3", out))
+            if f"{p}.shortcut.0.weight" in s:
+                x = s.bn(f"{p}.shortcut.1", s.conv(f"{p}.shortcut.0", x, stride))
+            x = F.relu(out + x)
+    return s.linear("linear", F.avg_pool2d(x, 8).flatten(1))
+
+
+def dpn(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("bn1", s.conv("conv1", x)))
+    for stage, kept in (("layer1", 256), ("layer2", 512), ("layer3", 1024), ("layer4", 2048)):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            stride = 2 if block == 0 and stage != "layer1" else 1
+            out = F.relu(s.bn(f"{p}.bn1", s.conv(f"{p}.conv1", x)))
+            out = F.relu(s.bn(f"{p}.bn2", s.conv(f"{p}.conv2", out, stride, 32)))
+            out = s.bn(f"{p}.bn3", s.conv(f"{p}.conv3", out))
+            if block == 0:
+                x = s.bn(f"{p}.shortcut.1", s.conv(f"{p}.shortcut.0", x, stride))
+            x = torch.cat([x[:, :kept] + out[:, :kept], x[:, kept:], out[:, kept:]], 1)
+            x = F.relu(x)
+    return s.linear("linear", F.avg_pool2d(x, 4).flatten(1))
+
+
+def mobilenet(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("bn1", s.conv("conv1", x)))
+    for block in range(13):
+        p = f"layers.{block}"
+        x = F.relu(
+            s.bn(f"{p}.bn1", s.depthwise(f"{p}.conv1", x, 2 if block in (1, 3, 5, 11) else 1))
+        )
+        x = F.relu(s.bn(f"{p}.bn2", s.conv(f"{p}.conv2", x)))
+    return s.linear("linear", F.avg_pool2d(x, 2).flatten(1))
+
+
+def mobilenet_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("stem.0.bn", s.conv("stem.0.conv", x)))
+    stages = {"stem": (1,), "conv1": (0, 1), "conv2": (0, 1), "conv3": range(6), "conv4": (0, 1)}
+    for stage, blocks in stages.items():
+        for block in blocks:
+            p = f"{stage}.{block}"
+            stride = 2 if block == 0 else 1
+            x = s.depthwise(f"{p}.depthwise.0", x, stride)
+            x = F.relu(s.bn(f"{p}.depthwise.1", x))
+            x = F.relu(s.bn(f"{p}.pointwise.1", s.conv(f"{p}.pointwise.0", x)))
+    return s.linear("fc", mean(x))
+
+
+def mobilenetv2(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("bn1", s.conv("conv1", x)))
+    halving = (3, 6, 13)  # first of the stages with 32, 64 and 160 channels
+    for block in range(17):
+        p = f"layers.{block}"
+        out = F.relu(s.bn(f"{p}.bn1", s.conv(f"{p}.conv1", x)))
+        out = F.relu(s.bn(f"{p}.bn2", s.depthwise(f"{p}.conv2", out, 2 if block in halving else 1)))
+        out = s.bn(f"{p}.bn3", s.conv(f"{p}.conv3", out))
+        if f"{p}.shortcut.0.weight" in s:
+            x = s.bn(f"{p}.shortcut.1", s.conv(f"{p}.shortcut.0", x))
+        x = out if block in halving else out + x
+    x = F.relu(s.bn("bn2", s.conv("conv2", x)))
+    return s.linear("linear", F.avg_pool2d(x, 4).flatten(1))
+
+
+def mobilenetv2_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    def block(p: str, x: Tensor, stride: int) -> Tensor:
+        out = F.relu6(s.bn(f"{p}.residual.1", s.conv(f"{p}.residual.0", x)))
+        out = F.relu6(s.bn(f"{p}.residual.4", s.depthwise(f"{p}.residual.3", out, stride)))
+        out = s.bn(f"{p}.residual.7", s.conv(f"{p}.residual.6", out))
+        return out + x if stride == 1 and out.shape == x.shape else out
+
+    x = F.relu6(s.bn("pre.1", s.conv("pre.0", F.pad(x, (1, 1, 1, 1)))))
+    x = block("stage1", x, 1)
+    for stage in (2, 3, 4, 5, 6):
+        for number in s.blocks(f"stage{stage}"):
+            x = block(f"stage{stage}.{number}", x, 2 if stage < 5 and number == 0 else 1)
+    x = F.relu6(s.bn("conv1.1", s.conv("conv1.0", block("stage7", x, 1))))
+    return s.conv("conv2", F.adaptive_avg_pool2d(x, 1)).flatten(1)
+
+
+def resnext_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("conv1.1", s.conv("conv1.0", x)))
+    for stage in ("conv2", "conv3", "conv4", "conv5"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}.split_transforms"
+            stride = 2 if block == 0 and stage != "conv2" else 1
+            out = F.relu(s.bn(f"{p}.1", s.conv(f"{p}.0", x, 1, 32)))
+            out = F.relu(s.bn(f"{p}.4", s.conv(f"{p}.3", out, stride, 32)))
+            out = s.bn(f"{p}.7", s.conv(f"{p}.6", out))
+            p = f"{stage}.{block}.shortcut"
+            if f"{p}.0.weight" in s:
+                x = s.bn(f"{p}.1", s.conv(f"{p}.0", x, stride))
+            x = F.relu(out + x)
+    return s.linear("fc", mean(x))
+
+
+def efficientnet(s: Layers, x: Tensor, name: str) -> Tensor:
+    def swish(x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+    x = swish(s.bn("bn1", s.conv("conv1", x)))
+    for block in range(16):
+        p = f"layers.{block}"
+        stride = 2 if block in (1, 3, 5, 11) else 1  # 24, 40, 80 and 192 channels begin
+        out = x if block == 0 else swish(s.bn(f"{p}.bn1", s.conv(f"{p}.conv1", x)))
+        out = swish(s.bn(f"{p}.bn2", s.depthwise(f"{p}.conv2", out, stride)))
+        w = swish(s.conv(f"{p}.se.se1", F.adaptive_avg_pool2d(out, 1)))
+        out = out * s.conv(f"{p}.se.se2", w).sigmoid()
+        out = s.bn(f"{p}.bn3", s.conv(f"{p}.conv3", out))
+        x = out + x if stride == 1 and out.shape == x.shape else out
+    return s.linear("linear", F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def shufflenet(s: Layers, x: Tensor, name: str) -> Tensor:
+    groups = int(name[len("shufflenetg")])
+    x = F.relu(s.bn("bn1", s.conv("conv1", x)))
+    for stage in ("layer1", "layer2", "layer3"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            own = 1 if x.shape[1] == 24 else groups
+            stride = 2 if block == 0 else 1
+            out = shuffled(F.relu(s.bn(f"{p}.bn1", s.conv(f"{p}.conv1", x, 1, own))), own)
+            out = F.relu(s.bn(f"{p}.bn2", s.depthwise(f"{p}.conv2", out, stride)))
+            out = s.bn(f"{p}.bn3", s.conv(f"{p}.conv3", out, 1, groups))
+            if stride == 2:
+                x = F.relu(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1))
+            else:
+                x = F.relu(out + x)
+    return s.linear("linear", F.avg_pool2d(x, 4).flatten(1))
+
+
+def shufflenetv2(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("bn1", s.conv("conv1", x)))
+    for stage in ("layer1", "layer2", "layer3"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            if block == 0:
+                left = s.bn(f"{p}.bn1", s.depthwise(f"{p}.conv1", x, 2))
+                left = F.relu(s.bn(f"{p}.bn2", s.conv(f"{p}.conv2", left)))
+                out = F.relu(s.bn(f"{p}.bn3", s.conv(f"{p}.conv3", x)))
+                out = s.bn(f"{p}.bn4", s.depthwise(f"{p}.conv4", out, 2))
+                out = F.relu(s.bn(f"{p}.bn5", s.conv(f"{p}.conv5", out)))
+            else:
+                half = x.shape[1] // 2
+                left, out = x[:, :half], x[:, half:]
+                out = F.relu(s.bn(f"{p}.bn1", s.conv(f"{p}.conv1", out)))
+                out = s.bn(f"{p}.bn2", s.depthwise(f"{p}.conv2", out))
+                out = F.relu(s.bn(f"{p}.bn3", s.conv(f"{p}.conv3", out)))
+            x = shuffled(torch.cat([left, out], 1), 2)
+    x = F.relu(s.bn("bn2", s.conv("conv2", x)))
+    return s.linear("linear", F.avg_pool2d(x, 4).flatten(1))
+
+
+def googlenet(s: Layers, x: Tensor, name: str) -> Tensor:
+    def layer(key: str, place: int, x: Tensor) -> Tensor:
+        return F.relu(s.bn(f"{key}.{place + 1}", s.conv(f"{key}.{place}", x)))
+
+    stem, places = ("prelayer", (0, 3, 6)) if "weiaicunzai" in name else ("pre_layers", (0,))
+    for place in places:
+        x = layer(stem, place, x)
+    if "weiaicunzai" in name:
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+    for p in ("a3", "b3", "a4", "b4", "c4", "d4", "e4", "a5", "b5"):
+        if p in ("a4", "a5"):
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        one = layer(f"{p}.b1", 0, x)
+        two = layer(f"{p}.b2", 3, layer(f"{p}.b2", 0, x))
+        three = layer(f"{p}.b3", 6, layer(f"{p}.b3", 3, layer(f"{p}.b3", 0, x)))
+        four = layer(f"{p}.b4", 1, F.max_pool2d(x, 3, stride=1, padding=1))
+        x = torch.cat([one, two, three, four], 1)
+    return s.linear("linear", mean(x))
+
+
+def wrn_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = s.conv("init_conv", x)
+    for stage in ("conv2", "conv3", "conv4"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            stride = 2 if block == 0 and stage != "conv2" else 1
+            out = s.conv(f"{p}.residual.2", F.relu(s.bn(f"{p}.residual.0", x)), stride)
+            out = s.conv(f"{p}.residual.6", F.relu(s.bn(f"{p}.residual.3", out)))
+            x = out + (s.conv(f"{p}.shortcut.0", x, stride) if f"{p}.shortcut.0.weight" in s else x)
+    return s.linear("linear", mean(F.relu(s.bn("bn", x))))
+
+
+def dla(s: Layers, x: Tensor, name: str) -> Tensor:
+    def block(p: str, x: Tensor, stride: int = 1) -> Tensor:
+        out = F.relu(s.bn(f"{p}.bn1", s.conv(f"{p}.conv1", x, stride)))
+        out = s.bn(f"{p}.bn2", s.conv(f"{p}.conv2", out))
+        if f"{p}.shortcut.0.weight" in s:
+            x = s.bn(f"{p}.shortcut.1", s.conv(f"{p}.shortcut.0", x, stride))
+        return F.relu(out + x)
+
+    def root(p: str, *maps: Tensor) -> Tensor:
+        return F.relu(s.bn(f"{p}.root.bn", s.conv(f"{p}.root.conv", torch.cat(maps, 1))))
+
+    def paper(p: str, x: Tensor, stride: int, deep: bool) -> Tensor:
+        maps = []
+        if deep:
+            maps.append(block(f"{p}.prev_root", x, stride))
+            maps.append(paper(f"{p}.level_1", x, stride, False))
+        maps.append(block(f"{p}.left_node", maps[-1] if deep else x, 1 if deep else stride))
+        maps.append(block(f"{p}.right_node", maps[-1]))
+        return root(p, *maps)
+
+    def simple(p: str, x: Tensor, stride: int, deep: bool) -> Tensor:
+        if deep:
+            one = simple(f"{p}.left_tree", x, stride, False)
+            return root(p, one, simple(f"{p}.right_tree", one, 1, False))
+        one = block(f"{p}.left_tree", x, stride)
+        return root(p, one, block(f"{p}.right_tree", one))
+
+    for p in ("base", "layer1", "layer2"):
+        x = F.relu(s.bn(f"{p}.1", s.conv(f"{p}.0", x)))
+    tree = simple if name.startswith("simple") else paper
+    for p, stride, deep in (("3", 1, False), ("4", 2, True), ("5", 2, True), ("6", 2, False)):
+        x = tree(f"layer{p}", x, stride, deep)
+    return s.linear("linear", F.avg_pool2d(x, 4).flatten(1))
+
+
+def pnasnet(s: Layers, x: Tensor, name: str) -> Tensor:
+    def separated(p: str, x: Tensor, stride: int) -> Tensor:
+        return s.bn(f"{p}.bn1", s.depthwise(f"{p}.conv1", x, stride))
+
+    def cell(p: str, x: Tensor, stride: int) -> Tensor:
+        pooled = F.max_pool2d(x, 3, stride, 1)
+        if stride == 2:
+            pooled = s.bn(f"{p}.bn1", s.conv(f"{p}.conv1", pooled))
+        one = separated(f"{p}.sep_conv1", x, stride)
+        if name.startswith("pnasneta"):
+            return F.relu(one + pooled)
+        left = F.relu(one + separated(f"{p}.sep_conv2", x, stride))
+        right = F.relu(pooled + separated(f"{p}.sep_conv3", x, stride))
+        return F.relu(s.bn(f"{p}.bn2", s.conv(f"{p}.conv2", torch.cat([left, right], 1))))
+
+    x = F.relu(s.bn("bn1", s.conv("conv1", x)))
+    for stage in range(1, 6):
+        if stage in (2, 4):
+            x = cell(f"layer{stage}", x, 2)
+            continue
+        for block in range(6):
+            x = cell(f"layer{stage}.{block}", x, 1)
+    return s.linear("linear", F.avg_pool2d(x, 8).flatten(1))
+
+
+def repvgg(s: Layers, x: Tensor, name: str) -> Tensor:
+    def block(p: str, x: Tensor, stride: int) -> Tensor:
+        out = s.bn(f"{p}.rbr_dense.bn", s.conv(f"{p}.rbr_dense.conv", x, stride))
+        out = out + s.bn(f"{p}.rbr_1x1.bn", s.conv(f"{p}.rbr_1x1.conv", x, stride))
+        if f"{p}.rbr_identity.weight" in s:
+            out = out + s.bn(f"{p}.rbr_identity", x)
+        return F.relu(out)
+
+    x = block("stage0", x, 1)
+    for stage, count in ((1, 2), (2, 4), (3, 14), (4, 1)):
+        for number in range(count):
+            x = block(f"stage{stage}.{number}", x, 2 if stage > 1 and number == 0 else 1)
+    return s.linear("linear", mean(x))
+
+
+def mobilenetv2_chenyaofo(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu6(s.bn("features.0.1", s.conv("features.0.0", x)))
+    for block in range(1, 18):
+        p = f"features.{block}.conv"
+        stride = 2 if block in (4, 7, 14) else 1
+        out, place = x, 0
+        if block > 1:
+            out = F.relu6(s.bn(f"{p}.0.1", s.conv(f"{p}.0.0", out)))
+            place = 1
+        out = F.relu6(s.bn(f"{p}.{place}.1", s.depthwise(f"{p}.{place}.0", out, stride)))
+        out = s.bn(f"{p}.{place + 2}", s.conv(f"{p}.{place + 1}", out))
+        x = out + x if stride == 1 and out.shape == x.shape else out
+    x = F.relu6(s.bn("features.18.1", s.conv("features.18.0", x)))
+    return s.linear("classifier.1", mean(x))
+
+
+def shufflenetv2_chenyaofo(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("conv1.1", s.conv("conv1.0", x)))
+    for stage in ("stage2", "stage3", "stage4"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            stride = 2 if block == 0 else 1
+            left, right = (x, x) if block == 0 else x.chunk(2, dim=1)
+            if block == 0:
+                left = s.bn(f"{p}.branch1.1", s.depthwise(f"{p}.branch1.0", left, 2))
+                left = F.relu(s.bn(f"{p}.branch1.3", s.conv(f"{p}.branch1.2", left)))
+            right = F.relu(s.bn(f"{p}.branch2.1", s.conv(f"{p}.branch2.0", right)))
+            right = s.bn(f"{p}.branch2.4", s.depthwise(f"{p}.branch2.3", right, stride))
+            right = F.relu(s.bn(f"{p}.branch2.6", s.conv(f"{p}.branch2.5", right)))
+            x = shuffled(torch.cat([left, right], 1), 2)
+    x = F.relu(s.bn("conv5.1", s.conv("conv5.0", x)))
+    return s.linear("fc", x.mean([2, 3]))
+
+
+def googlenet_huyvnphan(s: Layers, x: Tensor, name: str) -> Tensor:
+    def layer(p: str, x: Tensor) -> Tensor:
+        return F.relu(s.bn(f"{p}.bn", s.conv(f"{p}.conv", x), eps=0.001))
+
+    x = layer("conv1", x)
+    for part in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b"):
+        if part in ("4a", "5a"):
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        p = f"inception{part}"
+        two = layer(f"{p}.branch2.1", layer(f"{p}.branch2.0", x))
+        three = layer(f"{p}.branch3.1", layer(f"{p}.branch3.0", x))
+        four = layer(f"{p}.branch4.1", F.max_pool2d(x, 3, stride=1, padding=1))
+        x = torch.cat([layer(f"{p}.branch1", x), two, three, four], 1)
+    return s.linear("fc", mean(x))
+
+
+def inception_huyvnphan(s: Layers, x: Tensor, name: str) -> Tensor:
+    """torchvision's own blocks after the one convolution of the stem."""
+    theirs = models.Inception3(10, aux_logits=False, init_weights=False).eval()
+    mixed = {key: tensor for key, tensor in s.state.items() if key.startswith("Mixed_")}
+    theirs.load_state_dict(mixed, strict=False)
+    s.read.update(mixed)
+    first = "Conv2d_1a_3x3"
+    x = F.relu(s.bn(f"{first}.bn", s.conv(f"{first}.conv", x), eps=0.001))
+    for block in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"):
+        x = getattr(theirs, f"Mixed_{block}")(x)
+    return s.linear("fc", mean(x))
+
+
+Reference = Callable[[Layers, Tensor, str], Tensor]
+FAST: dict[str, Reference] = {
+    "vgg11-kuangliu": vgg,
+    "vgg16-kuangliu": vgg,
+    "vgg16_bn-chenyaofo": vgg,
+    "vgg11-weiaicunzai": vgg,
+    "vgg13_bn-chengyangfu": vgg,
+    "preactresnet18-kuangliu": preact,
+    "senet18-kuangliu": preact,
+    "seresnet18-weiaicunzai": seresnet,
+    "densenet121-weiaicunzai-k8": densenet_weiaicunzai,
+    "resnext29_32x4d-kuangliu": bottlenecks,
+    "regnetx_200mf-kuangliu": bottlenecks,
+    "dpn26-kuangliu": dpn,
+    "mobilenet-kuangliu": mobilenet,
+    "mobilenetv2-kuangliu": mobilenetv2,
+    "efficientnetb0-kuangliu": efficientnet,
+    "mobilenetv2-weiaicunzai": mobilenetv2_weiaicunzai,
+    "resnext50-weiaicunzai": resnext_weiaicunzai,
+    "shufflenetg2-kuangliu": shufflenet,
+    "shufflenetv2_x0_5-kuangliu": shufflenetv2,
+    "googlenet-kuangliu": googlenet,
+    "wrn-16-2-weiaicunzai": wrn_weiaicunzai,
+    "dla-kuangliu": dla,
+    "repvgg_a0-chenyaofo": repvgg,
+    "mobilenetv2_x1_0-chenyaofo": mobilenetv2_chenyaofo,
+    "shufflenetv2_x0_5-chenyaofo": shufflenetv2_chenyaofo,
+    "googlenet-huyvnphan": googlenet_huyvnphan,
+}
+SLOW: dict[str, Reference] = {
+    "vgg13_bn-weiaicunzai": vgg,
+    "simpledla-kuangliu": dla,
+    "preactresnet18-weiaicunzai": preact_weiaicunzai,
+    "mobilenetv2_x0_5-chenyaofo": mobilenetv2_chenyaofo,
+    "googlenet-weiaicunzai": googlenet,
+    "inception_v3-huyvnphan": inception_huyvnphan,
+    "pnasneta-kuangliu": pnasnet,
+    "mobilenet-weiaicunzai": mobilenet_weiaicunzai,
+    "preactresnet50-kuangliu": preact,
+    "preactresnet50-weiaicunzai": preact_weiaicunzai,
+    "seresnet50-weiaicunzai": seresnet,
+    "resnext29_2x64d-kuangliu": bottlenecks,
+    "regnety_400mf-kuangliu": bottlenecks,
+    "dpn92-kuangliu": dpn,
+    "shufflenetg3-kuangliu": shufflenet,
+    "shufflenetv2_x2_0-kuangliu": shufflenetv2,
+    "pnasnetb-kuangliu": pnasnet,
+    "repvgg_a2-chenyaofo": repvgg,
+    "mobilenetv2_x1_4-chenyaofo": mobilenetv2_chenyaofo,
+    "shufflenetv2_x2_0-chenyaofo": shufflenetv2_chenyaofo,
+}
+ALL = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+UNUSED = {"efficientnetb0-kuangliu": r"layers\.0\.(conv1|bn1)\."}
+"""Weights that are published and take no part in the forward pass."""
+
+
+def images(count: int = 2, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def lively(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network with random weights whose logits depend on the image: BatchNorm
+    has the statistics of a few images."""
+    randomised(network)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.mul_(0.2).add_(1)
+            module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(images(8, seed=2))
+    return network.eval().state_dict()
+
+
+def compare(state: dict[str, Tensor], reference: Reference, name: str, rebuilt: str = "") -> None:
+    """A published state dict through the reference, and through the network that it is recognised
+    as. rebuilt: the network's name, where it cannot be recognised."""
+    found = recognise(state)
+    assert found is not None
+    arch = rebuilt or found.name
+    network = build(arch, 10).eval()
+    missing = network.load_state_dict(architectures.rename(arch, state), strict=False)
+    assert not missing.unexpected_keys
+    assert all(key.endswith("num_batches_tracked") for key in missing.missing_keys)
+    layers = Layers(state)
+    with torch.no_grad():
+        expected, logits = reference(layers, images(), name), network(images())
+    assert expected.shape == (2, 10)
+    assert (expected[0] - expected[1]).abs().max() > 5e-3 * expected.abs().max()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    left = {key for key in state.keys() - layers.read if not key.endswith("num_batches_tracked")}
+    assert all(re.match(UNUSED.get(name, "$^"), key) for key in left), left
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_logits_are_those_of_the_published_network(name: str) -> None:
+    state = published(name, lively(build(name, 10)))
+    same_keys = name in architectures.AMBIGUOUS.values()
+    compare(state, {**FAST, **SLOW}[name], name, rebuilt=name if same_keys else "")
+
+
+@pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.slow)])
+def test_resnets_of_weiaicunzai_are_those_of_kuangliu(depth: int) -> None:
+    state = lively(build(f"resnet{depth}-kuangliu", 10))
+    inner = [
+        (rf"^(layer.*)\.{part}\.", rf"\1.residual_function.{place}.")
+        for part, place in (
+            ("conv1", 0),
+            ("bn1", 1),
+            ("conv2", 3),
+            ("bn2", 4),
+            ("conv3", 6),
+            ("bn3", 7),
+        )
+    ]
+    stages = [(rf"^layer{number}\.", f"conv{number + 1}_x.") for number in (1, 2, 3, 4)]
+    stem = ((r"^conv1\.", "conv1.0."), (r"^bn1\.", "conv1.1."), (r"\.downsample\.", ".shortcut."))
+    theirs = rekeyed(state, *stem, *inner, *stages)
+    assert recognise(theirs).name == f"resnet{depth}-kuangliu"
+    compare(theirs, resnet_weiaicunzai, f"resnet{depth}-kuangliu")
+
+
+def pooled(network: nn.Module, stem: str, pool: str) -> nn.Module:
+    """torchvision's network with huyvnphan's stem: 3x3 with stride 1; the max-pool is kept."""
+    parent, _, child = stem.rpartition(".")
+    width = network.get_submodule(stem).out_channels
+    setattr(network.get_submodule(parent), child, nn.Conv2d(3, width, 3, 1, 1, bias=False))
+    assert isinstance(network.get_submodule(pool), nn.MaxPool2d)
+    return network
+
+
+def test_the_max_pool_of_huyvnphan_is_named_by_arch() -> None:
+    stems = {"resnet18": ("conv1", "maxpool"), "densenet121": ("features.conv0", "features.pool0")}
+    for name, (stem, pool) in stems.items():
+        theirs = pooled(models.get_model(name, num_classes=10), stem, pool)
+        state = lively(theirs)
+        found = recognise(state)
+        assert found.name == f"torchvision:{name}+cifar-stem"
+        network = build(f"torchvision:{name}+cifar-stem+max-pool", 10).eval()
+        network.load_state_dict(state)
+        with torch.no_grad():
+            torch.testing.assert_close(network(images()), theirs.eval()(images()))
+    for unknown in ("torchvision:resnet18+max-pool", "torchvision:vgg11+cifar-stem+max-pool"):
+        assert not architectures.known(unknown)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        *(("vgg11-kuangliu", head) for head in ("fc", "linear", "classifier.0", "classifier.1")),
+        *((name, "fc") for name in ("senet18-kuangliu", "dpn26-kuangliu", "dla-kuangliu")),
+        ("mobilenet-kuangliu", "classifier"),
+        ("googlenet-kuangliu", "fc"),
+    ],
+)
+def test_other_names_of_the_head(name: str, head: str) -> None:
+    state = rekeyed(layout(name), (r"^(linear|classifier)\.", f"{head}."))
+    assert f"{head}.weight" in state
+    assert recognise(state).name == name
+
+
+def test_resnets_of_openood_are_those_of_kuangliu() -> None:
+    theirs = rekeyed(layout("resnet18-kuangliu"), (r"^linear", "fc"))  # shortcut and fc
+    assert {"layer2.0.shortcut.0.weight", "fc.weight"} <= theirs.keys()
+    assert recognise(theirs).name == "resnet18-kuangliu"
+
+
+def test_a_data_parallel_part_of_vgg_is_recognised() -> None:
+    state = rekeyed(layout("vgg19_bn-chengyangfu"), (r"^features\.", "features.module."))
+    assert recognise(state).name == "vgg19_bn-chengyangfu"
+
+
+def test_imagenets_repvgg_is_not_read_as_cifars() -> None:
+    assert recognise(skeleton("repvgg_a0-chenyaofo", 7).state_dict()) is not None
+    assert recognise(skeleton("repvgg_a0-chenyaofo", 1000).state_dict()) is None
+
+
+def test_the_normalisation_is_that_of_the_repository() -> None:
+    def std(name: str, classes: int = 10) -> tuple[float, ...]:
+        found = architectures.inputs(name, skeleton(name, classes))
+        return architectures.for_classes(found, classes).std
+
+    assert std("vgg16-kuangliu") == std("repvgg_a0-chenyaofo") == architectures.KUANGLIU_STD
+    assert std("resnext29_2x64d-kuangliu") == architectures.KUANGLIU_STD
+    assert std("resnet18-kuangliu") == std("densenet121-kuangliu") == architectures.CIFAR_STD
+    assert std("vgg16_bn-chengyangfu") == architectures.IMAGENET_STD
+    assert std("googlenet-huyvnphan") == std("wrn-28-10") == architectures.CIFAR_STD
+    for name in ("vgg16-kuangliu", "seresnet18-weiaicunzai", "wrn-28-10"):
+        assert std(name, 100) == architectures.CIFAR100_STD
+
+
+SAME_KEYS = architectures.AMBIGUOUS.items()
+
+
+@pytest.mark.parametrize(("large", "small"), [*SAME_KEYS][:3:2])
+def test_networks_with_the_same_keys_are_refused_with_both_names(large, small, tmp_path) -> None:
+    state = lively(build(small, 10))
+    torch.save(state, tmp_path / "ten.pt")
+    with pytest.raises(CheckpointError, match=rf"--arch {re.escape(large)} .* --arch {small} "):
+        load_classifier(tmp_path / "ten.pt")
+    found = load_classifier(tmp_path / "ten.pt", Overrides(arch=small))
+    assert (found.arch, found.preprocessing.input_size) == (small, (32, 32))
+    torch.save(build(large, 7).state_dict(), tmp_path / "seven.pt")
+    assert load_classifier(tmp_path / "seven.pt").arch == large
+
+
+@pytest.mark.slow
+def test_vgg_is_inverted_and_c2ir_z_fitted(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"net": lively(build("vgg11-kuangliu", 10))}, "vgg.pth")
+    for command in (
+        "invert vgg.pth --per-class 2 --steps 5 -o v.h5",
+        "extract vgg.pth v.h5 -o f.h5",
+        "fit f.h5 -d c2ir-z -o fitted",
+        "score vgg.pth noise:uniform?n=4 -d fitted/c2ir-z.safetensors -o scores.csv",
+    ):
+        done = oodcli(*command.split())
+        assert done.status == 0, done.err
+    scores = [line.split(",")[4] for line in (tmp_path / "scores.csv").read_text().splitlines()]
+    assert scores[0] == "c2ir-z"
+    assert all(math.isfinite(float(score)) for score in scores[1:])
+    assert len(set(scores)) == 5
+
+
+@pytest.mark.parametrize("name", ["vgg11-kuangliu", "mobilenetv2-kuangliu", "repvgg_a0-chenyaofo"])
+def test_taps_head_and_last_map_are_found(name: str, tmp_path) -> None:
+    torch.save({"net": lively(build(name, 10)), "acc": 90.0}, tmp_path / "ckpt.pth")
+    found = load_classifier(tmp_path / "ckpt.pth")
+    norms = [m for m in found.network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(found.batchnorms) == len(norms)
+    assert found.head.weight.shape[0] == 10
+    assert found.last_map.spatial_size in (4, 16)
+    assert {"block", "stage"} <= {tap.kind for tap in found.taps}
