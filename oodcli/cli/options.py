@@ -23,7 +23,8 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="Checkpoint: a .pt, .pth, .th, .bin, .safetensors or .pt2 file.",
+        help="Checkpoint: a .pt, .pth, .th, .bin, .safetensors or .pt2 file, or a folder of "
+        "Hugging Face.",
         show_default=False,
     ),
 ]

@@ -42,6 +42,8 @@ def kind_of(path: Path) -> Kind:
     none of these, or cannot be read."""
     if (path / JOB).is_file():
         return "partial"
+    if path.is_dir():
+        return "checkpoint"  # of a model hub, or its loader says what is missing
     try:
         with path.open("rb") as file:
             start = file.read(START_BYTES)

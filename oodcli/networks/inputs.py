@@ -57,7 +57,9 @@ def preprocessing_of(
             f"normalisation: {default.normalisation_source} {numbers} (override: {options})"
         )
     exif = given["exif"] or "turn"
-    found = Preprocessing(size, mean, std, resize, interpolation, exif, given["image_range"])
+    rounding = "even" if resize is None else default.crop_rounding
+    limits = given["image_range"]
+    found = Preprocessing(size, mean, std, resize, interpolation, exif, limits, rounding)
     _require_unit_scale(mean, std)
     return found, assumed
 

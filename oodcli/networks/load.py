@@ -11,8 +11,8 @@ from torch import Tensor
 
 from oodcli.errors import CheckpointError, first_sentence
 from oodcli.files.foreign import is_safetensors
-from oodcli.files.hashes import file_sha256
-from oodcli.networks import architectures, heads
+from oodcli.files.hub import checkpoint_sha256, weights_of
+from oodcli.networks import architectures, heads, hub
 from oodcli.networks.assemble import assemble
 from oodcli.networks.card import NOTHING, Overrides, card_of
 from oodcli.networks.class_names import names_in
@@ -34,6 +34,7 @@ from oodcli.networks.recognition import (
     require_named,
 )
 from oodcli.networks.state_dict import check_finite, check_values, find_state
+from oodcli.networks.timm_models import network_of_script
 
 
 def load_classifier(
@@ -53,7 +54,8 @@ def load_classifier(
     anything does not fit.
     """
     path = Path(path)
-    check_file(path)
+    for file in weights_of(path):
+        check_file(file)
     card = card_of(path, overrides, trust=trust_pickle)
     fill = {key: value for key, value in card.items() if getattr(overrides, key) is None}
     given = replace(overrides, **fill)
@@ -70,7 +72,7 @@ def load_classifier(
         arch=found.arch,
         preprocessing=preprocessing,
         class_names=given.class_names,
-        sha256=file_sha256(path),
+        sha256=checkpoint_sha256(path),
         layers=given.layers,
         num_classes=given.num_classes,
     )
@@ -81,7 +83,7 @@ def load_classifier(
         preprocessing=preprocessing,
         assumptions=(*found.assumptions, *assumed, *classifier.assumptions),
         averaged=found.averaged,
-        multi_label=given.multi_label,
+        multi_label=given.multi_label or found.multi_label,
     )
     require_classes(given.num_classes, classifier.num_classes, path)
     return classifier if given.class_names is not None else _with_names(classifier, found)
@@ -101,7 +103,7 @@ def _with_names(classifier: Classifier, found: Network) -> Classifier:
         note = f"class names {shown} {source} (override: --class-names)"
     elif not heads.split(found.arch)[1].startswith("mos"):  # MOS's order is not ImageNet's
         names = architectures.categories(found.arch, classifier.num_classes)
-        note = "class names: ImageNet's, from torchvision's weights (override: --class-names)"
+        note = "class names: ImageNet's (override: --class-names)"
     if names is None:
         return classifier
     named = found.class_names is not None
@@ -110,6 +112,9 @@ def _with_names(classifier: Classifier, found: Network) -> Classifier:
 
 
 def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool) -> Network:
+    config = hub.config_of(path)
+    if path.is_dir() or config is not None:
+        return _of_folder(path, config, given, prefer_ema=prefer_ema, trust_pickle=trust_pickle)
     members = zip_members(path)
     check_unpacked(path, members)
     if any(name.endswith("/constants.pkl") for name in members):
@@ -132,10 +137,7 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
                 size_source="that of the program's example",
             ),
         )
-    if is_safetensors(path) or (path.suffix == ".safetensors" and not members):
-        content: Any = read_safetensors(path)
-    else:
-        content = read_torch(path, trust_pickle)
+    content = _content(path, trust_pickle)
     module_found = find_module(content)
     if module_found is not None:
         kind = type(module_found)
@@ -148,7 +150,8 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
     if weights.pickled:
         require_named(weights, given, path)
         notes += (f"using the weights of the pickled {weights.pickled}, without its code",)
-    found = network_of(state, given, path, slices)
+    script = network_of_script(content, state, given, path) if given.arch is None else None
+    found = script or network_of(state, given, path, slices)
     found = replace(found, assumptions=(*notes, *found.assumptions), averaged=weights.averaged)
     return _beside(found, content, weights.pickled)
 
@@ -158,3 +161,35 @@ def _beside(found: Network, content: Any, kind: str) -> Network:
     key, names = names_in(content) or ("", None)
     inputs = of_ultralytics(content) if kind.startswith("ultralytics.") else found.inputs
     return replace(found, inputs=inputs, class_names=names, names_source=f"from {key}")
+
+
+def _content(path: Path, trust_pickle: bool) -> Any:
+    if is_safetensors(path) or (path.suffix == ".safetensors" and not zip_members(path)):
+        return read_safetensors(path)
+    return read_torch(path, trust_pickle)
+
+
+def _of_folder(
+    path: Path,
+    config: dict[str, Any] | None,
+    given: Overrides,
+    *,
+    prefer_ema: bool,
+    trust_pickle: bool,
+) -> Network:
+    """The network of a folder of a model hub: as its configuration describes it, if no other is
+    named with ``--arch``."""
+    whole: dict[str, Tensor] = {}
+    notes: tuple[str, ...] = ()
+    averaged = False
+    for part in weights_of(path):
+        check_unpacked(part, zip_members(part))
+        weights = find_state(_content(part, trust_pickle), part, prefer_ema, given.state_key)
+        notes, averaged = weights.notes, weights.averaged
+        check_values(weights.state, part)
+        whole |= weights.state
+    if config is not None and given.arch in (None, hub.arch_of(config, path)):
+        found = hub.hub_network(config, whole, given, path)
+    else:
+        found = network_of(whole, given, path)
+    return replace(found, assumptions=(*notes, *found.assumptions), averaged=averaged)

@@ -15,7 +15,7 @@ from oodcli.errors import CheckpointError
 from oodcli.networks import architectures, heads
 from oodcli.networks.architectures import Inputs
 from oodcli.networks.card import Overrides
-from oodcli.networks.makers import maker_of
+from oodcli.networks.makers import Maker, maker_of
 from oodcli.networks.replaced_heads import fit_head
 from oodcli.networks.state_dict import Found, Layouts, layouts_of, some_of, untrusted
 
@@ -28,8 +28,9 @@ HEAD_NAMES = ("fc", "linear", "classifier", "head", "heads.head")
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its weights, and what is known of it. averaged: as of a Classifier.
-    class_names: in the checkpoint; names_source says where."""
+    """A network with its weights, and what is known of it. inputs: None where nothing is. averaged:
+    as of a Classifier. class_names: those beside the weights; names_source says where. multi_label:
+    whether a configuration says that an image has several labels."""
 
     module: nn.Module
     arch: str
@@ -38,6 +39,7 @@ class Network:
     averaged: bool = False
     class_names: tuple[str, ...] | None = None
     names_source: str = ""
+    multi_label: bool = False
 
 
 def network_of(
@@ -77,7 +79,7 @@ def require_named(weights: Found, given: Overrides, path: Path) -> None:
 def _plain(state: dict[str, Tensor], given: Overrides, path: Path) -> Network:
     layouts = layouts_of(state)
     if given.arch is not None:
-        return _named(given.arch, layouts, given, path)
+        return named(given.arch, layouts, given, path)
     found = _recognised(layouts, given, path)
     if found is None:
         name, differing = architectures.nearest(layouts[-1][0])
@@ -117,7 +119,7 @@ def _deconf(
     weight = tensors["h.h.weight"]
     layouts = layouts_of(backbone)
     if given.arch is not None:
-        found = _named(given.arch, layouts, given, path, stand_in=weight)
+        found = named(given.arch, layouts, given, path, stand_in=weight)
     else:
         made = (_standing_in(layouts, name, weight) for name in HEAD_NAMES)
         known = next(filter(None, (_recognised(each, given, path) for each in made)), None)
@@ -212,7 +214,19 @@ def _unrecognised(
     layouts: Layouts, path: Path, name: str, differing: Sequence[str]
 ) -> CheckpointError:
     """name: of the nearest known architecture, or empty. differing: from it."""
-    first = layouts[0][0]
+    from oodcli.networks.timm_models import likely
+
+    first, layout = layouts[0][0], layouts[-1][0]
+    if not name or len(differing) > 3:
+        names, others = likely(layout, path.name)
+        if names and not others:
+            more = f" or {', '.join(names[1:5])}" if names[1:] else ""
+            return CheckpointError(
+                f"{path}: the architecture is not recognised, but its {len(layout)} tensors fit "
+                f"{names[0]}{more}: give the one that was trained with --arch"
+            )
+        if names and (not name or len(others) < len(differing)):
+            name, differing = names[0], others
     if not name:
         like = f"no known architecture resembles it (its first keys: {', '.join([*first][:3])})"
     else:
@@ -248,6 +262,11 @@ def _stem_notes(name: str, num_classes: int) -> list[str]:
         notes.append(
             "shortcuts without weights are read as option A, zeros on both sides (override: --arch)"
         )
+    if name == "torchvision:resnet50":
+        notes.append(
+            "timm's resnetaa50 and resnetblur50 have the same names and shapes, but another "
+            "forward pass (override: --arch timm:resnetaa50)"
+        )
     return notes + _transform_notes(name, num_classes)
 
 
@@ -262,17 +281,18 @@ def _transform_notes(name: str, num_classes: int) -> list[str]:
     ]
 
 
-def _named(
+def named(
     arch: str,
     layouts: Layouts,
     given: Overrides,
     path: Path,
     *,
     stand_in: Tensor | None = None,
+    maker: Maker | None = None,
 ) -> Network:
     """The network that ``--arch`` names, with the weights of the layout that fits it best.
-    stand_in: weight of a linear layer in a retrained head's place."""
-    maker = maker_of(arch)
+    stand_in: weight of a linear layer in a retrained head's place. maker: of that network."""
+    maker = maker or maker_of(arch)
     probe = maker.skeleton(architectures.PROBED)
     if stand_in is not None:
         layouts = _standing_in(layouts, heads.last_linear(probe, arch), stand_in)

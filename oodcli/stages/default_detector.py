@@ -9,6 +9,7 @@ from pathlib import Path
 from oodcli import detectors, notes
 from oodcli.errors import OodcliError
 from oodcli.files.artefact import read_artefact
+from oodcli.files.hub import stem_of
 from oodcli.stages.chosen import require_same_network
 from oodcli.stages.opened import Opened
 
@@ -47,7 +48,7 @@ def _artefacts(checkpoint: Path | None) -> Iterator[tuple[str, Path]]:
         places = [Path("detectors", f"{name}.safetensors")]
         if checkpoint is not None:
             beside = checkpoint.parent
-            places += [beside / places[0], beside / f"{checkpoint.stem}.{name}.safetensors"]
+            places += [beside / places[0], beside / f"{stem_of(checkpoint)}.{name}.safetensors"]
         yield from ((name, place) for place in dict.fromkeys(places) if place.is_file())
 
 

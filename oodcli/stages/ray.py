@@ -26,6 +26,7 @@ from typing import Any, cast
 import torch
 
 from oodcli.errors import ImagesError, OodcliError, first_line
+from oodcli.files.hub import card_path, companions, shipped_as
 from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import unknown
@@ -70,8 +71,8 @@ class Network:
     ) -> Network:
         """Raises OodcliError when a file cannot be read."""
         code, colon, factory = (overrides.arch or "").partition(".py:")
-        card = overrides.card or path.with_suffix(".toml")
-        paths = {path.name: path}
+        card = overrides.card or card_path(path)
+        paths = companions(path)
         if card.is_file():
             paths["card.toml"] = card
             overrides = replace(overrides, card=Path("card.toml"))
@@ -82,13 +83,14 @@ class Network:
             files = {name: each.read_bytes() for name, each in paths.items()}
         except OSError as error:
             raise OodcliError(f"{path} cannot be read: {error.strerror or error}") from error
-        return cls(path.name, files, overrides, prefer_ema, trust_pickle)
+        return cls(shipped_as(path), files, overrides, prefer_ema, trust_pickle)
 
     def load(self, device: str) -> Classifier:
         """The same network here."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             for file, data in self.files.items():
+                (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_bytes(data)
             here = self.overrides
             if here.card is not None:
