@@ -43,10 +43,12 @@ from oodcli.files.describe import describe_file, kind_of
 from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import LONGEST_TIMEOUT, decode_rows
 from oodcli.images.files import listed
+from oodcli.images.pixels import limit_pixels
 from oodcli.images.source import Fetch
 from oodcli.images.source import Rows as Decoded
 from oodcli.networks import load
 from oodcli.networks.card import Overrides
+from oodcli.networks.class_names import read_class_names
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording.recorder import Recorder, recordable
@@ -101,10 +103,12 @@ __all__ = [
     "fit",
     "inspect",
     "invert",
+    "limit_pixels",
     "listed",
     "load_classifier",
     "load_detector",
     "merge",
+    "read_class_names",
     "record",
     "score",
 ]
@@ -135,6 +139,8 @@ def load_classifier(
     class_names: Sequence[str] | None = None,
     layers: str | None = None,
     card: str | Path | None = None,
+    multi_label: bool = False,
+    state_key: str | None = None,
     device: str = "cpu",
     prefer_ema: bool = False,
     trust_pickle: bool = False,
@@ -159,6 +165,8 @@ def load_classifier(
         class_names=None if class_names is None else tuple(class_names),
         layers=layers,
         card=None if card is None else Path(card),
+        multi_label=multi_label,
+        state_key=state_key,
     )
     return load.load_classifier(
         Path(path), overrides, device=device, prefer_ema=prefer_ema, trust_pickle=trust_pickle

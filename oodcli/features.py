@@ -89,7 +89,8 @@ class Features:
     """One block of N rows, in input order. Records that do not exist are None or absent.
 
     mirror: the records of the mirrored images, if recorded. logits_level: False if the logits are
-    log-probabilities, which lack an unknown constant per row. Raises ValueError if the tensors
+    log-probabilities, which lack an unknown constant per row. multi_label: True if each label has
+    its own sigmoid. Raises ValueError if the tensors
     disagree about N.
     """
 
@@ -102,6 +103,7 @@ class Features:
     odin_logits: Tensor | None = None  # (N, K)
     odin_step: OdinStep | None = None
     logits_level: bool = True
+    multi_label: bool = False
     deconf_h: Tensor | None = None  # (N, K), the numerators of a DeConf head
     mos_others: Tensor | None = None  # (N, G), log p(others) in each of MOS's groups
     head: LinearHead | None = None
@@ -191,6 +193,7 @@ class Features:
         constants = {
             "head": self.head is not None,
             "logits.level": self.logits is not None and self.logits_level,
+            "multi-label": self.multi_label,
             "batchnorm.running": any(name != INPUT for name in self.batchnorm),
             "mirror": self.mirror is not None,
         }

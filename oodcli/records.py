@@ -76,6 +76,11 @@ CONSTANTS: Mapping[str, Record] = {
         lacks="the network returns log-probabilities: return logits instead",
         cannot="it returns log-probabilities, which lack the level of the logits",
     ),
+    "multi-label": Record(
+        "multi_label",
+        lacks="for a network with a sigmoid for each label, extract with --multi-label",
+        cannot="it has one label an image; give --multi-label if each label has its own sigmoid",
+    ),
     "batchnorm.running": Record(
         "batchnorm/*/running_mean",
         lacks="the network has no BatchNorm layer with running statistics",

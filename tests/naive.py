@@ -86,6 +86,10 @@ def odin(test, fit=None):
     return np.array([1 - softmax(z / 1000).max() for z in array(test.odin_logits)])
 
 
+def joint_energy(test, fit=None):
+    return np.array([-sum(np.logaddexp(0, z)) for z in array(test.logits)])
+
+
 def godin(test, fit=None):
     return np.array([-max(h) for h in array(test.deconf_h)])
 
@@ -594,6 +598,7 @@ NAIVE = {
     "mls": mls,
     "energy": energy,
     "odin": odin,
+    "joint-energy": joint_energy,
     "godin": godin,
     "mos": mos,
     "norm": norm,

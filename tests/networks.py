@@ -161,6 +161,7 @@ def recorded(count: int, seed: int = 1, *, classes: int = 3, labelled: bool = Tr
         logits=seen.logits - usual,
         odin_logits=seen.odin_logits - usual,
         head=LinearHead(seen.head.weight, seen.head.bias - usual),
+        multi_label=True,
         deconf_h=(seen.logits - usual) / 2,
         mos_others=torch.randn(count, 2, generator=generator).sigmoid().log(),
         layers={

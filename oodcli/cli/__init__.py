@@ -6,6 +6,7 @@ Nothing numeric is imported here at module level, so help and completion stay fa
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -168,6 +169,9 @@ def main() -> None:
     """Run the command line. A user's error is one sentence and status 1; a bug is a traceback."""
     # Before torch is imported: by default, idle threads spin and slow down other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is written as \xNN
+            stream.reconfigure(errors="backslashreplace")
     interrupts.listen()
     completions.complete_at_the_first_tab()
     if "_OODCLI_COMPLETE" in os.environ:

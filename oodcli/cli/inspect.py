@@ -53,6 +53,7 @@ def command(
     from oodcli.cli.facts import facts_table, of_file
     from oodcli.errors import OodcliError
     from oodcli.files.describe import describe_file, kind_of
+    from oodcli.files.hub import card_path
 
     if checkpoint is not None and not verify:
         raise OodcliError(
@@ -73,7 +74,7 @@ def command(
         return
     from oodcli import api
 
-    card = file.with_suffix(".toml") if write_card else None
+    card = card_path(file) if write_card else None
     found = api.inspect(model.checkpoint(file), card=card, force=force, **model.running())
     if json:
         console.emit_json(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -22,7 +23,8 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="Checkpoint: a .pt, .pth, .th, .bin, .safetensors, .pt2 or .onnx file.",
+        help="Checkpoint: a .pt, .pth, .th, .bin, .safetensors, .pt2 or .onnx file, or a folder of "
+        "Hugging Face.",
         show_default=False,
     ),
 ]
@@ -60,6 +62,29 @@ Timeout = Annotated[
         max=86400,
         help="Time limit for decoding an image, in a separate process. An image that exceeds it "
         "or crashes the process becomes a row with an error.",
+        show_default=False,
+    ),
+]
+
+
+def _limit_pixels(most: int | None) -> int | None:
+    """Pillow's limit is one for the process, so the core has no parameter for it."""
+    if most is not None:
+        from oodcli.api import limit_pixels
+
+        limit_pixels(most)
+    return most
+
+
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        metavar="N",
+        min=1,
+        callback=_limit_pixels,
+        help="Largest image to decode, in pixels. Larger ones become rows with an error; Pillow's "
+        "limit is 89478485.",
         show_default=False,
     ),
 ]
@@ -186,6 +211,14 @@ class ModelOptions:
             rich_help_panel=_MODEL,
         ),
     ] = None
+    multi_label: Annotated[
+        bool,
+        typer.Option(
+            "--multi-label",
+            help="Each label has its own sigmoid: an image can have several labels, or none.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False
     card: Annotated[
         Path | None,
         typer.Option(
@@ -197,6 +230,14 @@ class ModelOptions:
         typer.Option(
             metavar="REGEX",
             help="Modules to record instead of blocks and stages.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    state_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Where the weights are in the file, such as net or ema.state_dict.",
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -251,6 +292,8 @@ class ModelOptions:
             class_names=_names(self.class_names),
             layers=self.layers,
             card=self.card,
+            state_key=self.state_key,
+            multi_label=self.multi_label,
         )
         return Checkpoint(path, overrides, self.ema, self.trust_pickle)
 
@@ -341,12 +384,16 @@ def _range(text: str | None) -> tuple[float, float] | None:
 def _names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
-    if "," not in text and Path(text).is_file():
-        try:
-            return tuple(Path(text).read_text(encoding="utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise OodcliError(f"--class-names {text} cannot be read ({error})") from error
+    if os.path.isfile(text):  # False for a list of names that is longer than a path
+        from oodcli.api import read_class_names
+
+        return read_class_names(Path(text))
     names = tuple(name.strip() for name in text.split(","))
+    if len(names) == 1:
+        raise OodcliError(
+            f"--class-names {text}: there is no such file; give the names with commas between, or "
+            "a file with one name a line"
+        )
     if not all(names):
         raise OodcliError(f"--class-names {text}: one of the names is empty")
     return names

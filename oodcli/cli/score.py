@@ -13,6 +13,7 @@ from oodcli.cli.options import (
     Detectors,
     Force,
     Json,
+    MaxPixels,
     ModelOptions,
     Parameters,
     Quiet,
@@ -121,6 +122,7 @@ def command(
     force: Force = False,
     restart: Restart = False,
     timeout: Timeout = None,
+    max_pixels: MaxPixels = None,
     shard: Shard = None,
     engine: Annotated[
         str | None,

@@ -22,6 +22,7 @@ _CLASSES = {
     "t1000": "T1000",
     "mls": "MLS",
     "energy": "Energy",
+    "joint-energy": "JointEnergy",
     "odin": "ODIN",
     "godin": "GeneralizedODIN",
     "mos": "MOS",

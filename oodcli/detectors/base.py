@@ -54,6 +54,9 @@ class Detector(ABC):
     explains: ClassVar[bool] = False
     """``contributions`` lists the terms of a score."""
 
+    multi_label: ClassVar[bool] = False
+    """It also fits networks with a sigmoid for each label instead of one softmax."""
+
     strict_on_virtual: ClassVar[bool] = False
     """It reads statistics that inversion matches, so thresholds from virtual images are wrong."""
 

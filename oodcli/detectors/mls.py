@@ -19,6 +19,7 @@ class MLS(Detector):
     about = "minus the largest logit"
     formula = r"s = -\max_c z_c"
     needs = frozenset({"logits", "logits.level"})
+    multi_label = True
 
     def _score(self, test: Features) -> Tensor:
         return -recorded(test.logits).double().amax(1)

@@ -42,6 +42,9 @@ FORMAT = "oodcli-features"
 LOGITS_LEVEL = "logits_level"
 """Root attribute, False if /logits are log-probabilities; otherwise absent."""
 
+MULTI_LABEL = "multi_label"
+"""Root attribute, True if each label has its own sigmoid; otherwise absent."""
+
 BLOCK_BYTES = 1 << 26
 BLOCK_ROWS = 8192
 
@@ -129,6 +132,8 @@ class CacheWriter:
             self._constant("head/bias", features.head.bias)
         if not features.logits_level:
             self._file.attrs[LOGITS_LEVEL] = False
+        if features.multi_label:
+            self._file.attrs[MULTI_LABEL] = True
         if features.mirror is not None:
             self._file.require_group("mirror")
         if features.odin_step is not None:
@@ -219,6 +224,7 @@ class FeatureCache:
             **{field_of(place): empty(place) for place in WHOLE},
             odin_step=step,
             logits_level=bool(file.attrs.get(LOGITS_LEVEL, True)),
+            multi_label=bool(file.attrs.get(MULTI_LABEL, False)),
             head=head,
             mirror=self._read_constants("mirror/") if not view and "mirror" in file else None,
         )

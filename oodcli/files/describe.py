@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from oodcli.errors import FileError
 from oodcli.files.atomic import JOB
+from oodcli.files.foreign import foreign
 
 if TYPE_CHECKING:
     from oodcli.files.hdf5 import Provenance
@@ -28,10 +29,6 @@ Kind: TypeAlias = Literal[
 ]
 
 CHECKPOINTS = (".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2", ".onnx")
-FOREIGN = (".keras", ".pb", ".tflite", ".meta", ".index")
-"""Files of other frameworks, for which the loader of checkpoints tells the way."""
-
-SAVED_MODEL = "saved_model.pb"
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 START_BYTES = 1 << 16
@@ -45,8 +42,8 @@ def kind_of(path: Path) -> Kind:
     none of these, or cannot be read."""
     if (path / JOB).is_file():
         return "partial"
-    if path.suffix in FOREIGN or (path / SAVED_MODEL).is_file():
-        return "checkpoint"
+    if path.is_dir():
+        return "checkpoint"  # of a model hub, or its loader says what is missing
     try:
         with path.open("rb") as file:
             start = file.read(START_BYTES)
@@ -75,6 +72,8 @@ def kind_of(path: Path) -> Kind:
     # whose name says that it was one.
     if found is None and (start.startswith((b"PK", b"\x80")) or path.suffix in CHECKPOINTS):
         found = "checkpoint"
+    if found is None and (what := foreign(path)):
+        raise FileError(f"{path} is {what}")
     if found is None:
         raise FileError(
             f"{path} is no checkpoint, virtual images, feature cache, detector, scores, metrics or "
@@ -90,11 +89,7 @@ def _of_hdf5(path: Path) -> Kind | None:
     found = format_of(path)
     if found is None:
         raise FileError(f"{path} is a truncated or damaged HDF5 file: make it again")
-    kinds: dict[str, Kind] = {
-        virtual.FORMAT: "virtual",
-        cache.FORMAT: "features",
-        "": "checkpoint",  # Keras's
-    }
+    kinds: dict[str, Kind] = {virtual.FORMAT: "virtual", cache.FORMAT: "features"}
     return kinds.get(found)
 
 

@@ -19,6 +19,7 @@ from oodcli.files.artefact import TENSORS_SHA256, read_artefact, read_header, te
 from oodcli.files.describe import Kind, describe_file
 from oodcli.files.hashes import file_sha256
 from oodcli.files.hdf5 import ROWS_SHA256, SHA256, damage, dataset, reading
+from oodcli.files.hub import checkpoint_sha256
 from oodcli.files.made import SHA256 as SCORES_SHA256
 from oodcli.files.made import made_path, read_made
 
@@ -58,7 +59,7 @@ def verify(path: Path, kind: Kind, checkpoint: Path | None = None) -> Checks:
             raise FileError(f"{path} does not name its checkpoint")
         recorded = made["checkpoint_sha256"]
         try:
-            found = file_sha256(checkpoint)
+            found = checkpoint_sha256(checkpoint)
         except OSError as error:
             raise FileError(f"{checkpoint} cannot be read: {error.strerror or error}") from error
         if found != recorded:

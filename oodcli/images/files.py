@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import re
@@ -161,7 +162,8 @@ def list_from_stream(stream: TextIO, class_names: Sequence[str]) -> FileList:
 
 
 def parse_list(name: str, text: bytes, beside: Path, class_names: Sequence[str]) -> FileList:
-    """One path a line, relative to ``beside``, optionally a label after a tab, comma or space.
+    """One path a line, relative to ``beside``, optionally a label after a tab, comma or space; or
+    a CSV with a header that names a column ``path`` and perhaps one ``label``.
 
     A line that ends in an image's suffix is a path as a whole, whatever spaces and commas it has.
     Where something follows an image's suffix and a separator, that is the label: a class's name
@@ -174,7 +176,11 @@ def parse_list(name: str, text: bytes, beside: Path, class_names: Sequence[str])
     if b"\0" in text:
         raise ImagesError(f"{what} is not a text list: give one path per line")
     lines = text.decode("utf-8-sig", "surrogateescape").split("\n")
-    rows = [_parse_line(line.strip(), beside, class_names) for line in lines if line.strip()]
+    rows = _parse_table(what, lines)
+    if rows is None:
+        quoted = '"' if name.lower().endswith(".csv") else None
+        lines = [line.strip() for line in lines]
+        rows = [_parse_line(line, beside, class_names, quoted) for line in lines if line]
     if not rows:
         raise ImagesError(f"{what} lists no images: give one path per line")
     labels = written([label for _, label in rows], class_names, "labels of the list")
@@ -182,7 +188,56 @@ def parse_list(name: str, text: bytes, beside: Path, class_names: Sequence[str])
     return FileList(name, files, labels)
 
 
-def _parse_line(line: str, beside: Path, class_names: Sequence[str]) -> tuple[str, str | None]:
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
+LABEL_COLUMNS = ("label", "class", "class_name", "target")
+"""What a table of images calls its columns."""
+
+LONGEST_HEADER = 1 << 16
+"""Characters in the first line of such a table."""
+
+
+def _parse_table(what: str, lines: Sequence[str]) -> list[tuple[str, str | None]] | None:
+    """Paths and labels of a CSV whose header names its columns; None where there is no such
+    header. Raises ImagesError."""
+    for delimiter in ",;\t":
+        names = [cell.strip().lower() for cell in _cells(lines[0], delimiter)]
+        path = _column(names, PATH_COLUMNS)
+        if path is not None and (len(names) > 1 or names == ["path"]):
+            break
+    else:
+        return None
+    label = _column(names, LABEL_COLUMNS)
+    rows: list[tuple[str, str | None]] = []
+    try:
+        for cells in csv.reader((f"{line}\n" for line in lines[1:]), delimiter=delimiter):
+            if any(cells):
+                rows.append((cells[path], None if label is None else cells[label] or None))
+    except (csv.Error, IndexError) as error:
+        raise ImagesError(
+            f"{what}: row {len(rows) + 1} does not have the {len(names)} columns of the header: "
+            "write the list with a library for CSV"
+        ) from error
+    return rows
+
+
+def _cells(line: str, delimiter: str = ",") -> list[str]:
+    """The cells of one line of a CSV; none where it is no such line, or a long one."""
+    try:
+        return next(csv.reader([line.strip("\r\n")[:LONGEST_HEADER]], delimiter=delimiter), [])
+    except csv.Error:
+        return []
+
+
+def _column(names: Sequence[str], known: Sequence[str]) -> int | None:
+    return next((names.index(name) for name in known if name in names), None)
+
+
+def _parse_line(
+    line: str, beside: Path, class_names: Sequence[str], quote: str | None = None
+) -> tuple[str, str | None]:
+    """quote: what a path is in that has a comma, where the list is a CSV."""
+    if quote and line.startswith(quote) and (cells := _cells(line)):
+        return cells[0], (cells[1] or None) if cells[1:] else None
     if is_picture(line):
         return line, None
     if match := _LABELLED.fullmatch(line):

@@ -97,6 +97,16 @@ AT_ONCE = 1 << 20
 """Pixels that are scaled together: an image may have 10⁸."""
 
 
+def limit_pixels(most: int | None) -> None:
+    """Make this Pillow's limit against decompression bombs, in this process."""
+    Image.MAX_IMAGE_PIXELS = most
+
+
+def most_pixels() -> int | None:
+    """Pillow's limit in this process; None where it was lifted."""
+    return Image.MAX_IMAGE_PIXELS
+
+
 class UnreadableError(Exception):
     """Reason why one image cannot be read: the text in its row's error."""
 
@@ -114,6 +124,7 @@ class Target(NamedTuple):
     interpolation: str
     exif: str
     image_range: tuple[float, float] | None
+    crop_rounding: str = "even"
 
 
 class Fitted(NamedTuple):
@@ -195,12 +206,14 @@ def decode(stream: IO[bytes]) -> Image.Image:
             if limit is not None and image.width * image.height > limit:
                 raise UnreadableError(
                     f"{image.width}x{image.height} pixels, more than Pillow's limit of {limit} "
-                    "(a decompression bomb?)"
+                    "(a decompression bomb?): --max-pixels raises the limit"
                 )
             image.load()
             return image
     except UnreadableError:
         raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableError(f"{unreadable_file(error)} --max-pixels raises the limit") from error
     except UnidentifiedImageError as error:  # its text has an address in memory
         reason = "not an image, or damaged"
         if stream.seek(0, os.SEEK_END) == 0:
@@ -327,7 +340,8 @@ def fit(image: Image.Image, preprocessing: Preprocessing | Target) -> NDArray[np
             image = image.resize((width, height), method)
     else:
         resized = _resized(image.size, preprocessing.resize)
-        image = _resize_and_crop(image, resized, height, width, method)
+        down = preprocessing.crop_rounding == "down"
+        image = _resize_and_crop(image, resized, height, width, method, down=down)
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -353,8 +367,10 @@ def _resize_and_crop(
     height: int,
     width: int,
     method: Image.Resampling,
+    *,
+    down: bool,
 ) -> Image.Image:
-    left, top = _before(resized[0], width), _before(resized[1], height)
+    left, top = _before(resized[0], width, down), _before(resized[1], height, down)
     crop = (left, top, left + width, top + height)
     if resized[0] * resized[1] > LARGEST_RESIZED:
         return _cropped_alone(image, resized, crop, method)
@@ -363,9 +379,12 @@ def _resize_and_crop(
     return image if image.size == (width, height) else image.crop(crop)
 
 
-def _before(length: int, wanted: int) -> int:
-    """Where the middle of a side begins; below 0 where a black border is added."""
-    return round((length - wanted) / 2) if length >= wanted else -((wanted - length) // 2)
+def _before(length: int, wanted: int, down: bool) -> int:
+    """Where the middle of a side begins; below 0 where a black border is added. down: half a pixel
+    is rounded down, not to an even number."""
+    if length < wanted:
+        return -((wanted - length) // 2)
+    return (length - wanted) // 2 if down else round((length - wanted) / 2)
 
 
 def _cropped_alone(

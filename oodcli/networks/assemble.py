@@ -16,12 +16,14 @@ from oodcli.errors import CheckpointError, OodcliError, first_line
 from oodcli.features import LinearHead
 from oodcli.networks.classifier import Classifier, Tap
 from oodcli.networks.heads import RetrainedHead
+from oodcli.networks.joint_head import NAME, find_joint_head
 from oodcli.networks.outputs import (
     Call,
     Reading,
     as_logits,
     copied,
     find_logits,
+    first_tensor,
     matches_weights,
     returning_logits,
     sparing_input,
@@ -67,19 +69,40 @@ def assemble(
     ):
         calls, returned = _trial(network, image)
         reading, logits = _read(network, image, returned, calls, classes)
-    returning_logits(network, reading)
     found = logits.shape[1]
+    if found == 1 and _two_logits(network, calls, logits):
+        note = (
+            "one logit z, of a network for two classes, becomes the logits 0 and z: its sigmoid is "
+            "the probability of class 1"
+        )
+        return assemble(
+            network,
+            arch=arch,
+            preprocessing=preprocessing,
+            class_names=class_names,
+            sha256=sha256,
+            assumptions=(*assumptions, note),
+            layers=layers,
+            num_classes=num_classes,
+        )
+    returning_logits(network, reading)
     if found < 2:
         raise CheckpointError(
-            f"{arch} has {found} output: detectors need a classifier with at least two classes"
+            f"{arch} has {found} output, and not of a linear layer: detectors need at least two "
+            "classes; return torch.cat([torch.zeros_like(z), z], 1) for the logit z of two classes"
         )
     if class_names is not None and len(class_names) != found:
         raise CheckpointError(
             f"{len(class_names)} class names were given but the network has {found} classes: "
             "correct --class-names or class_names in the model card"
         )
-    head_name, head = _find_head(calls, logits)
     notes = [reading.note, _by_batch(calls)]
+    head_name, head = _find_head(calls, logits)
+    joint = None if head_name is not None else find_joint_head(calls, logits)
+    if joint is not None:
+        joint.join(network)
+        head_name, head = NAME, joint.linear()
+        notes.append("the logits are the mean of two heads; the embedding is the input of both")
     taps = _find_taps(network, calls, layers, preprocessing.input_size)
     with _one_sentence(
         image,
@@ -132,9 +155,10 @@ def _trial(network: nn.Module, image: Tensor) -> tuple[list[Call], Any]:
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor):
+            first = first_tensor(output)
+            if first is not None:
                 given = args[0] if args and isinstance(args[0], Tensor) else None
-                calls.append(Call(name, module, output.shape, copied(output), copied(given)))
+                calls.append(Call(name, module, first.shape, copied(first), copied(given)))
 
         return hook
 
@@ -192,6 +216,21 @@ def _find_head(calls: Sequence[Call], logits: Tensor) -> tuple[str | None, Linea
     return None, None
 
 
+def _two_logits(network: nn.Module, calls: Sequence[Call], logits: Tensor) -> bool:
+    """Give a linear head of one row w a row of zeros before it; softmax(0, z) is sigmoid(z).
+    False where the head is not linear."""
+    name, head = _find_head(calls, logits)
+    if name is None or head is None:
+        return False
+    old = network.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    two = nn.Linear(old.in_features, 2, device=old.weight.device, dtype=old.weight.dtype)
+    for parameter, row in ((two.weight, head.weight), (two.bias, head.bias)):
+        parameter.detach().copy_(torch.cat([torch.zeros_like(row), row]))
+    network.set_submodule(name, two.requires_grad_(False))
+    return True
+
+
 def _find_taps(
     network: nn.Module, calls: Sequence[Call], layers: str | None, input_size: tuple[int, int]
 ) -> tuple[Tap, ...]:
@@ -201,7 +240,7 @@ def _find_taps(
         # Its layers are no features: neither its two linear ones a block, nor its BatchNorm.
         modules = {n: m for n, m in modules.items() if not f"{n}.".startswith(f"{head}.")}
         calls = [call for call in calls if call.name in modules]
-    blocks = _blocks(modules) or _plain_layers(calls)
+    blocks = _blocks(modules, {call.name for call in calls}) or _plain_layers(calls)
     stages = _stages(modules, blocks, calls)
     seen: dict[str, int] = {}
     taps: list[Tap] = []
@@ -252,11 +291,16 @@ def _image_by_image(
     if not doubtful:
         return taps
 
+    def copy_of(output: Any) -> Tensor:
+        first = first_tensor(output)
+        assert first is not None  # it is a tap
+        return first.detach().clone()
+
     def outputs(images: Tensor) -> list[tuple[str, Tensor]]:
         found: list[tuple[str, Tensor]] = []
         handles = [
             network.get_submodule(name).register_forward_hook(
-                lambda _, __, output, name=name: found.append((name, output.detach().clone()))
+                lambda _, __, output, name=name: found.append((name, copy_of(output)))
             )
             for name in doubtful
         ]
@@ -286,9 +330,10 @@ def _channel_dim(shape: Sequence[int], aspect: float) -> int:
     return -1 if last < first else 1
 
 
-def _blocks(modules: dict[str, nn.Module]) -> set[str]:
+def _blocks(modules: dict[str, nn.Module], called: set[str]) -> set[str]:
     """The outermost modules that are not mere containers and hold at least two weighted layers:
-    residual blocks, dense blocks, inverted residuals, inception modules, transformer layers."""
+    residual blocks, dense blocks, inverted residuals, inception modules, transformer layers.
+    called: those that return a tensor."""
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     found: set[str] = set()
     for name, module in modules.items():
@@ -301,7 +346,7 @@ def _blocks(modules: dict[str, nn.Module]) -> set[str]:
         weighted = sum(
             isinstance(child, nn.Conv1d | nn.Conv2d | nn.Linear) for child in module.modules()
         )
-        if not plain and weighted >= 2 and not _is_trunk(module):
+        if not plain and name in called and weighted >= 2 and not _is_trunk(module):
             found.add(name)
     return found
 
@@ -311,7 +356,17 @@ def _plain_layers(calls: Sequence[Call]) -> set[str]:
     convolutions where activations are functions."""
     maps = [(call.name, call.module) for call in calls if len(call.shape) == 4]
     convolutions = {name for name, module in maps if isinstance(module, nn.Conv2d)}
-    kinds = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh)
+    kinds = (
+        nn.ReLU,
+        nn.ReLU6,
+        nn.LeakyReLU,
+        nn.PReLU,
+        nn.ELU,
+        nn.GELU,
+        nn.SiLU,
+        nn.Hardswish,
+        nn.Tanh,
+    )
     activations = {name for name, module in maps if isinstance(module, kinds)}
     found = activations if activations and convolutions else convolutions
     return found if len(found) > 1 else set()  # a lone layer has no depth to look into
@@ -337,6 +392,7 @@ def _stages(modules: dict[str, nn.Module], blocks: set[str], calls: Sequence[Cal
     """The last block before each change of resolution, and the last of all. Where that block ends
     a plain sequence, the sequence's name is taken (layer1, not layer1.2)."""
     shapes = [(call.name, call.shape) for call in calls if call.name in blocks]
+    called = {call.name for call in calls}
     found: set[str] = set()
     for index, (name, shape) in enumerate(shapes):
         following = shapes[index + 1][1] if index + 1 < len(shapes) else None
@@ -346,5 +402,5 @@ def _stages(modules: dict[str, nn.Module], blocks: set[str], calls: Sequence[Cal
         last = isinstance(modules.get(parent), nn.Sequential) and name == f"{parent}." + str(
             list(dict(modules[parent].named_children()))[-1]
         )
-        found.add(parent if parent and last else name)
+        found.add(parent if parent in called and last else name)
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oodcli.errors import CheckpointError, first_sentence
+from oodcli.files.hub import card_path
 from oodcli.networks import architectures, heads
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Resize
@@ -36,6 +37,8 @@ class Overrides:
     class_names: tuple[str, ...] | None = None
     layers: str | None = None
     card: Path | None = None
+    state_key: str | None = None
+    multi_label: bool = False
 
 
 NOTHING = Overrides()
@@ -155,7 +158,7 @@ def _is_arch(name: str) -> bool:
 def card_of(path: Path, overrides: Overrides, *, trust: bool) -> dict[str, Any]:
     """The keys of a checkpoint's model card; empty without a card. trust: run code that the card
     names. It comes with the checkpoint, and the user has not asked for it."""
-    where = overrides.card or path.with_suffix(".toml")
+    where = overrides.card or card_path(path)
     card = read_card(where) if overrides.card is not None or where.is_file() else {}
     if ".py:" in card.get("arch", "") and overrides.arch is None and not trust:
         raise CheckpointError(

@@ -41,6 +41,7 @@ class Classifier:
     taps: in the order of the forward pass. averaged: whether these are the averaged (EMA) weights
     of a checkpoint that has plain ones, too. logits_level: False where the network returns
     log-probabilities, which are logits up to a constant for each image.
+    multi_label: whether each label has its own sigmoid, instead of one softmax.
     """
 
     network: nn.Module
@@ -56,6 +57,7 @@ class Classifier:
     averaged: bool = False
     logits_level: bool = True
     named: bool = False
+    multi_label: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import pathlib
 import pickle
 import re
 import zipfile
@@ -15,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from oodcli.errors import CheckpointError, first_sentence
-from oodcli.networks.state_dict import AVERAGED, PLAIN
+from oodcli.files.foreign import foreign
+from oodcli.networks.inert import load_inert
+from oodcli.networks.state_dict import AVERAGED, PLAIN, untrusted
 
 SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".safetensors", ".pt2", ".onnx")
 
@@ -35,6 +35,8 @@ def check_file(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if empty:
         raise CheckpointError(f"{path} is empty: copy the checkpoint again")
+    if what := foreign(path):
+        raise CheckpointError(f"{path} is {what}")
 
 
 def zip_members(path: Path) -> dict[str, int]:
@@ -72,18 +74,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_torch(path: Path, trust_pickle: bool) -> Any:
     try:
-        # Arguments of a command line and paths, which many training scripts save, are inert.
-        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
-            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+        if trust_pickle:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        return load_inert(path)
     except Exception as error:  # a damaged pickle can raise almost anything
         text = str(error)
         refused = re.search(r"GLOBAL ([\w.]+)|(?:unrecognized function|but got) ([^\n]+)", text)
         if isinstance(error, pickle.UnpicklingError) and not trust_pickle and refused:
-            raise CheckpointError(
-                f"{path} holds a pickled {refused[1] or refused[2]}, not only tensors, and "
-                "unpickling can run any code that its author put there: save model.state_dict() "
-                "alone, or give --trust-pickle if you trust its author"
-            ) from error
+            name = "network" if "persistent_load" in text else refused[1] or refused[2]
+            raise untrusted(path, name) from error
         if trust_pickle and isinstance(error, ImportError | AttributeError):
             raise CheckpointError(
                 f"{path} cannot be unpickled without the code that made it "
@@ -100,6 +99,8 @@ def read_torch(path: Path, trust_pickle: bool) -> Any:
 
 def find_module(content: Any) -> nn.Module | None:
     """A pickled network: the content itself, or the entry where a training script stores it."""
+    if not isinstance(content, Mapping | nn.Module) and hasattr(content, "model"):
+        content = content.model  # of a fastai Learner
     if isinstance(content, Mapping):
         content = next(
             (content[k] for k in (*PLAIN, *AVERAGED) if isinstance(content.get(k), nn.Module)),

@@ -57,7 +57,9 @@ def preprocessing_of(
             f"normalisation: {default.normalisation_source} {numbers} (override: {options})"
         )
     exif = given["exif"] or "turn"
-    found = Preprocessing(size, mean, std, resize, interpolation, exif, given["image_range"])
+    rounding = "even" if resize is None else default.crop_rounding
+    limits = given["image_range"]
+    found = Preprocessing(size, mean, std, resize, interpolation, exif, limits, rounding)
     _require_unit_scale(mean, std)
     return found, assumed
 
@@ -163,3 +165,13 @@ def guess_inputs(network: nn.Module, size: tuple[int, int] | None = None) -> Inp
         normalisation_source="CIFAR-10's" if small else "ImageNet's",
     )
     return architectures.grey(found) if first is not None and first.in_channels == 1 else found
+
+
+def of_ultralytics(content: Any) -> Inputs:
+    """As its ``classify_transforms`` prepares pictures. content: a checkpoint of its trainer, whose
+    ``train_args`` have the input's size."""
+    args = content.get("train_args") if isinstance(content, Mapping) else None
+    side = args.get("imgsz") if isinstance(args, Mapping) else None
+    side = side if type(side) is int else 224
+    source = "of Ultralytics' classifiers"
+    return Inputs((side, side), (0.0,) * 3, (1.0,) * 3, side, "bilinear", source, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from oodcli.errors import CheckpointError, first_sentence
-from oodcli.files.hashes import file_sha256
-from oodcli.networks import architectures, heads
+from oodcli.files.foreign import foreign, is_onnx, is_safetensors
+from oodcli.files.hub import checkpoint_sha256, weights_of
+from oodcli.networks import architectures, heads, hub
 from oodcli.networks.assemble import assemble
 from oodcli.networks.card import NOTHING, Overrides, card_of
+from oodcli.networks.class_names import names_in
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.contents import (
     check_file,
@@ -22,10 +25,16 @@ from oodcli.networks.contents import (
     read_torch,
     zip_members,
 )
-from oodcli.networks.foreign import check_foreign
-from oodcli.networks.inputs import guess_inputs, preprocessing_of
-from oodcli.networks.recognition import SLICES, Network, network_of, require_classes
+from oodcli.networks.inputs import guess_inputs, of_ultralytics, preprocessing_of
+from oodcli.networks.recognition import (
+    SLICES,
+    Network,
+    network_of,
+    require_classes,
+    require_named,
+)
 from oodcli.networks.state_dict import check_finite, check_values, find_state
+from oodcli.networks.timm_models import network_of_script
 
 
 def load_classifier(
@@ -45,8 +54,10 @@ def load_classifier(
     anything does not fit.
     """
     path = Path(path)
-    check_foreign(path)
-    check_file(path)
+    if path.is_dir() and (what := foreign(path)):
+        raise CheckpointError(f"{path} is {what}")
+    for file in weights_of(path):
+        check_file(file)
     card = card_of(path, overrides, trust=trust_pickle)
     fill = {key: value for key, value in card.items() if getattr(overrides, key) is None}
     given = replace(overrides, **fill)
@@ -63,7 +74,7 @@ def load_classifier(
         arch=found.arch,
         preprocessing=preprocessing,
         class_names=given.class_names,
-        sha256=file_sha256(path),
+        sha256=checkpoint_sha256(path),
         layers=given.layers,
         num_classes=given.num_classes,
     )
@@ -74,18 +85,38 @@ def load_classifier(
         preprocessing=preprocessing,
         assumptions=(*found.assumptions, *assumed, *classifier.assumptions),
         averaged=found.averaged,
+        multi_label=given.multi_label or found.multi_label,
     )
     require_classes(given.num_classes, classifier.num_classes, path)
-    categories = architectures.categories(found.arch, classifier.num_classes)
-    grouped = heads.split(found.arch)[1].startswith("mos")  # so in another order than ImageNet's
-    if given.class_names is None and categories is not None and not grouped:
-        note = "class names: ImageNet's, from torchvision's weights (override: --class-names)"
-        notes = (*classifier.assumptions, note)
-        classifier = replace(classifier, class_names=categories, assumptions=notes)
-    return classifier
+    return classifier if given.class_names is not None else _with_names(classifier, found)
+
+
+def _with_names(classifier: Classifier, found: Network) -> Classifier:
+    """With the class names beside the weights, or ImageNet's for its 1,000 classes."""
+    names, source = found.class_names, found.names_source
+    if names is not None and len(names) != classifier.num_classes:
+        note = (
+            f"{len(names)} class names {source} ignored: the network has "
+            f"{classifier.num_classes} classes (override: --class-names)"
+        )
+        return replace(classifier, assumptions=(*classifier.assumptions, note))
+    if names is not None:
+        shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+        note = f"class names {shown} {source} (override: --class-names)"
+    elif not heads.split(found.arch)[1].startswith("mos"):  # MOS's order is not ImageNet's
+        names = architectures.categories(found.arch, classifier.num_classes)
+        note = "class names: ImageNet's (override: --class-names)"
+    if names is None:
+        return classifier
+    named = found.class_names is not None
+    notes = (*classifier.assumptions, note)
+    return replace(classifier, class_names=names, assumptions=notes, named=named)
 
 
 def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool) -> Network:
+    config = hub.config_of(path)
+    if path.is_dir() or config is not None:
+        return _of_folder(path, config, given, prefer_ema=prefer_ema, trust_pickle=trust_pickle)
     members = zip_members(path)
     check_unpacked(path, members)
     if any(name.endswith("/constants.pkl") for name in members):
@@ -94,7 +125,7 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
         module, note = load_torchscript(path, trust=trust_pickle)
         check_finite(module.state_dict(), path)
         return Network(module, "TorchScript", guess_inputs(module), (note,))
-    if path.suffix == ".onnx":
+    if is_onnx(path):
         from oodcli.networks.onnx_graph import load_onnx
 
         module, size, note = load_onnx(path)
@@ -118,15 +149,59 @@ def _read(path: Path, given: Overrides, *, prefer_ema: bool, trust_pickle: bool)
                 size_source="that of the program's example",
             ),
         )
-    if path.suffix == ".safetensors":
-        content: Any = read_safetensors(path)
-    else:
-        content = read_torch(path, trust_pickle)
+    content = _content(path, trust_pickle)
     module_found = find_module(content)
     if module_found is not None:
-        return Network(module_found, type(module_found).__name__, guess_inputs(module_found))
-    state, notes, averaged = find_state(content, path, prefer_ema)
-    slices = content.get(SLICES)
+        kind = type(module_found)
+        found = Network(module_found, kind.__name__, guess_inputs(module_found))
+        return _beside(found, content, kind.__module__)
+    weights = find_state(content, path, prefer_ema, given.state_key)
+    state, notes = weights.state, weights.notes
+    slices = content.get(SLICES) if isinstance(content, Mapping) else None
     check_values({SLICES: slices, **state} if isinstance(slices, Tensor) else state, path)
-    found = network_of(state, given, path, slices)
+    if weights.pickled:
+        require_named(weights, given, path)
+        notes += (f"using the weights of the pickled {weights.pickled}, without its code",)
+    script = network_of_script(content, state, given, path) if given.arch is None else None
+    found = script or network_of(state, given, path, slices)
+    found = replace(found, assumptions=(*notes, *found.assumptions), averaged=weights.averaged)
+    return _beside(found, content, weights.pickled)
+
+
+def _beside(found: Network, content: Any, kind: str) -> Network:
+    """With what the checkpoint says besides the weights. kind: of a pickled module, its class."""
+    key, names = names_in(content) or ("", None)
+    inputs = of_ultralytics(content) if kind.startswith("ultralytics.") else found.inputs
+    return replace(found, inputs=inputs, class_names=names, names_source=f"from {key}")
+
+
+def _content(path: Path, trust_pickle: bool) -> Any:
+    if is_safetensors(path) or (path.suffix == ".safetensors" and not zip_members(path)):
+        return read_safetensors(path)
+    return read_torch(path, trust_pickle)
+
+
+def _of_folder(
+    path: Path,
+    config: dict[str, Any] | None,
+    given: Overrides,
+    *,
+    prefer_ema: bool,
+    trust_pickle: bool,
+) -> Network:
+    """The network of a folder of a model hub: as its configuration describes it, if no other is
+    named with ``--arch``."""
+    whole: dict[str, Tensor] = {}
+    notes: tuple[str, ...] = ()
+    averaged = False
+    for part in weights_of(path):
+        check_unpacked(part, zip_members(part))
+        weights = find_state(_content(part, trust_pickle), part, prefer_ema, given.state_key)
+        notes, averaged = weights.notes, weights.averaged
+        check_values(weights.state, part)
+        whole |= weights.state
+    if config is not None and given.arch in (None, hub.arch_of(config, path)):
+        found = hub.hub_network(config, whole, given, path)
+    else:
+        found = network_of(whole, given, path)
     return replace(found, assumptions=(*notes, *found.assumptions), averaged=averaged)

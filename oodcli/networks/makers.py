@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
+import logging
 import math
+import re
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +42,18 @@ class Maker:
 
 
 class TimmMaker(Maker):
-    def __init__(self, arch: str) -> None:
+    """A model of timm: ``timm:NAME``, or ``timm:NAME.TAG`` with the inputs of those weights of
+    timm's; then ``?KEY=VALUE&…``, arguments of the model such as ``img_size=64``. cfg: timm's
+    ``pretrained_cfg`` of a checkpoint, None for timm's own; inputs: of a training script, which
+    win over that; source: what they were taken from."""
+
+    def __init__(
+        self,
+        arch: str,
+        cfg: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        source: str = "timm's for this model",
+    ) -> None:
         super().__init__(arch)
         try:
             import timm
@@ -46,26 +62,54 @@ class TimmMaker(Maker):
                 f"--arch {arch} needs timm, which is not installed: pip install 'oodcli[timm]'"
             ) from error
         self.timm: Any = timm
+        self.source = source
+        self.given = dict(inputs or {})
+        self.name, _, query = arch.removeprefix("timm:").partition("?")
+        self.arguments = dict(map(_argument, query.split("&"))) if query else {}
+        refused = [key for key in self.arguments if not key or _LOADING.match(key)]
+        if refused or not re.fullmatch(r"\w[\w.-]*", self.name):
+            what = f"'{refused[0]}'" if refused else f"'{self.name}'"
+            raise CheckpointError(
+                f"--arch {arch}: {what} is not the name of a model of timm or of an argument of "
+                "its layers: write timm:NAME, or timm:NAME?img_size=64&in_chans=1"
+            )
+        self.configured = cfg is not None
+        if cfg is not None:
+            known = timm.models.PretrainedCfg.__dataclass_fields__.keys() - _FETCHED
+            self.arguments["pretrained_cfg"] = {k: v for k, v in cfg.items() if k in known}
 
     def skeleton(self, num_classes: int) -> nn.Module:
         with Weightless():
             return self.build(num_classes)
 
     def build(self, num_classes: int | None) -> nn.Module:
-        name = self.arch.removeprefix("timm:")
-        count = {} if num_classes is None else {"num_classes": num_classes}
+        given = self.arguments | ({} if num_classes is None else {"num_classes": num_classes})
         try:
-            network: nn.Module = self.timm.create_model(name, pretrained=False, **count)
+            with _quiet():
+                network: nn.Module = self.timm.create_model(self.name, pretrained=False, **given)
+        except CheckpointError:
+            raise
         except Exception as error:  # timm raises RuntimeError, TypeError, …, by model
-            raise CheckpointError(f"--arch {self.arch}: {first_sentence(error)}") from error
+            what = f"{self.arch} {self.source}" if self.configured else f"--arch {self.arch}"
+            raise CheckpointError(f"{what} cannot be made: {first_sentence(error)}") from error
         return network
 
     def inputs(self, network: nn.Module) -> Inputs:
         """What timm's ``create_transform`` does with this model's configuration when it evaluates.
         Resize, crop mode and interpolation that cannot be so are in ``cannot``."""
-        config = self.timm.data.resolve_model_data_config(network)
-        height, width = config["input_size"][1:]
-        share, mode = config["crop_pct"], config["crop_mode"]
+        try:
+            with _quiet():
+                config = self.timm.data.resolve_model_data_config(network, self.given)
+            return self._inputs(config)
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the configuration of {self.arch} {self.source} makes no sense "
+                f"({first_sentence(error)}): give the network with --arch timm:{self.name}"
+            ) from error
+
+    def _inputs(self, config: Mapping[str, Any]) -> Inputs:
+        height, width = map(int, config["input_size"][1:])
+        share, mode = float(config["crop_pct"]), config["crop_mode"]
         scaled = (math.floor(height / share), math.floor(width / share))
         cannot = {}
         if mode == "border":
@@ -84,17 +128,58 @@ class TimmMaker(Maker):
                 f"timm's interpolation for {self.arch} is '{kind}', which oodcli cannot do: give "
                 f"--interpolation, one of {', '.join(INTERPOLATIONS)}"
             )
-        return Inputs(
+        found = Inputs(
             (height, width),
-            tuple(config["mean"]),
-            tuple(config["std"]),
+            tuple(map(float, config["mean"])),
+            tuple(map(float, config["std"])),
             scaled[0] if mode != "squash" and height == width else scaled,
             kind,
-            "timm's for this model",
-            "timm's for this model",
+            self.source,
+            self.source,
             crop_share=share,
             cannot=cannot,
         )
+        grey = self.arguments.get("in_chans") == 1 != len(found.mean)
+        return architectures.grey(found) if grey else found
+
+
+_LOADING = re.compile(r"pretrained|checkpoint|cache_dir|features_only|num_classes$")
+"""Arguments of timm that read other weights, or return no classifier."""
+
+_FETCHED = frozenset(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"))
+"""Where timm's configuration says that weights come from."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it, timm does not warn: what it warns of is in our own lines."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def timm_name(name: str, arguments: Mapping[str, Any]) -> str:
+    """A model of timm with its arguments, as ``--arch`` takes it; those that are None left out."""
+    words = (
+        f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        for key, value in arguments.items()
+        if value is not None and key != "num_classes" and (key, value) != ("in_chans", 3)
+    )
+    query = "&".join(words)
+    return f"timm:{name}?{query}" if query else f"timm:{name}"
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """``img_size=64`` → its name and the value, by JSON where it is any."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except (ValueError, RecursionError):
+        return key, value
 
 
 class FactoryMaker(Maker):

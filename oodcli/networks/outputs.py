@@ -62,6 +62,19 @@ def copied(tensor: Tensor | None) -> Tensor | None:
     return tensor.detach().clone() if tensor is not None and tensor.numel() <= SMALL else None
 
 
+def first_tensor(output: Any) -> Tensor | None:
+    """What a module computed: the tensor that it returned, or the first in a tuple."""
+    first = output[0] if isinstance(output, tuple) and output else output
+    return first if isinstance(first, Tensor) else None
+
+
+def with_first(output: Any, tensor: Tensor | None) -> Any:
+    """A module's output with another first tensor; None where that is None."""
+    if tensor is None or not isinstance(output, tuple):
+        return tensor
+    return (tensor, *output[1:])
+
+
 def outputs_of(returned: Any) -> dict[Key, Tensor]:
     """The tensors in what a network returned: a tensor, a tuple, a dictionary, or an object with
     fields, such as a Hugging Face ``ModelOutput``."""
@@ -132,11 +145,14 @@ def find_logits(
             ), output.float()
     module, before = _module_before(activation, logits, calls)
     if module is not None:
+        several = activation is SIGMOID and logits.shape[1] > 2
         return Reading(
             None,
             module,
             note=f"the network returns {activation.words}: the output of {module}, before its "
-            f"{activation.name}, is used as the logits",
+            f"{activation.name}, is used as the logits"
+            + "; if an image can have several labels, give --multi-label"
+            * several,
         ), before
     if activation is LOG_SOFTMAX:
         return Reading(

@@ -19,6 +19,8 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 EXIF = ("turn", "keep")
 
+CROP_ROUNDING = ("even", "down")
+
 
 Resize: TypeAlias = int | tuple[int, int] | None
 """Before a centre crop: length of the shorter side, or height and width; None resizes straight to
@@ -35,7 +37,9 @@ class Preprocessing:
     input_size: height, width. mean, std: one number a channel, of pixels in [0, 1]; one channel
     means grey images. exif: whether an image is turned upright as its EXIF block says, or kept as
     it is stored. image_range: values that become 0 and 255, of images with more than 8 bits; None
-    is the range of their type. Raises CheckpointError where the numbers make no sense.
+    is the range of their type. crop_rounding: of half a pixel before the middle: even, as
+    torchvision rounds, or down, as transformers does. Raises CheckpointError where the numbers make
+    no sense.
     """
 
     input_size: tuple[int, int]
@@ -45,6 +49,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
     exif: str = "turn"
     image_range: tuple[float, float] | None = None
+    crop_rounding: str = "even"
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
@@ -74,6 +79,7 @@ class Preprocessing:
         for name, given, known in (
             ("interpolation", self.interpolation, INTERPOLATIONS),
             ("exif", self.exif, EXIF),
+            ("crop_rounding", self.crop_rounding, CROP_ROUNDING),
         ):
             if given not in known:
                 raise CheckpointError(f"{name} '{given}' is not one of {', '.join(known)}")
@@ -127,6 +133,7 @@ class Preprocessing:
             interpolation=str(fields.get("interpolation", "bilinear")),
             exif=str(fields.get("exif", "turn")),
             image_range=None if limits is None else (float(limits[0]), float(limits[1])),
+            crop_rounding=str(fields.get("crop_rounding", "even")),
         )
 
 

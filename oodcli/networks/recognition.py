@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from oodcli.errors import CheckpointError
 from oodcli.networks import architectures, heads
 from oodcli.networks.architectures import Inputs
 from oodcli.networks.card import Overrides
-from oodcli.networks.makers import maker_of
-from oodcli.networks.state_dict import Layouts, layouts_of, some_of
+from oodcli.networks.makers import Maker, maker_of
+from oodcli.networks.replaced_heads import fit_head
+from oodcli.networks.state_dict import Found, Layouts, layouts_of, some_of, untrusted
 
 SLICES = "group_slices"
 """Where MOS's training script says which outputs belong to which group."""
@@ -28,13 +29,17 @@ HEAD_NAMES = ("fc", "linear", "classifier", "head", "heads.head")
 @dataclass(frozen=True)
 class Network:
     """A network with its weights, and what is known of it. inputs: None where nothing is. averaged:
-    as of a Classifier."""
+    as of a Classifier. class_names: those beside the weights; names_source says where. multi_label:
+    whether a configuration says that an image has several labels."""
 
     module: nn.Module
     arch: str
     inputs: Inputs
     assumptions: tuple[str, ...] = ()
     averaged: bool = False
+    class_names: tuple[str, ...] | None = None
+    names_source: str = ""
+    multi_label: bool = False
 
 
 def network_of(
@@ -57,14 +62,44 @@ def network_of(
     return _plain(state, given, path)
 
 
+def require_named(weights: Found, given: Overrides, path: Path) -> None:
+    """Raises CheckpointError for a pickled module without ``--arch``: its class says what it
+    computes, and that class is code."""
+    if given.arch is not None:
+        return
+    known = filter(None, map(architectures.recognise, (s for s, _ in layouts_of(weights.state))))
+    like = next((f"{each.name}, whose names and shapes it has" for each in known), "")
+    raise untrusted(
+        path,
+        weights.pickled,
+        f"read its weights, and run nothing, with --arch {like or 'FILE.py:FACTORY'}; or ",
+    )
+
+
 def _plain(state: dict[str, Tensor], given: Overrides, path: Path) -> Network:
     layouts = layouts_of(state)
     if given.arch is not None:
-        return _named(given.arch, layouts, given, path)
+        return named(given.arch, layouts, given, path)
     found = _recognised(layouts, given, path)
     if found is None:
-        raise _unrecognised(layouts, path)
+        name, differing = architectures.nearest(layouts[-1][0])
+        found = _with_another_head(name, layouts, given, path)
+        if found is None:
+            raise _unrecognised(layouts, path, name, differing)
     return found
+
+
+def _with_another_head(name: str, layouts: Layouts, given: Overrides, path: Path) -> Network | None:
+    """The network of that name whose head was replaced, or has others beside it."""
+    if not name:
+        return None
+    expected = architectures.skeleton(name, 1000).state_dict()
+    for layout, dropped in layouts:
+        fitted = fit_head(expected, architectures.rename(name, layout))
+        found = fitted and _recognised([(fitted.state, dropped)], given, path)
+        if fitted and found:
+            return replace(found, assumptions=(*found.assumptions, *fitted.notes))
+    return None
 
 
 def _deconf(
@@ -84,12 +119,13 @@ def _deconf(
     weight = tensors["h.h.weight"]
     layouts = layouts_of(backbone)
     if given.arch is not None:
-        found = _named(given.arch, layouts, given, path, stand_in=weight)
+        found = named(given.arch, layouts, given, path, stand_in=weight)
     else:
         made = (_standing_in(layouts, name, weight) for name in HEAD_NAMES)
         known = next(filter(None, (_recognised(each, given, path) for each in made)), None)
         if known is None:
-            raise _unrecognised(_standing_in(layouts, HEAD_NAMES[0], weight), path)
+            standing = _standing_in(layouts, HEAD_NAMES[0], weight)
+            raise _unrecognised(standing, path, *architectures.nearest(standing[-1][0]))
         found = known
     retrained = heads.DeconfHead(form, weight.shape[1], weight.shape[0])
     differing = architectures.compare(retrained.state_dict(), tensors)
@@ -174,9 +210,23 @@ def _require_clear(name: str, num_classes: int, path: Path) -> None:
         )
 
 
-def _unrecognised(layouts: Layouts, path: Path) -> CheckpointError:
+def _unrecognised(
+    layouts: Layouts, path: Path, name: str, differing: Sequence[str]
+) -> CheckpointError:
+    """name: of the nearest known architecture, or empty. differing: from it."""
+    from oodcli.networks.timm_models import likely
+
     first, layout = layouts[0][0], layouts[-1][0]
-    name, differing = architectures.nearest(layout)
+    if not name or len(differing) > 3:
+        names, others = likely(layout, path.name)
+        if names and not others:
+            more = f" or {', '.join(names[1:5])}" if names[1:] else ""
+            return CheckpointError(
+                f"{path}: the architecture is not recognised, but its {len(layout)} tensors fit "
+                f"{names[0]}{more}: give the one that was trained with --arch"
+            )
+        if names and (not name or len(others) < len(differing)):
+            name, differing = names[0], others
     if not name:
         like = f"no known architecture resembles it (its first keys: {', '.join([*first][:3])})"
     else:
@@ -190,7 +240,7 @@ def _unrecognised(layouts: Layouts, path: Path) -> CheckpointError:
 
 
 def require_classes(given: int | None, found: int, path: Path) -> None:
-    if given is not None and given != found:
+    if given is not None and given != found and (given, found) != (2, 1):
         raise CheckpointError(
             f"{path} has {found} classes, but {given} were given: correct --num-classes or "
             "num_classes in the model card"
@@ -212,6 +262,11 @@ def _stem_notes(name: str, num_classes: int) -> list[str]:
         notes.append(
             "shortcuts without weights are read as option A, zeros on both sides (override: --arch)"
         )
+    if name == "torchvision:resnet50":
+        notes.append(
+            "timm's resnetaa50 and resnetblur50 have the same names and shapes, but another "
+            "forward pass (override: --arch timm:resnetaa50)"
+        )
     return notes + _transform_notes(name, num_classes)
 
 
@@ -226,17 +281,18 @@ def _transform_notes(name: str, num_classes: int) -> list[str]:
     ]
 
 
-def _named(
+def named(
     arch: str,
     layouts: Layouts,
     given: Overrides,
     path: Path,
     *,
     stand_in: Tensor | None = None,
+    maker: Maker | None = None,
 ) -> Network:
     """The network that ``--arch`` names, with the weights of the layout that fits it best.
-    stand_in: weight of a linear layer in a retrained head's place."""
-    maker = maker_of(arch)
+    stand_in: weight of a linear layer in a retrained head's place. maker: of that network."""
+    maker = maker or maker_of(arch)
     probe = maker.skeleton(architectures.PROBED)
     if stand_in is not None:
         layouts = _standing_in(layouts, heads.last_linear(probe, arch), stand_in)
@@ -244,7 +300,14 @@ def _named(
     state, dropped = min(
         options, key=lambda option: len(architectures.compare(probe.state_dict(), option[0]))
     )
-    classes = architectures.head_classes(probe.state_dict(), state) or given.num_classes
+    expected = probe.state_dict()
+    notes: tuple[str, ...] = ()
+    if expected.keys() ^ {*state, *(k for k in expected if k.endswith("num_batches_tracked"))}:
+        fits = ((fit_head(expected, each), left_out) for each, left_out in options)
+        fitted, left_out = next((fit for fit in fits if fit[0]), (None, ()))
+        if fitted:
+            (state, notes), dropped = fitted, left_out
+    classes = architectures.head_classes(expected, state) or given.num_classes
     if classes is not None:
         require_classes(given.num_classes, classes, path)
     network = maker.build(classes)
@@ -256,10 +319,10 @@ def _named(
             "or leave it out to have it recognised"
         )
     _fill(network, state)
-    notes = _transform_notes(arch, classes or 0)
+    notes = (*_transform_notes(arch, classes or 0), *notes)
     if dropped:
-        notes.append(f"{some_of(dropped)} not part of {arch} and ignored")
-    return Network(network, arch, maker.inputs(network), tuple(notes))
+        notes += (f"{some_of(dropped)} not part of {arch} and ignored",)
+    return Network(network, arch, maker.inputs(network), notes)
 
 
 def _fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:

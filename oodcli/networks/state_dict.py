@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from oodcli.errors import CheckpointError
+from oodcli.networks.inert import Stub, is_module, state_of
 
 PLAIN = (
     "state_dict",
@@ -43,57 +45,105 @@ PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "backbone.", 
 
 AVERAGED_PREFIXES = ("ema_model.", "model_ema.", "ema.", "averaged_model.")
 
+WRAPPERS = re.compile(r"(?:^|(?<=\.))_(?:orig_mod|(?:checkpoint|fsdp)_wrapped_module|fpw_module)\.")
+"""What torch.compile, activation checkpointing and FSDP add to names, in the middle as well."""
+
+INNER = re.compile(r"(?:^|(?<=\.))(?:module|model)\.")
+
 NOT_WEIGHTS = re.compile(r"n_averaged$|(criterion|loss|loss_fn|loss_function)\.")
 
 
+def untrusted(path: Path, name: str, instead: str = "") -> CheckpointError:
+    """The error for a pickled object where weights are expected. instead: another next step."""
+    return CheckpointError(
+        f"{path} holds a pickled {name}, not only tensors, and unpickling can run any code that "
+        f"its author put there: {instead}save model.state_dict() alone, or give --trust-pickle if "
+        "you trust its author"
+    )
+
+
 def _is_state(content: Any) -> bool:
-    """Whether this is a state dict: strings to tensors, but for a few counters."""
-    if not isinstance(content, Mapping) or not content:
+    """Whether this is a state dict: strings to tensors, and to a few plain values."""
+    if not isinstance(content, Mapping):
         return False
     tensors = sum(isinstance(value, Tensor) and value.ndim > 0 for value in content.values())
     return tensors > 0 and all(
-        isinstance(key, str) and (isinstance(value, Tensor | int | float) or key == "_metadata")
+        isinstance(key, str)
+        and (isinstance(value, Tensor | int | float | str | None) or key == "_metadata")
         for key, value in content.items()
     )
 
 
-def find_state(
-    content: Any, path: Path, prefer_ema: bool
-) -> tuple[dict[str, Tensor], list[str], bool]:
-    """The state dict in what a training script saved, sentences about the choice, and whether it is
-    the averaged one of two."""
+def _parts_of(content: Any) -> Mapping[Any, Any]:
+    """What is in a container, by key, index or attribute; empty for anything else."""
+    if isinstance(content, Mapping):
+        return content
+    if isinstance(content, list | tuple):
+        return dict(enumerate(content))
+    if is_module(content):
+        return state_of(content)
+    return vars(content) if isinstance(content, Stub) else {}
+
+
+def _holds_weights(content: Any, seen: set[int], depth: int = 16) -> bool:
+    """Whether a network's weights are in it; the state of an optimizer has no matrix ``…weight``.
+    seen: ids of what was searched."""
+    if id(content) in seen or not depth:
+        return False
+    seen.add(id(content))
+    parts = vars(content) if isinstance(content, Stub) else _parts_of(content)
+    if _is_state(parts):
+        return any(
+            key.endswith("weight") and isinstance(value, Tensor) and value.ndim > 1
+            for key, value in parts.items()
+        )
+    return any(_holds_weights(part, seen, depth - 1) for part in parts.values())
+
+
+@dataclass(frozen=True)
+class Found:
+    """A state dict in what a training script saved. notes: sentences about the choice. averaged:
+    whether these are the averaged weights of two. pickled: class of the module that they were
+    read from without its code; empty where they were saved as a state dict."""
+
+    state: dict[str, Tensor]
+    notes: tuple[str, ...]
+    averaged: bool = False
+    pickled: str = ""
+
+
+def find_state(content: Any, path: Path, prefer_ema: bool, key: str | None = None) -> Found:
+    """The state dict in what a training script saved. key: where it is, with dots between the keys
+    of several levels. Raises CheckpointError where there is none, or there are several."""
     notes: list[str] = []
     averaged = both = False
+    if key is not None:
+        content = _at(content, key, path)
     for _ in range(4):  # wrapped in a wrapper, as frameworks do
-        if _is_state(content):
+        parts = _parts_of(content)
+        if is_module(content) or _is_state(parts):
             break
-        if not isinstance(content, Mapping):
-            raise CheckpointError(
-                f"{path} holds a {type(content).__name__} where a state dict was expected: save "
-                "model.state_dict()"
-            )
-        usable = [k for k in (*PLAIN, *AVERAGED) if isinstance(content.get(k), Mapping)]
-        usable = [key for key in usable if content[key]]
-        ema = [key for key in usable if key in AVERAGED]
-        plain = [key for key in usable if key in PLAIN]
-        if not usable:
-            # Only strings: a tuple of a hostile pickle can be endless when printed.
-            names = [key for key in content if isinstance(key, str)]
-            keys = ", ".join(names[:6]) or "nothing"
-            only = {"optimizer", "param_groups", "optimizer_state_dict", "state"} & set(names)
-            raise CheckpointError(
-                f"{path} holds {'the state of an optimizer' if only else 'no weights'} (its keys: "
-                f"{keys}), not a network's state dict: save model.state_dict()"
-            )
-        chosen = (ema or plain)[0] if prefer_ema else (plain or ema)[0]
+        known = [k for k in (*PLAIN, *AVERAGED) if k in parts and _wraps(parts[k])]
+        ema = [k for k in known if k in AVERAGED]
+        plain = [k for k in known if k in PLAIN]
+        if known:
+            chosen: Any = (ema or plain)[0] if prefer_ema else (plain or ema)[0]
+        else:
+            chosen = _only_weights(content, parts, path)
+            notes.append(f"using the weights in '{chosen}', the only ones (override: --state-key)")
         averaged = averaged or chosen in AVERAGED
         if ema and plain:
             both = True
             other = "override: leave out --ema" if prefer_ema else "override: --ema"
             notes.append(f"using the weights in '{chosen}'; the file also has others ({other})")
-        content = content[chosen]
+        content = parts[chosen]
+    pickled = type(content).name if is_module(content) else ""
+    content = _parts_of(content)
     if not _is_state(content):
         raise CheckpointError(f"{path} holds no state dict where one was expected")
+    others = [k for k, v in content.items() if isinstance(v, str | None) and k != "_metadata"]
+    if others:
+        notes.append(f"{some_of(others)} no tensors and ignored")
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     ema_prefix = next((p for p in AVERAGED_PREFIXES if any(k.startswith(p) for k in state)), None)
     if ema_prefix is not None:
@@ -108,7 +158,60 @@ def find_state(
             notes.append(f"averaged weights '{ema_prefix}*' are ignored (override: --ema)")
     if prefer_ema and not averaged:
         notes.append("no averaged (EMA) weights in the file: using the plain ones")
-    return state, notes, averaged and both
+    return Found(state, tuple(notes), averaged and both, pickled)
+
+
+def _wraps(content: Any) -> bool:
+    """Whether a training script may have put the state dict, or its wrapper, there."""
+    return is_module(content) or (isinstance(content, Mapping) and bool(content))
+
+
+def _at(content: Any, key: str, path: Path) -> Any:
+    """What ``--state-key`` names: the keys of several levels with dots between, longest first."""
+    parts = {str(k): v for k, v in _parts_of(content).items() if isinstance(k, str | int)}
+    if key in parts:
+        return parts[key]
+    for head in sorted((k for k in parts if key.startswith(f"{k}.")), key=len, reverse=True):
+        return _at(parts[head], key.removeprefix(f"{head}."), path)
+    raise CheckpointError(f"{path} has no '{key}' for --state-key: {_keys(parts)}")
+
+
+def _only_weights(content: Any, parts: Mapping[Any, Any], path: Path) -> Any:
+    """The key of the only part with weights in it. Raises CheckpointError."""
+    seen: set[int] = set()
+    named = {key: part for key, part in parts.items() if isinstance(key, str | int)}
+    holding = [key for key, part in named.items() if _holds_weights(part, seen)]
+    if len(holding) == 1:
+        return holding[0]
+    if holding:
+        raise CheckpointError(
+            f"{path} holds several state dicts ({', '.join(map(str, holding[:6]))}): name the "
+            "classifier's with --state-key"
+        )
+    if quantised := [key for key in parts if str(key).endswith("_packed_params")]:
+        raise CheckpointError(
+            f"{path}: {some_of(quantised)} of a quantised network: use the floating-point "
+            "checkpoint"
+        )
+    pickled = next((x for x in (content, *parts.values()) if isinstance(x, Stub)), None)
+    if pickled is not None:
+        raise untrusted(path, type(pickled).name)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__} where a state dict was expected: save "
+            "model.state_dict()"
+        )
+    only = {"optimizer", "param_groups", "optimizer_state_dict", "state"} & parts.keys()
+    raise CheckpointError(
+        f"{path} holds {'the state of an optimizer' if only else 'no weights'} ({_keys(parts)}), "
+        "not a network's state dict: save model.state_dict()"
+    )
+
+
+def _keys(parts: Mapping[Any, Any]) -> str:
+    # Only strings: a tuple of a hostile pickle can be endless when printed.
+    names = [key for key in parts if isinstance(key, str)]
+    return f"its keys: {', '.join(names[:6]) or 'nothing'}"
 
 
 def check_values(state: Mapping[str, Tensor], path: Path) -> None:
@@ -184,6 +287,11 @@ def layouts_of(state: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], tuple[
     state = {key: value for key, value in state.items() if key not in dropped}
     if dropped:
         found.append((state, dropped))
+    for word in (WRAPPERS, INNER):
+        bare = {word.sub("", key): value for key, value in state.items()}
+        if bare.keys() != state.keys() and len(bare) == len(state):
+            found.append((bare, dropped))
+            state = bare if word is WRAPPERS else state
     for _ in range(6):
         heads = {key.partition(".")[0] + "." for key in state}
         if len(heads) == 1 and all("." in key for key in state):

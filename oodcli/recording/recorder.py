@@ -18,7 +18,7 @@ from oodcli.detectors.gram import gram_sums
 from oodcli.errors import DetectorError, OodcliError
 from oodcli.features import INPUT, BatchNorm, Features, Layer, OdinStep, concatenate
 from oodcli.networks.classifier import Classifier, Tap
-from oodcli.networks.outputs import as_logits, copy_input
+from oodcli.networks.outputs import as_logits, copy_input, first_tensor, with_first
 from oodcli.out_of_memory import halving, too_short
 from oodcli.recording.channels_last import in_channels_last
 from oodcli.records import CONSTANTS, ROW_RECORDS, impossible
@@ -45,7 +45,10 @@ def watch(
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             calls[name] = calls.get(name, 0) + 1
             tap = taps.get(name if calls[name] == 1 else f"{name}@{calls[name]}")
-            return None if tap is None else receive(tap, args[0], output)
+            first = None if tap is None else first_tensor(output)
+            if tap is None or first is None:
+                return None
+            return with_first(output, receive(tap, args[0] if args else first, first))
 
         return after
 
@@ -254,6 +257,7 @@ class Recorder:
             odin_logits=odin,
             odin_step=None if odin is None else self.odin,
             logits_level=self.classifier.logits_level,
+            multi_label=self.classifier.multi_label,
             deconf_h=readings.get("deconf.h"),
             mos_others=readings.get("mos.others"),
             head=None if self.classifier.head is None else self.classifier.head.to(device),
@@ -353,6 +357,8 @@ def recordable(classifier: Classifier) -> frozenset[str]:
     words = {"logits", "odin.logits", "batchnorm.mean", "batchnorm.var"}  # of the image itself
     if classifier.logits_level:
         words |= {"logits.level"}
+    if classifier.multi_label:
+        words |= {"multi-label"}
     if classifier.head_name is not None:
         words |= {"embedding"}
     if classifier.head is not None:

@@ -129,15 +129,29 @@ def choose_detectors(
         for name in detectors.names():
             kind = detectors.get(name)
             fits = not kind.fitted or (kind.reference_images is not None and fit_reference)
-            if name not in names and fits and kind.needs <= available:
+            several = kind.multi_label or "multi-label" not in available
+            if name not in names and fits and several and kind.needs <= available:
                 make(kind)
         chosen.sort(key=lambda each: _place(each.detector.name))
+    if "multi-label" in available:
+        require_multi_label(each.detector for each in chosen)
     unused = sorted(hyperparameters.keys() - made)
     if unused:
         raise DetectorError(
             f"-p {unused[0]}.…: {unused[0]} is not among the detectors given by name"
         )
     return chosen
+
+
+def require_multi_label(chosen: Iterable[Detector | type[Detector]]) -> None:
+    """Raises DetectorError for a detector that takes each image to have one label."""
+    for each in chosen:
+        if not each.multi_label:
+            fitting = [name for name in detectors.names() if detectors.get(name).multi_label]
+            raise DetectorError(
+                f"{each.name} is for networks with one label per image, but this one has several "
+                f"(--multi-label): use {' or '.join(fitting)}"
+            )
 
 
 def is_artefact(word: str) -> bool:

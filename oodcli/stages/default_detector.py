@@ -9,6 +9,7 @@ from pathlib import Path
 from oodcli import detectors, notes
 from oodcli.errors import OodcliError
 from oodcli.files.artefact import read_artefact
+from oodcli.files.hub import stem_of
 from oodcli.stages.chosen import require_same_network
 from oodcli.stages.opened import Opened
 
@@ -25,6 +26,9 @@ def default_detector(opened: Opened, checkpoint: Path | None) -> str:
     peak-energy is stronger than 1c-sum on residual networks, but no better than chance on the
     demo's network, and nothing here can tell which case holds (docs/research/protocol.md).
     """
+    if "multi-label" in opened.available:
+        notes.say(log, "no -d: using joint-energy, which is for networks with several labels")
+        return "joint-energy"
     for name, artefact in _artefacts(checkpoint):
         reason = _why_not(artefact, name, opened)
         if reason is None:
@@ -44,7 +48,7 @@ def _artefacts(checkpoint: Path | None) -> Iterator[tuple[str, Path]]:
         places = [Path("detectors", f"{name}.safetensors")]
         if checkpoint is not None:
             beside = checkpoint.parent
-            places += [beside / places[0], beside / f"{checkpoint.stem}.{name}.safetensors"]
+            places += [beside / places[0], beside / f"{stem_of(checkpoint)}.{name}.safetensors"]
         yield from ((name, place) for place in dict.fromkeys(places) if place.is_file())
 
 

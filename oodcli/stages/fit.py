@@ -23,7 +23,12 @@ from oodcli.files.atomic import atomic, refuse_existing
 from oodcli.files.cache import FeatureCache
 from oodcli.files.hdf5 import Provenance
 from oodcli.files.origin import Words
-from oodcli.stages.chosen import further_rows, require_same_network, score_views
+from oodcli.stages.chosen import (
+    further_rows,
+    require_multi_label,
+    require_same_network,
+    score_views,
+)
 from oodcli.stages.verdict import classes_in_words
 
 log = logging.getLogger(__name__)
@@ -221,6 +226,8 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     cache = inputs.train
     if kind.reference_images is not None and given.get("reference") != "virtual":
         cache = inputs.noise or cache
+    if cache is not None and "multi-label" in cache.recorded:
+        require_multi_label([kind])
     needs = kind.fit_needs(**given)
     fitted_on: dict[str, Any] = {}
     seconds = 0.0

@@ -13,6 +13,7 @@ from oodcli import notes
 from oodcli.errors import OodcliError
 from oodcli.files.atomic import refuse_existing, refuse_suffix
 from oodcli.files.hdf5 import Provenance
+from oodcli.files.hub import stem_of
 from oodcli.inversion.invert import (
     Plan,
     decisions,
@@ -61,7 +62,7 @@ class InvertRequest:
             raise OodcliError(
                 "the network is a loaded classifier, not a path: give the output file"
             )
-        return Path(self.model.path.stem + ".virtual.h5")
+        return Path(stem_of(self.model.path) + ".virtual.h5")
 
 
 @dataclass(frozen=True)

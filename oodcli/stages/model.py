@@ -12,6 +12,7 @@ import torch
 
 from oodcli import notes
 from oodcli.errors import OodcliError, first_line
+from oodcli.files.hub import card_path
 from oodcli.jobs.torchrun import launched, local_rank
 from oodcli.networks import load
 from oodcli.networks.architectures import resizing
@@ -86,7 +87,13 @@ class Model:
         given = self.checkpoint
         if isinstance(given, Classifier):
             return {"--layers": [tap.name for tap in given.taps], "--ema": given.averaged}
-        return {"--layers": given.overrides.layers, "--ema": given.prefer_ema}
+        said = given.overrides
+        later = {"--state-key": said.state_key, "--multi-label": said.multi_label or None}
+        return {
+            "--layers": said.layers,
+            "--ema": given.prefer_ema,
+            **{option: value for option, value in later.items() if value is not None},
+        }
 
     def device(self) -> str:
         """The device. ``auto`` is the first GPU, under torchrun one per process; without a GPU the
@@ -130,7 +137,7 @@ class Model:
 
 def _log_origins(given: Checkpoint, running: Running, classifier: Classifier) -> None:
     """Log the origin of each fact about a network, its taps, and its device."""
-    path = given.overrides.card or given.path.with_suffix(".toml")
+    path = given.overrides.card or card_path(given.path)
     card = read_card(path) if path.is_file() else {}
     log.debug(f"model card: {path}" if path.is_file() else f"no model card: {path} is missing")
     prep = classifier.preprocessing

@@ -63,7 +63,8 @@ class Opened:
 def from_cache(path: Path, stack: ExitStack, *, mirror: bool, command: str) -> Opened:
     """The rows of a feature cache, which stays open as long as the stack. Raises OodcliError if the
     file is not a cache, or cannot be read."""
-    if path.is_file() and format_of(path) != FORMAT and path.suffix not in (".h5", ".hdf5"):
+    cache_like = path.suffix in (".h5", ".hdf5") or not path.exists()
+    if path.is_dir() or not (cache_like or format_of(path) == FORMAT):
         raise OodcliError(f"{path} is not a cache: after a checkpoint, give IMAGES")
     cache = stack.enter_context(open_cache(path))
     log_cache("score", cache)

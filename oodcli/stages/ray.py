@@ -26,10 +26,12 @@ from typing import Any, cast
 import torch
 
 from oodcli.errors import ImagesError, OodcliError, first_line
+from oodcli.files.hub import card_path, companions, shipped_as
 from oodcli.images import ImageSource, open_images
 from oodcli.images.decoding import decode_rows
 from oodcli.images.labels import unknown
 from oodcli.images.pieces import Piece, chunks, labels_of
+from oodcli.images.pixels import limit_pixels, most_pixels
 from oodcli.images.reading import assembled, note_dim
 from oodcli.images.source import Rows as Decoded
 from oodcli.jobs.kept import Block, Stored
@@ -69,8 +71,8 @@ class Network:
     ) -> Network:
         """Raises OodcliError when a file cannot be read."""
         code, colon, factory = (overrides.arch or "").partition(".py:")
-        card = overrides.card or path.with_suffix(".toml")
-        paths = {path.name: path}
+        card = overrides.card or card_path(path)
+        paths = companions(path)
         if card.is_file():
             paths["card.toml"] = card
             overrides = replace(overrides, card=Path("card.toml"))
@@ -81,13 +83,14 @@ class Network:
             files = {name: each.read_bytes() for name, each in paths.items()}
         except OSError as error:
             raise OodcliError(f"{path} cannot be read: {error.strerror or error}") from error
-        return cls(path.name, files, overrides, prefer_ema, trust_pickle)
+        return cls(shipped_as(path), files, overrides, prefer_ema, trust_pickle)
 
     def load(self, device: str) -> Classifier:
         """The same network here."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             for file, data in self.files.items():
+                (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_bytes(data)
             here = self.overrides
             if here.card is not None:
@@ -107,7 +110,7 @@ class Network:
 class Reading:
     """What decoding takes. images: as the user named them, in ``folder``. reading: number of that
     of the labels; None where they are unknown. table: classes of names, where only the cluster
-    reads the images."""
+    reads the images. most_pixels: of one image."""
 
     images: str
     folder: str
@@ -116,6 +119,7 @@ class Reading:
     batch_size: int
     reading: int | None = 0
     table: Mapping[str, int] = field(default_factory=dict)
+    most_pixels: int | None = field(default_factory=most_pixels)
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ class Decoder:
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         torch.set_num_threads(1)
+        limit_pixels(self._reading.most_pixels)
         if os.path.isdir(self._reading.folder):  # else nothing that is relative to it is here
             os.chdir(self._reading.folder)
         for data in batch["piece"]:

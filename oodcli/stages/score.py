@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from oodcli.detectors.base import Detector
 from oodcli.detectors.msp import probabilities
-from oodcli.features import Features, Rows
+from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
 from oodcli.files.made import made_path, write_made
 from oodcli.files.scores import ScoreBlock, ScoresWriter
@@ -267,7 +267,8 @@ class Scoring:
         if features is None or not len(features):
             scores = {column: np.zeros(0) for column in self.columns}
         else:
-            top = features.shared(probabilities).max(1)
+            sure = recorded(features.logits).double().sigmoid() if features.multi_label else None
+            top = (features.shared(probabilities) if sure is None else sure).max(1)
             predicted = [self.class_names[index] for index in top.indices.tolist()]
             confidence = top.values.numpy()
             there: dict[torch.device | None, Features] = {None: features}

@@ -38,7 +38,7 @@ COMMANDS = (
 BASH = {"_OODCLI_COMPLETE": "complete_bash"}
 ZSH = {"_OODCLI_COMPLETE": "complete_zsh"}
 FISH = {"_OODCLI_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-ORDINARY = [name for name in detectors.names() if name not in ("godin", "mos")]
+ORDINARY = [name for name in detectors.names() if name not in ("godin", "mos", "joint-energy")]
 """Those that need no head trained to tell what is out of distribution."""
 ALL = ("c2ir", "c2ir-z", "msp", "energy", "odin")
 MODEL = "Model (overrides the model card)"

@@ -158,7 +158,9 @@ def test_a_flipped_sign_is_seen(name, test, monkeypatch):
 SURE = ("msp", "entropy", "t1000", "mls", "energy", "gradnorm", "igoe", "thinkback", "expgrad")
 
 
-@pytest.mark.parametrize("name", [*SURE, "rg", "energy-norm", "peak-energy", "godin"])
+@pytest.mark.parametrize(
+    "name", [*SURE, "rg", "energy-norm", "peak-energy", "godin", "joint-energy"]
+)
 def test_an_undecided_row_scores_higher_than_a_sure_one(name, test):
     spread = torch.tensor([[9.0, 0, 0]]) * torch.linspace(1, 0, 9)[:, None]
     same = test.map_rows(lambda _, rows: rows[:1].expand(rows.shape), 9)

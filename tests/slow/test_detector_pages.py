@@ -135,6 +135,7 @@ def workplace(fitted, tmp_path_factory):
     backbone = randomised(build("resnet20-cifar", 10))
     backbone.linear = nn.Identity()
     torch.save(deconf_state(backbone, "cosine"), folder / "deconf.pt")
+    torch.save(randomised(build("resnet20-cifar", 10)).state_dict(), folder / "multi.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run(examples(PAGES["index.md"]))

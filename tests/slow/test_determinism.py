@@ -22,7 +22,9 @@ VIRTUAL = ("c2ir", "c2ir-z")
 NOISE = ("1c-sum",)
 POOL = ("c2ir-peak", "duo", "trio")
 PLAIN = tuple(
-    name for name in detectors.names() if not (detectors.get(name).fitted or name in RETRAINED)
+    name
+    for name in detectors.names()
+    if not (detectors.get(name).fitted or name in (*RETRAINED, "joint-energy"))
 )
 REAL = tuple(
     name

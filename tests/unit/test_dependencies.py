@@ -23,6 +23,8 @@ OPTIONAL = {
     "pyarrow": "parquet",
     "ray": "ray",
     "timm": "timm",
+    "transformers": "hf",
+    "huggingface_hub": "hf",
 }
 """Module → the extra that installs it. All others come with oodcli."""
 TESTED = ("parquet", "heic", "onnx", "ray", "timm", "test")

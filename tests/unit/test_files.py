@@ -39,7 +39,8 @@ def network():
 def features(network):
     recorder = Recorder(network, recordable(network))
     seen = recorder(networks.images(5), LABELS)
-    return replace(seen, deconf_h=seen.logits / 2, mos_others=-seen.logits[:, :2].exp())
+    trained = {"deconf_h": seen.logits / 2, "mos_others": -seen.logits[:, :2].exp()}
+    return replace(seen, multi_label=True, **trained)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from oodcli.errors import ImagesError
 from oodcli.images import Batch, ImageSource, batches, open_images, reading
 from oodcli.images import files as image_files
 from oodcli.images.generated import NOISES
-from oodcli.images.pixels import UnreadableError, colours, fit, load_bytes
+from oodcli.images.pixels import UnreadableError, colours, fit, limit_pixels, load_bytes
 from oodcli.images.source import Rows
 from oodcli.networks.preprocessing import Preprocessing
 
@@ -224,6 +224,38 @@ def test_one_image_file(pets):
 
 
 # lists
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ('path,label\n"dog/a, b.png",dog\ncat/1.png,cat\n', [1, 0]),
+        ('label;path\r\ndog;"dog/a, b.png"\r\n;cat/1.png\r\n\r\n', [1, -1]),
+        ('\ufeffpath\tpredicted\n"dog/a, b.png"\tcat\ncat/1.png\tdog\n', [-1, -1]),
+        (
+            "path,label,predicted,confidence,msp,error\n"
+            '"dog/a, b.png",dog,cat,0.5,0.5,\ncat/1.png,,cat,0.9,0.1,\n',
+            [1, -1],
+        ),
+        ('image,class\n"dog/a, b.png",dog\ncat/1.png,cat\n', [1, 0]),
+        ('"dog/a, b.png",dog\ncat/1.png,cat\n', [1, 0]),
+        ('"dog/a, b.png"\n"cat/1.png"\n', [-1, -1]),
+    ],
+)
+def test_lists_in_csv(pets, text, labels):
+    (pets / "dog/a, b.png").write_bytes((pets / "dog/2.png").read_bytes())
+    (pets / "list.csv").write_text(text, encoding="utf-8", newline="")
+    batch, _ = read(pets / "list.csv")
+    assert batch.errors == (None, None)
+    assert batch.paths == tuple(f"{pets}/{name}" for name in ("dog/a, b.png", "cat/1.png"))
+    assert batch.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("row", ["dog", "dog," + "x" * 200_000])
+def test_a_row_without_its_columns_is_named(pets, row):
+    (pets / "list.csv").write_text(f"label,path,x\ndog,dog/2.png,1\n{row}\n")
+    with pytest.raises(ImagesError, match="row 2 does not have the 3 columns"):
+        read(pets / "list.csv")
 
 
 def test_list(pets):
@@ -985,6 +1017,10 @@ def test_decompression_bombs_are_rows(tmp_path, monkeypatch):
     assert batch.errors[0] is None
     assert "40x40 pixels, more than Pillow's limit of 1000" in batch.errors[1]
     assert "bomb" in batch.errors[2]
+    assert all("--max-pixels" in error for error in batch.errors[1:])
+    limit_pixels(10_000)
+    batch, _ = read(tmp_path)
+    assert batch.errors == (None, None, None)
 
 
 @settings(max_examples=150, deadline=None)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, namedtuple
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 
 import networks
 import pytest
 import torch
-from torch import nn
+from networks import PREPROCESSING
+from torch import Tensor, nn
 
 from oodcli import detectors
 from oodcli.errors import CheckpointError, DetectorError
-from oodcli.features import Features
 from oodcli.inversion.objective import OBJECTIVES
 from oodcli.inversion.step import Step
+from oodcli.networks.assemble import assemble
 from oodcli.recording.recorder import Recorder, recordable
 from oodcli.records import CHEAP
 
@@ -350,7 +352,7 @@ def fitted_for_level():
     x = networks.images(60)
     labels = torch.arange(60) % CLASSES
     what = recordable(PLAIN) - {"layers.sensitivity", "logits.level", "head", "batchnorm.running"}
-    rows: Features = Recorder(PLAIN, what)(x, labels)
+    rows = replace(Recorder(PLAIN, what)(x, labels), multi_label=True)
 
     def fit(kind):
         if not kind.fitted:
@@ -359,3 +361,82 @@ def fitted_for_level():
         return kind.fit([rows], **given), rows
 
     return fit
+
+
+class Averaged(nn.Module):
+    """Averages two linear heads on different features, as networks distilled from a teacher do."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.one = nn.Linear(4, 3, bias=bias)
+        self.other = nn.Linear(2, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images).flatten(1)
+        return (self.one(features[:, :4]) + self.other(features[:, 4:])) / 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_mean_of_two_heads_is_one_head(bias: bool) -> None:
+    torch.manual_seed(0)
+    network = Averaged(bias).eval()
+    images = torch.randn(5, 3, 8, 8)
+    expected = network(images).detach()
+    before = sum(each.numel() for each in network.parameters())
+    classifier = assemble(network, arch="two", preprocessing=PREPROCESSING)
+    assert classifier.parameter_count == before
+    assert classifier.head is not None
+    for one in (classifier, replace(classifier, network=copy.deepcopy(classifier.network))):
+        found = Recorder(one, frozenset({"logits", "embedding"}))(images)
+        assert found.embedding is not None
+        assert found.embedding.shape == (5, 6)
+        torch.testing.assert_close(found.logits, expected)
+        logits = found.embedding @ classifier.head.weight.T + classifier.head.bias
+        torch.testing.assert_close(logits, expected)
+
+
+class Tokens(nn.Module):
+    """Blocks that return a tuple, as those of transformers do; the state beside it is not kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 4, stride=4)
+        self.layers = nn.ModuleList(TupleBlock() for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x, _ = layer(x)
+        return self.head(x.mean(1))
+
+
+class TupleBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x + self.mlp(x), None
+
+
+def test_blocks_that_return_a_tuple_are_tapped() -> None:
+    torch.manual_seed(0)
+    network = Tokens().eval()
+    classifier = assemble(network, arch="tokens", preprocessing=PREPROCESSING)
+    assert [tap.name for tap in classifier.taps] == ["layers.0", "layers.1"]
+    assert classifier.last_map is not None
+    images = torch.randn(5, 3, 8, 8)
+    kept: list[Tensor] = []
+    with torch.no_grad():
+        handle = network.layers[1].register_forward_hook(lambda _, __, out: kept.append(out[0]))
+        network(images)
+        handle.remove()
+    found = Recorder(classifier, frozenset({"logits", "layers.mean", "layers.gradient"}))(images)
+    mean, gradient = found.layers["layers.1"].mean, found.layers["layers.1"].gradient
+    torch.testing.assert_close(mean, kept[0].mean(1))
+    assert gradient is not None
+    assert found.logits is not None
+    head = network.head.weight[found.logits.argmax(1)] / 4  # of the mean over four positions
+    torch.testing.assert_close(gradient, head)

@@ -111,7 +111,8 @@ class Inputs:
     """What a network expects, and where that was taken from (half a sentence). resize: as of a
     Preprocessing. crop_share: the input's side in sides of the resized picture, where that holds at
     every input size. cannot: why the resize or the interpolation cannot be as the network expects
-    it, by the name of the option that says what to do instead."""
+    it, by the name of the option that says what to do instead. crop_rounding: as of a
+    Preprocessing."""
 
     input_size: tuple[int, int]
     mean: tuple[float, ...]
@@ -122,6 +123,7 @@ class Inputs:
     normalisation_source: str = ""
     crop_share: float | None = None
     cannot: Mapping[str, str] = field(default_factory=dict)
+    crop_rounding: str = "even"
 
 
 @dataclass(frozen=True)
@@ -350,9 +352,12 @@ def resizing(resize: int | Sequence[int] | None) -> str:
 
 
 def categories(name: str, num_classes: int) -> tuple[str, ...] | None:
-    """ImageNet's class names for a torchvision model with exactly 1000 classes, else None."""
-    if not name.startswith("torchvision:") or num_classes != 1000:
+    """ImageNet's class names for a model of torchvision or timm with exactly 1000 classes, else
+    None."""
+    if not name.startswith(("torchvision:", "timm:")) or num_classes != 1000:
         return None
+    if name.startswith("timm:"):
+        name = "torchvision:resnet18"
     return tuple(_imagenet().categories(name.partition(":")[2].split("+")[0]))
 
 
