@@ -91,7 +91,7 @@ def test_names_of_timm_come_from_the_configuration(tmp_path: Path) -> None:
     change(tmp_path / "config.json", label_names=["cat", "dog"], label_descriptions=None)
     classifier = oodcli.load_classifier(tmp_path)
     assert classifier.class_names == ("0", "1", "2")
-    assert "2 class names from config.json are left out" in " ".join(classifier.assumptions)
+    assert "2 class names from config.json ignored" in " ".join(classifier.assumptions)
 
 
 def change(path: Path, **values: Any) -> None:
@@ -331,3 +331,14 @@ def test_inspect_and_score_take_a_folder(tmp_path: Path) -> None:
     assert done.status == 0
     verified = run("inspect", "--verify", tmp_path / "s.csv", folder)
     assert found["sha256"][:12] in verified.out
+
+
+@needs_transformers
+def test_a_configuration_of_several_labels_is_recognised(vit: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "several"
+    shutil.copytree(vit, folder)
+    assert not oodcli.load_classifier(folder).multi_label
+    change(folder / "config.json", problem_type="multi_label_classification")
+    classifier = oodcli.load_classifier(folder)
+    assert classifier.multi_label
+    assert any("several labels an image" in each for each in classifier.assumptions)
