@@ -395,7 +395,14 @@ class _Program:
         if short in ("__is__", "__isnot__") and any(each is None for each in given):
             return CONSTANT[short](*given)  # a tensor is not None
         if short in CONSTANT and not _open([given, named]):
-            return CONSTANT[short](*given)
+            if short == "mul" and any(isinstance(each, str | list | tuple) for each in given):
+                raise UnlistedError("a list that it repeats")
+            found = CONSTANT[short](*given)
+            if (isinstance(found, int) and found.bit_length() > 64) or (
+                isinstance(found, str | list | tuple) and len(found) > LONGEST
+            ):
+                raise UnlistedError("a number or list that is too large")
+            return found
         self._check_evaluation(name, given)
         layer = _layer(short, given)
         if layer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -140,6 +141,28 @@ def test_a_pickled_function_is_not_called(tmp_path: Path) -> None:
             archive.writestr(name, pickle.dumps(Hostile(), 2) if attack else content)
     fails(path, "a pickled", "--trust-pickle")
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        ("x = 9", "x = torch.mul(x, x)"),
+        ("x = [1, 2]", "x = torch.add(x, x)"),
+        ("x = [1]", "x = torch.mul(x, 9000000000)"),
+    ],
+)
+def test_numbers_and_lists_do_not_grow_for_ever(first: str, again: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    save(randomised(Tiny()), path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            if name.endswith(".py"):
+                body = "".join(f"\\1{line}" for line in (first, *[again] * 60))
+                content = re.sub(r"(?<=-> Tensor:)(\n +)", body + r"\1", content.decode()).encode()
+            archive.writestr(name, content)
+    fails(path, "--trust-pickle")
 
 
 def test_commands_read_it(tmp_path: Path) -> None:
