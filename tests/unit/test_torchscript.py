@@ -162,7 +162,7 @@ def test_numbers_and_lists_do_not_grow_for_ever(first: str, again: str, tmp_path
                 body = "".join(f"\\1{line}" for line in (first, *[again] * 60))
                 content = re.sub(r"(?<=-> Tensor:)(\n +)", body + r"\1", content.decode()).encode()
             archive.writestr(name, content)
-    fails(path, "--trust-pickle")
+    fails(path, "too large" if "[1]" not in first else "repeats", "--trust-pickle")
 
 
 def test_commands_read_it(tmp_path: Path) -> None:
