@@ -46,13 +46,27 @@ def foreign(path: Path) -> str | None:
         return TENSORFLOW % (*BY_SUFFIX[path.suffix], path)
     if path.suffix == ".keras":
         return KERAS
-    if head.startswith(b"\x89HDF") and path.suffix in (".h5", ".hdf5", ".pt", ".pth", ".bin"):
-        return KERAS
+    if head.startswith(b"\x89HDF"):
+        return _hdf5(path)
     if head.startswith(b"PK"):
         return _archive(path)
     if path.name.endswith(".index.json"):
         return _index(path)
     return None
+
+
+def _hdf5(path: Path) -> str | None:
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            return KERAS if _KERAS_NAMES & (file.attrs.keys() | file.keys()) else None
+    except Exception:  # on damaged files h5py raises almost anything
+        return None
+
+
+_KERAS_NAMES = {"keras_version", "layer_names", "model_config", "model_weights"}
+"""Of attributes and groups, in a whole model or in weights alone."""
 
 
 def _archive(path: Path) -> str | None:

@@ -106,8 +106,8 @@ def shard_of_plan(plan: Plan, share: Share) -> Shard | None:
     part = share.part(batches)
     if not part:
         raise OodcliError(
-            f"--shard {share}: the job has only {batches} batches of at most {plan.batch_size} "
-            f"images: use at most {batches} shards, or a smaller --batch-size for all of them"
+            f"--shard {share}: more shards than batches of {plan.batch_size} images: use at most "
+            f"{batches} of them, or a smaller --batch-size for all"
         )
     before, rows = plan.images(range(part.start)), plan.images(range(batches))
     stop = before + plan.images(part)

@@ -115,9 +115,9 @@ def test_help_imports_nothing_heavy(words, printed):
 @pytest.mark.parametrize(
     ("environment", "printed"),
     [
-        ({**BASH, "COMP_WORDS": "oodcli score -d ", "COMP_CWORD": "3"}, ALL),
-        ({**BASH, "COMP_WORDS": "oodcli score --", "COMP_CWORD": "2"}, ["--fpr", "--arch"]),
-        ({**BASH, "COMP_WORDS": "oodcli ", "COMP_CWORD": "1"}, COMMANDS),
+        ({**BASH, "COMP_WORDS": "oodcli\nscore\n-d\n", "COMP_CWORD": "3"}, ALL),
+        ({**BASH, "COMP_WORDS": "oodcli\nscore\n--", "COMP_CWORD": "2"}, ["--fpr", "--arch"]),
+        ({**BASH, "COMP_WORDS": "oodcli\n", "COMP_CWORD": "1"}, COMMANDS),
         ({**ZSH, "_TYPER_COMPLETE_ARGS": "oodcli score x.pt --arch res"}, ["resnet20-cifar"]),
         ({**FISH, "_TYPER_COMPLETE_ARGS": "oodcli score x.pt - --seed 1 -d "}, ALL),
     ],
@@ -1037,7 +1037,7 @@ def test_a_detector_that_saw_ood_data_is_marked(both, tmp_path):
     shown = oodcli(*evaluate, "--quiet", "-o", tmp_path / "report")
     names = [line.split()[0] for line in shown.out.splitlines() if line.strip()]
     assert {"supervised*", "react", "energy"} <= set(names)
-    note = "which the others have not: supervised from OOD images (ood.h5)."
+    note = "unlike the others: supervised from OOD images (ood.h5)."
     assert f"* has learnt from OOD data, {note}" in shown.out
     for name in ("metrics.md", "metrics.tex"):
         assert note in (tmp_path / "report" / name).read_text()

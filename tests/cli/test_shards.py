@@ -231,7 +231,7 @@ def test_scores_of_shards_of_a_cache_can_be_merged(fitted, folder, cut, whole, t
         assert oodcli("score", path, "-d", "energy", "-o", shards[-1]).status in (0, 3)
     result = oodcli("score", tmp_path / "folder2.h5", "-d", "energy", "--shard", "1/2")
     assert result.status == 1
-    assert "is shard 2/3 already" in result.err
+    assert "already is shard 2/3" in result.err
     result = oodcli("merge", *shards, "-o", tmp_path / "merged.csv")
     assert result.status == 3, result.err
     oodcli("score", whole("folder.h5"), "-d", "energy", "-o", tmp_path / "whole.csv")
@@ -336,7 +336,7 @@ def test_a_shard_that_cannot_be(fitted, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = fitted / "digits.pt"
     for words, sentence in (
-        (("invert", checkpoint, "--per-class", 5, "--shard", "1/2"), "there are 1 batches"),
+        (("invert", checkpoint, "--per-class", 5, "--shard", "1/2"), "use at most 1 of them"),
         (("score", checkpoint, folder, "--contamination", 0.1, "--shard", "1/2"), "whole stream"),
         (("extract", checkpoint, folder, "--shard", "3/2"), "such as 3/64"),
     ):

@@ -288,7 +288,6 @@ INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
         ("net.pt", b"\x08\x07\x12\x07pytorch", "ONNX"),
         ("net.pb", b"\x0a\x07", "tf2onnx"),
         ("net.keras", b"PK\x03\x04", "Keras"),
-        ("net.h5", b"\x89HDF\r\n\x1a\n", "Keras"),
         ("net.safetensors.index.json", json.dumps(INDEX).encode(), "model-00001-of-00002"),
     ],
 )
