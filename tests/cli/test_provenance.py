@@ -211,7 +211,7 @@ def test_what_is_none_of_these_is_one_sentence(made, tmp_path):
     for name in ("notes.txt", "empty", "list.json", "x.h5"):
         fails("inspect", tmp_path / name, says=(name, "can tell nothing about it"))
     fails("inspect", made / "photos" / "0.png", says=("can tell nothing about it",))
-    fails("inspect", tmp_path, says=(f"{tmp_path} cannot be read: Is a directory",))
+    fails("inspect", tmp_path, says=(f"{tmp_path} is a folder without model.safetensors",))
     fails("inspect", tmp_path / "none.h5", says=("none.h5 cannot be read: No such file",))
     fails("inspect", tmp_path / "none.pt", says=("none.pt does not exist",))
     (tmp_path / "cut.h5").write_bytes((made / "v.h5").read_bytes()[:3000])
