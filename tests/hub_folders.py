@@ -152,6 +152,14 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 }
 """Family → configuration and its arguments, image processor and its arguments."""
 
+TIMM = (
+    *("test_byobnet", "test_coatnet", "test_convnext2", "test_efficientnet", "test_maxvit"),
+    *("test_nfnet", "test_resnet", "test_vit3", "test_vit_relpos"),
+    *("swin_tiny_patch4_window7_224", "regnetx_002", "mobilenetv3_small_050", "levit_128s"),
+    *("deit_tiny_distilled_patch16_224", "repvgg_a0", "densenet121"),
+)
+"""Small networks of timm."""
+
 
 def randomise(network: nn.Module) -> nn.Module:
     """Weights and statistics that leave no layer without effect: many initialisations are 0."""

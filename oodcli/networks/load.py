@@ -102,7 +102,7 @@ def _with_names(classifier: Classifier, found: Network) -> Classifier:
         return replace(classifier, assumptions=(*classifier.assumptions, note))
     if names is not None:
         shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
-        note = f"class names {shown} {source} (override: --class-names)"
+        note = f"class names {shown}, {source} (override: --class-names)"
     elif not heads.split(found.arch)[1].startswith("mos"):  # MOS's order is not ImageNet's
         names = architectures.categories(found.arch, classifier.num_classes)
         note = "class names: ImageNet's (override: --class-names)"

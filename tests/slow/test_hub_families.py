@@ -11,6 +11,7 @@ import torch
 from hub_folders import (
     LABELS,
     PICTURES,
+    TIMM,
     TRANSFORMERS,
     alike,
     timm_folder,
@@ -63,27 +64,7 @@ def check_inside(classifier: Classifier, found: Features) -> None:
     assert classifier.last_map is not None
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("test_byobnet", "test_coatnet", "test_convnext2", "test_efficientnet", "test_maxvit"),
-        *(
-            "test_nfnet",
-            "test_resnet",
-            "test_vit3",
-            "test_vit_relpos",
-            "swin_tiny_patch4_window7_224",
-        ),
-        *(
-            "regnetx_002",
-            "mobilenetv3_small_050",
-            "levit_128s",
-            "deit_tiny_distilled_patch16_224",
-            "repvgg_a0",
-            "densenet121",
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", TIMM)
 def test_timm(name: str, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     folder = tmp_path / "network"
