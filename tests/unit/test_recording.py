@@ -329,8 +329,7 @@ def test_layers_by_regular_expression():
 def test_wrong_input_size_and_class_names():
     with pytest.raises(CheckpointError, match="3 class names were given but the network has 4"):
         networks.classifier(networks.Residual(classes=4), class_names=["a", "b", "c"])
-    with pytest.raises(CheckpointError, match="at least two classes"):
-        networks.classifier(networks.Residual(classes=1))
+    assert networks.classifier(networks.Residual(classes=1)).num_classes == 2  # 0 and the logit
 
 
 def test_a_block_moves_as_a_whole(residual):
