@@ -96,7 +96,10 @@ def test_the_metadata_name_licence_versions_and_extras(wheel) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata.get_payload().startswith("# oodcli\n")
     extras = set(metadata.get_all("Provides-Extra"))
-    assert extras == {"parquet", "heic", "ray", "timm", "test", "lint", "docs", "bench"}
+    assert extras == {
+        *("parquet", "heic", "ray", "timm", "hf", "onnx"),
+        *("test", "lint", "docs", "bench"),
+    }
     classifiers = metadata.get_all("Classifier")
     assert not [each for each in classifiers if each.startswith("License ::")]
 

@@ -23,7 +23,7 @@ BATCH = 128
 
 UNLISTED = {
     *("odin", "godin", "mos", "c2ir", "c2ir-z", "peak", "peak-energy"),
-    *("c2ir-peak", "duo", "trio"),
+    *("c2ir-peak", "duo", "trio", "joint-energy"),
     *("supervised", "gram", "1d", "lsgm"),
 }
 """Not in the reference, or with free choices: a step, virtual images, OOD rows to learn from; or a
