@@ -97,7 +97,9 @@ def table(found: list[Compared]) -> str:
     ]
     for each in found:
         said = ("yes" if there else "no" for there in (each.embedding, each.batchnorm))
-        difference = f"{each.difference:.0e}" + ("" if each.same else ", another class")
+        difference = (f"{each.difference:.0e}" if each.difference else "0") + (
+            "" if each.same else ", another class"
+        )
         lines.append(f"| {each.library} | {each.name} | {difference} | {' | '.join(said)} |")
     import timm
     import transformers

@@ -292,7 +292,10 @@ def photos(small) -> Path:
         ("extract net.pt photos --precision bfloat16 -o new.h5", 3),
         ("extract net.pt v.h5 -o new.h5", 0),
         ("extract net.pt v.h5 --match-accuracy 0.3333333333333333 -o new.h5", 0),
-        ("score net.pt photos -d all --mirror --explain -o new.csv", 3),
+        pytest.param(
+            "score net.pt photos -d all --mirror --explain -o new.csv", 3, marks=pytest.mark.slow
+        ),
+        ("score net.pt photos -d energy -d odin --mirror -o new.csv", 3),
         pytest.param(
             "score net.pt photos -d energy --contamination 0.2 -o new.parquet",
             3,

@@ -198,6 +198,7 @@ def test_parquet_is_merged(fitted, folder, tmp_path):
     assert one.schema == other.schema
 
 
+@pytest.mark.slow
 def test_more_shards_than_batches(cut, whole, tmp_path):
     """Some have no row; one has none that could be read."""
     shards = cut("folder.h5", 14)
@@ -399,7 +400,14 @@ def team(teams, tmp_path):
     return partial(teams, folder=tmp_path)
 
 
-@pytest.mark.parametrize(("job", "size"), [*((job, 3) for job in JOBS), ("folder.h5", 13)])
+@pytest.mark.parametrize(
+    ("job", "size"),
+    [
+        *((job, 3) for job in JOBS if job != "invert.h5"),
+        pytest.param("invert.h5", 3, marks=pytest.mark.slow),
+        pytest.param("folder.h5", 13, marks=pytest.mark.slow),
+    ],
+)
 def test_a_team_makes_what_one_process_makes(job, size, team, whole, fitted, folder, tmp_path):
     results = team(size, *commands(fitted, folder)[job], "-o", tmp_path / job)
     for result in results:

@@ -13,7 +13,10 @@ from commands import oodcli
 from PIL import Image
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["ascii", *(pytest.param(each, marks=pytest.mark.slow) for each in ("latin-1", "utf-8"))],
+)
 def test_no_encoding_ends_in_a_traceback(encoding: str, trained: Path, tmp_path: Path) -> None:
     """Names that the encoding lacks are escaped."""
     checkpoint = tmp_path / "n€t.pt"
