@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         merge,
         record,
         score,
+        show,
     )
     from oodcli.detectors.base import Detector
     from oodcli.features import Features
@@ -37,6 +38,7 @@ __all__ = [
     "merge",
     "record",
     "score",
+    "show",
 ]
 
 _WHERE = {"Detector": "oodcli.detectors.base", "Features": "oodcli.features"}
