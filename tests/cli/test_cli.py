@@ -33,7 +33,8 @@ from oodcli.files.scores import read_scores
 from oodcli.networks.load import load_classifier
 
 COMMANDS = (
-    *("inspect", "invert", "extract", "fit", "score", "merge", "evaluate", "detectors", "demo"),
+    *("inspect", "invert", "extract", "fit", "score", "show", "merge", "evaluate"),
+    *("detectors", "demo"),
 )
 BASH = {"_OODCLI_COMPLETE": "complete_bash"}
 ZSH = {"_OODCLI_COMPLETE": "complete_zsh"}
