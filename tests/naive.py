@@ -213,6 +213,74 @@ def react(test, fit, percentile=90.0):
     return np.array([free_energy(weight @ np.minimum(u, c) + bias) for _, u in each(test)])
 
 
+def boundary_distances(test):
+    """Mean distance of each row to the boundaries of its class, and its embedding."""
+    weight = array(test.head.weight)
+    for z, u in each(test):
+        k = z.argmax()
+        others = [c for c in range(len(z)) if c != k]
+        yield np.mean([(z[k] - z[c]) / length(weight[k] - weight[c]) for c in others]), u
+
+
+def fdbd(test, fit):
+    mean = array(fit.train.embedding).mean(0)
+    return np.array([-d / length(u - mean) for d, u in boundary_distances(test)])
+
+
+def fdbd_norm(test, fit=None):
+    return np.array([-d / length(u) for d, u in boundary_distances(test)])
+
+
+def ora(test, fit):
+    train, labels = array(fit.train.embedding), labels_of(fit.train)
+    centre = np.mean([train[labels == c].mean(0) for c in sorted(set(labels.tolist()))], axis=0)
+    weight = array(test.head.weight)
+    found = []
+    for z, u in each(test):
+        k = z.argmax()
+        angles = []
+        for c in range(len(z)):
+            normal = weight[k] - weight[c]
+            if c != k:
+                foot = u - (z[k] - z[c]) / dot(normal, normal) * normal
+                cosine = dot(u - centre, foot - centre) / length(u - centre) / length(foot - centre)
+                angles.append(math.acos(cosine))
+        found.append(-max(angles) / math.pi)
+    return np.array(found)
+
+
+def nci(test, fit, alpha=1e-4):
+    mean, weight = array(fit.train.embedding).mean(0), array(test.head.weight)
+    found = []
+    for z, u in each(test):
+        along = dot(weight[z.argmax()], u - mean) / length(u - mean)
+        found.append(-along - alpha * sum(abs(u)))
+    return np.array(found)
+
+
+def from_means(test, fit):
+    """Logits, embedding, and its difference from the mean of the rows predicted alike."""
+    train, predicted = array(fit.train.embedding), array(fit.train.logits).argmax(1)
+    for z, u in each(test):
+        alike = train[predicted == z.argmax()]
+        yield z, u, u - (alike if len(alike) else train).mean(0)
+
+
+def caref(test, fit):
+    return np.array([sum(abs(d)) / sum(abs(u)) for _, u, d in from_means(test, fit)])
+
+
+def cadref(test, fit):
+    weight, average = array(test.head.weight), positive_energy(fit.train).mean()
+    found = []
+    for energy, (z, u, d) in zip(positive_energy(test), from_means(test, fit), strict=True):
+        towards = [a * np.sign(w) for a, w in zip(d, weight[z.argmax()], strict=True)]
+        first = sum(a for a in towards if a > 0) / sum(abs(u))
+        second = sum(-a for a in towards if a < 0) / sum(abs(u))
+        found.append(first / energy + second / average)
+    return np.array(found)
+
+
 def vim(test, fit, dim=None):
     weight, bias = array(test.head.weight), array(test.head.bias)
     origin = -np.linalg.pinv(weight) @ bias
@@ -627,6 +695,12 @@ NAIVE = {
     "rg-add": rg_add,
     "energy-norm": energy_norm,
     "react": react,
+    "fdbd-norm": fdbd_norm,
+    "fdbd": fdbd,
+    "ora": ora,
+    "nci": nci,
+    "caref": caref,
+    "cadref": cadref,
     "klm": klm,
     "mds": mds,
     "mds-sum": mds_sum,

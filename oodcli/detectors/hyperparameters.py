@@ -84,3 +84,10 @@ def require_positive(detector: str, **values: float) -> None:
     for key, value in values.items():
         if not value > 0:
             raise DetectorError(f"{detector}.{key}={value:g} must be positive")
+
+
+def require_between(detector: str, low: float, high: float, **values: float) -> None:
+    """Raises DetectorError for a hyper-parameter outside low … high."""
+    for key, value in values.items():
+        if not low <= value <= high:
+            raise DetectorError(f"{detector}.{key}={value:g} must be in {low:g} … {high:g}")

@@ -118,7 +118,7 @@ def test_every_file_is_a_detectors_or_is_shared():
     own = {detectors.get(name).__module__.rpartition(".")[2] for name in detectors.names()}
     shared = {"base", "bank", "blocks", "calibration", "facts", "hyperparameters", "own", "serial"}
     formulas = {"batchnorm_indicators", "class_statistics", "common_scale", "last_layer_gradients"}
-    formulas |= {"latent_space", "layer_choice", "percentiles", "tied_gaussians"}
+    formulas |= {"head_geometry", "latent_space", "layer_choice", "percentiles", "tied_gaussians"}
     assert files - own == shared | formulas
 
 
