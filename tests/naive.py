@@ -416,6 +416,22 @@ def rmds(test, fit, directions=False):
     return nearest - nearest_mahalanobis(train, one, rows, pseudo=True)
 
 
+def gmm(test, fit, tied=True):
+    train, labels = array(fit.train.embedding), labels_of(fit.train)
+    classes = sorted(set(labels.tolist()))
+    groups = [train[labels == c] for c in classes]
+    covariances = [np.cov(group.T, ddof=0) for group in groups]
+    if tied:
+        shares = [len(group) / len(train) for group in groups]
+        covariances = [sum(s * c for s, c in zip(shares, covariances, strict=True))] * len(classes)
+    densities = [
+        math.log(len(group) / len(train))
+        + stats.multivariate_normal.logpdf(array(test.embedding), group.mean(0), covariance)
+        for group, covariance in zip(groups, covariances, strict=True)
+    ]
+    return -logsumexp(densities, axis=0)
+
+
 def class_mean_rows(rows: Array, labels: Array) -> dict[int, Array]:
     return {c: rows[labels == c].mean(0) for c in sorted(set(labels.tolist()))}
 
@@ -843,6 +859,7 @@ NAIVE = {
     "klm": klm,
     "mds": mds,
     "mds++": mds_on_directions,
+    "gmm": gmm,
     "rmds": rmds,
     "rmds++": lambda test, fit: rmds(test, fit, directions=True),
     "mds-sum": mds_sum,

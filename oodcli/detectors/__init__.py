@@ -62,6 +62,7 @@ _CLASSES = {
     "klm": "KLMatching",
     "mds": "MDS",
     "mds++": "mds:MDSPlusPlus",
+    "gmm": "GMM",
     "rmds": "RMDS",
     "rmds++": "rmds:RMDSPlusPlus",
     "mds-sum": "MDSSum",

@@ -30,12 +30,16 @@ def mahalanobis(rows: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
     """min over classes of (x − μ_c)ᵀ Σ⁻¹ (x − μ_c) (Lee et al. 2018, eq. 2; LSGM eq. 6, without
     its sign). rows: (N, D) float64; mean: (C, D); whitening: (D, D), A with A Aᵀ = Σ⁻¹. Returns
     (N,)."""
+    return squared_distances(rows, mean, whitening).amin(1).clamp_min(0)
+
+
+def squared_distances(rows: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
+    """(N, C) of the same."""
     centre = mean.mean(0)
     white = (rows - centre) @ whitening  # (N, D)
     means = (mean - centre) @ whitening  # (C, D)
-    squares = torch.addmm(means.square().sum(1), white, means.T, alpha=-2)  # (N, C)
-    nearest: Tensor = squares.amin(1) + white.square().sum(1)
-    return nearest.clamp_min(0)
+    squares = torch.addmm(means.square().sum(1), white, means.T, alpha=-2)
+    return squares + white.square().sum(1, keepdim=True)
 
 
 def shortened(rows: Tensor, normalize: float) -> Tensor:
@@ -53,17 +57,24 @@ def whitened(covariance: Tensor, where: str) -> Tensor:
     (D, D)."""
     values, vectors = torch.linalg.eigh(covariance)
     largest = float(values[-1])
-    if float(values[0]) <= SINGULAR * largest:
-        ridge = RIDGE * float(values.mean()) or 1.0
+    usable, ridge = ridged(values)
+    if ridge:
         dead = int((values <= SINGULAR * largest).sum())
         condition = largest / float(values[0]) if float(values[0]) > 0 else torch.inf
         log.info(
             f"{where}: the covariance is singular ({dead} of {len(values)} directions, condition "
             f"{condition:.2g}), adding {ridge:.2g} to its diagonal"
         )
-        values = values.clamp_min(0) + ridge
-    whitening: Tensor = (vectors / values.sqrt()).contiguous()
+    whitening: Tensor = (vectors / usable.sqrt()).contiguous()
     return whitening
+
+
+def ridged(values: Tensor) -> tuple[Tensor, float]:
+    """Eigenvalues that are never zero, and what was added to them. values: (D,), ascending."""
+    if float(values[0]) > SINGULAR * float(values[-1]):
+        return values, 0.0
+    ridge = RIDGE * float(values.mean()) or 1.0
+    return values.clamp_min(0) + ridge, ridge
 
 
 @dataclass(frozen=True)
