@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
-from oodcli.detectors.hyperparameters import require_between
+from oodcli.detectors.hyperparameters import require_fraction
 from oodcli.detectors.knn import unit
 from oodcli.detectors.peak_energy import positive_energy
 from oodcli.detectors.principal import leading_directions, mean_and_covariance
@@ -68,7 +68,7 @@ class CoP(Detector):
     def _principal(
         cls, train: Blocks, share: float, change: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        require_between(cls.name, 0, 1, share=share)
+        require_fraction(cls.name, share=share)
         rows = finite_rows(train, cls.needs, cls.name)
         mean, covariance = mean_and_covariance(change(recorded(b.embedding)) for b in rows)
         return mean, leading_directions(covariance, share)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, by_rows, finite_rows
-from oodcli.detectors.hyperparameters import require_between, require_positive
+from oodcli.detectors.hyperparameters import require_fraction, require_positive
 from oodcli.detectors.msp import probabilities
 from oodcli.features import Features, recorded
 
@@ -77,7 +77,7 @@ class NAC(Detector):
         """One pass; a (D, M) count is kept. Raises DetectorError for settings that are not
         positive, for a share above 1, and when there is no row."""
         require_positive(cls.name, alpha=alpha, bins=bins, share=share)
-        require_between(cls.name, 0, 1, share=share)
+        require_fraction(cls.name, share=share)
         rows, counts = 0, torch.zeros(0)
         for block in finite_rows(train, cls.needs, cls.name):
             found = state_bins(block, alpha, bins)

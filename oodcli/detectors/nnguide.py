@@ -13,7 +13,7 @@ from torch import Tensor
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
-from oodcli.detectors.hyperparameters import require_between, require_positive
+from oodcli.detectors.hyperparameters import require_fraction, require_positive
 from oodcli.detectors.knn import PAIRS, unit
 from oodcli.detectors.peak_energy import positive_energy
 from oodcli.errors import DetectorError
@@ -83,7 +83,7 @@ class NNGuide(Detector):
         """Two passes; a large bank is only read when it is saved. Raises DetectorError for a share
         that is not a fraction, and when there are fewer than k rows."""
         require_positive(cls.name, share=share)
-        require_between(cls.name, 0, 1, share=share)
+        require_fraction(cls.name, share=share)
         if k is not None:
             require_positive(cls.name, k=k)
         rows = width = 0

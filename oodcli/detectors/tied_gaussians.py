@@ -73,8 +73,9 @@ def ridged(values: Tensor) -> tuple[Tensor, float]:
     """Eigenvalues that are never zero, and what was added to them. values: (D,), ascending."""
     if float(values[0]) > SINGULAR * float(values[-1]):
         return values, 0.0
-    ridge = RIDGE * float(values.mean()) or 1.0
-    return values.clamp_min(0) + ridge, ridge
+    positive = values.clamp_min(0)
+    ridge = RIDGE * float(positive.mean()) or 1.0
+    return positive + ridge, ridge
 
 
 @dataclass(frozen=True)
