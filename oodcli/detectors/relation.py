@@ -28,10 +28,10 @@ def relations(u: Tensor, p: Tensor, bank: Iterable[Tensor], power: float, least:
     for block in bank:
         for start in range(0, len(block), step):
             rows = block[start : start + step].to(u)
-            near = u @ rows[:, : u.shape[1]].T
-            e = near.clamp_min_(0) * (p @ rows[:, u.shape[1] :].T)
-            e = torch.where(e > least, e, 0.0)
-            total += (e if power == 1 else e.pow(power)).sum(1)
+            e = (u @ rows[:, : u.shape[1]].T).clamp_min_(0)
+            e *= p @ rows[:, u.shape[1] :].T
+            e.masked_fill_(e <= least, 0)
+            total += (e if power == 1 else e.pow_(power)).sum(1)
     return total
 
 
