@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import optimize, stats
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import BayesianGaussianMixture
@@ -72,6 +72,39 @@ def entropy(test, fit=None):
 
 def t1000(test, fit=None):
     return msp(test, temperature=1000.0)
+
+
+def temp_scaling(test, fit):
+    """T by the root of the likelihood's slope in 1/T."""
+    pairs = list(zip(array(fit.train.logits), labels_of(fit.train), strict=True))
+
+    def slope(beta):
+        return sum(softmax(beta * z) @ z - z[label] for z, label in pairs)
+
+    ends = 1 / 50, 50.0
+    if slope(ends[0]) >= 0:
+        beta = ends[0]
+    elif slope(ends[1]) <= 0:
+        beta = ends[1]
+    else:
+        beta = optimize.brentq(slope, *ends, xtol=1e-14, rtol=1e-14)
+    return msp(test, temperature=1 / beta)
+
+
+def gen(test, fit=None, gamma=0.1, m=100):
+    found = []
+    for z in array(test.logits):
+        p = sorted(softmax(z))[::-1][:m]
+        found.append(sum(x**gamma * (1 - x) ** gamma for x in p))
+    return np.array(found)
+
+
+def doctor(test, fit=None):
+    found = []
+    for z in array(test.logits):
+        g = sum(x**2 for x in softmax(z))
+        found.append((1 - g) / g)
+    return np.array(found)
 
 
 def mls(test, fit=None):
@@ -211,6 +244,105 @@ def react(test, fit, percentile=90.0):
     c = np.percentile(array(fit.train.embedding), percentile)
     weight, bias = array(test.head.weight), array(test.head.bias)
     return np.array([free_energy(weight @ np.minimum(u, c) + bias) for _, u in each(test)])
+
+
+def largest_of(u, p):
+    """Indices of the entries above the percentile p, at least one."""
+    count = max(1, len(u) - round(len(u) * p / 100))
+    return sorted(range(len(u)), key=lambda i: -u[i])[:count]
+
+
+def ratio(u, p):
+    """Σ u / Σ of the largest entries, where negative ones count as 0."""
+    u = np.maximum(u, 0)
+    top = sum(u[i] for i in largest_of(u, p))
+    return sum(u) / top if top > 0 else 1.0
+
+
+def scale(test, fit=None, p=85):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    found = [weight @ (u * math.exp(ratio(u, p))) + bias for _, u in each(test)]
+    return np.array([free_energy(z) for z in found])
+
+
+def lts(test, fit=None, p=95):
+    return np.array([free_energy(z * ratio(u, p) ** 2) for z, u in each(test)])
+
+
+def ash(kind, p=90):
+    def score(test, fit=None):
+        weight, bias = array(test.head.weight), array(test.head.bias)
+        found = []
+        for _, u in each(test):
+            u = np.maximum(u, 0)
+            kept = largest_of(u, p)
+            shaped = np.zeros(len(u))
+            for i in kept:
+                shaped[i] = {
+                    "p": u[i],
+                    "b": sum(u) / len(kept),
+                    "s": u[i] * math.exp(ratio(u, p)),
+                }[kind]
+            found.append(free_energy(weight @ shaped + bias))
+        return np.array(found)
+
+    return score
+
+
+def dice(test, fit, p=90):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    contribution = weight * array(fit.train.embedding).mean(0)
+    kept = contribution > np.percentile(contribution, p)
+    return np.array([free_energy((weight * kept) @ u + bias) for _, u in each(test)])
+
+
+def vra(test, fit, low=60, high=95):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    bounds = [np.percentile(column, [low, high]) for column in array(fit.train.embedding).T]
+
+    def shaped(value, alpha, beta):
+        return 0.0 if value < alpha else min(value, beta)
+
+    found = []
+    for _, u in each(test):
+        kept = [shaped(x, *ends) for x, ends in zip(u, bounds, strict=True)]
+        found.append(free_energy(weight @ np.array(kept) + bias))
+    return np.array(found)
+
+
+def ras(test, fit):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    usual = np.mean([sorted(u) for u in array(fit.train.embedding)], axis=0)
+    found = []
+    for _, u in each(test):
+        # Equal entries get the mean of the values at their places in the order.
+        places = [[j for j, other in enumerate(sorted(u)) if other == x] for x in u]
+        shaped = np.array([usual[which].mean() for which in places])
+        found.append(free_energy(weight @ shaped + bias))
+    return np.array(found)
+
+
+def last(rows: Features):
+    """The last map."""
+    (layer,) = [layer for layer in rows.layers.values() if layer.peak is not None]
+    return layer
+
+
+def davis(test, fit=None, gamma=1):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    pairs = zip(array(last(test).mean), array(last(test).std), strict=True)
+    return np.array([free_energy(weight @ (m + gamma * s) + bias) for m, s in pairs])
+
+
+def catalyst(test, fit, percentile=95):
+    c = np.percentile(array(last(fit.train).std), percentile)
+    pairs = zip(array(test.logits), array(last(test).std), strict=True)
+    return np.array([free_energy(z) * sum(min(max(x, 0), c) for x in s) for z, s in pairs])
+
+
+def feature_norm(test, fit=None):
+    pairs = zip(array(last(test).mean), array(last(test).std), strict=True)
+    return np.array([-np.mean(np.sqrt(m**2 + s**2)) for m, s in pairs])
 
 
 def vim(test, fit, dim=None):
@@ -595,6 +727,9 @@ NAIVE = {
     "msp": msp,
     "entropy": entropy,
     "t1000": t1000,
+    "temp-scaling": temp_scaling,
+    "gen": gen,
+    "doctor": doctor,
     "mls": mls,
     "energy": energy,
     "odin": odin,
@@ -627,6 +762,14 @@ NAIVE = {
     "rg-add": rg_add,
     "energy-norm": energy_norm,
     "react": react,
+    "scale": scale,
+    "lts": lts,
+    "ash-p": ash("p"),
+    "ash-b": ash("b"),
+    "ash-s": ash("s"),
+    "dice": dice,
+    "vra": vra,
+    "ras": ras,
     "klm": klm,
     "mds": mds,
     "mds-sum": mds_sum,
@@ -639,6 +782,9 @@ NAIVE = {
     "c2ir-z": c2ir_z,
     "peak": peak,
     "peak-energy": peak_energy,
+    "davis": davis,
+    "catalyst": catalyst,
+    "feature-norm": feature_norm,
     "c2ir-peak": c2ir_peak,
     "duo": summed("c2ir-z", "1c-sum"),
     "trio": summed("c2ir-z", "1c-sum", "peak"),

@@ -84,3 +84,13 @@ def require_positive(detector: str, **values: float) -> None:
     for key, value in values.items():
         if not value > 0:
             raise DetectorError(f"{detector}.{key}={value:g} must be positive")
+
+
+def require_percent(detector: str, low: float = 1, high: float = 99, **values: float) -> None:
+    """Raises DetectorError for a percentile that is not in percent, in low … high."""
+    for key, value in values.items():
+        if not low <= value <= high:
+            raise DetectorError(
+                f"{detector}.{key}={value:g} must be in {low:g} … {high:g}: a percentage, not a "
+                "fraction"
+            )
