@@ -222,7 +222,7 @@ def _find_head(calls: Sequence[Call], logits: Tensor) -> tuple[str | None, Linea
 def _is_pooled(classifier: Classifier, calls: Sequence[Call]) -> bool:
     """Whether the head's input is the mean of the last map over its positions."""
     tap = classifier.last_map
-    if tap is None or classifier.head is None or tap.channel_dim != 1:
+    if tap is None or classifier.head_name is None or tap.channel_dim != 1:
         return False
     means = [call.mean for call in calls if call.name == tap.module]
     given = [call.given for call in calls if call.name == classifier.head_name]
