@@ -34,7 +34,7 @@ class Catalyst(Detector):
     With the mean and c = 1 it is ``rg``, on networks that pool by the mean."""
 
     name = "catalyst"
-    source = "arXiv 2602.02409 (CVPR 2026 Findings)"
+    source = "Catalyst, CVPR 2026 Findings, arXiv 2602.02409"
     about = "free energy times the clipped sum of the last map's std, mean or peaks"
     formula = r"""
         s = -\log \sum_c e^{z_c} \cdot \sum_k \min(\max(t_k, 0), c), \qquad

@@ -21,7 +21,7 @@ class Davis(Detector):
     network must pool by the mean, so that m is its embedding."""
 
     name = "davis"
-    source = "arXiv 2601.22703 (2026)"
+    source = "DAVIS, arXiv 2601.22703"
     about = "free energy of the head on the last map's mean + γ·std, or on its peaks"
     formula = r"""
         s = -\log \sum_c e^{z'_c}, \qquad z' = W (m + \gamma \sigma) + b

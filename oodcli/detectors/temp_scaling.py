@@ -49,6 +49,7 @@ class TemperatureScaling(Detector):
     """
     needs = frozenset({"logits"})
     fitted = True
+    better_on_real = True
 
     T: float
 
