@@ -86,8 +86,9 @@ def require_positive(detector: str, **values: float) -> None:
             raise DetectorError(f"{detector}.{key}={value:g} must be positive")
 
 
-def require_percent(detector: str, low: float = 1, high: float = 99, **values: float) -> None:
-    """Raises DetectorError for a percentile that is not in percent, in low … high."""
+def require_percent(detector: str, ends: tuple[float, float] = (1, 99), /, **values: float) -> None:
+    """Raises DetectorError for a percentile that is not in percent, between two ends."""
+    low, high = ends
     for key, value in values.items():
         if not low <= value <= high:
             raise DetectorError(

@@ -46,7 +46,11 @@ def positive_part(test: Features) -> Tensor:
 def ratio(test: Features, p: float) -> Tensor:
     """r = Σ u / Σ of the largest entries of u, those above the percentile p; 1 where u = 0.
     Returns (N,) float64 in 1 … D/q for the q largest of D entries."""
-    u = test.shared(positive_part)
+    return sum_over_largest(test.shared(positive_part), p)
+
+
+def sum_over_largest(u: Tensor, p: float) -> Tensor:
+    """The same of any entries of at least 0. u: (N, D)."""
     top = u.topk(largest_count(u.shape[1], p), dim=1, sorted=False).values.sum(1)
     return torch.where(top > 0, u.sum(1) / top, 1.0)
 
