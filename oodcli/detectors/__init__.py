@@ -2,7 +2,8 @@
 
 A detector is in the file that bears its name, with ``_`` for ``-``: ``rg-add`` is in rg_add.py. A
 variant of a few lines is in the file of the detector that it varies (``norm+`` in norm.py,
-``in-dms`` in dms.py), and as no module begins with a digit, ``1d`` is in one_dimensional.py and
+``in-dms`` in dms.py), close relatives are in one of another name (``scale`` and ``ash-b`` in
+shaping.py), and as no module begins with a digit, ``1d`` is in one_dimensional.py and
 ``1c-sum`` in one_class_sum.py. What several share is in a file that is named for that.
 """
 
@@ -20,6 +21,9 @@ _CLASSES = {
     "msp": "MSP",
     "entropy": "Entropy",
     "t1000": "T1000",
+    "temp-scaling": "TemperatureScaling",
+    "gen": "GEN",
+    "doctor": "Doctor",
     "mls": "MLS",
     "energy": "Energy",
     "joint-energy": "JointEnergy",
@@ -52,6 +56,15 @@ _CLASSES = {
     "rg-add": "RGAdd",
     "energy-norm": "EnergyNorm",
     "react": "ReAct",
+    "scale": "shaping:Scale",
+    "lts": "shaping:LTS",
+    "ash-p": "shaping:ASHP",
+    "ash-b": "shaping:ASHB",
+    "ash-s": "shaping:ASHS",
+    "dice": "DICE",
+    "vra": "VRA",
+    "ras": "RAS",
+    "optfs": "OptFS",
     "fdbd-norm": "FDBDNorm",
     "fdbd": "FDBD",
     "ora": "ORA",
@@ -60,6 +73,7 @@ _CLASSES = {
     "cadref": "CADRef",
     "nac": "NAC",
     "klm": "KLMatching",
+    "openmax": "OpenMax",
     "mds": "MDS",
     "mds++": "mds:MDSPlusPlus",
     "gmm": "GMM",
@@ -74,6 +88,9 @@ _CLASSES = {
     "relation": "Relation",
     "residual": "Residual",
     "vim": "ViM",
+    "pnml": "PNML",
+    "actsub": "ActSub",
+    "weiper": "WeiPer",
     "neco": "NECO",
     "cop": "CoP",
     "corp": "CoRP",
@@ -84,6 +101,9 @@ _CLASSES = {
     "c2ir-z": "C2IRZ",
     "peak": "Peak",
     "peak-energy": "PeakEnergy",
+    "davis": "Davis",
+    "catalyst": "Catalyst",
+    "feature-norm": "FeatureNorm",
     "c2ir-peak": "C2IRPeak",
     "duo": "Duo",
     "trio": "Trio",

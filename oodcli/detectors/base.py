@@ -54,6 +54,10 @@ class Detector(ABC):
     reference_images: ClassVar[str | None] = None
     """IMAGES to fit on by default: the detector needs no data of the user's."""
 
+    better_on_real: ClassVar[bool] = False
+    """It reads spreads, tails or neighbours, which virtual images do not share with real ones, or
+    labels that the network may get wrong."""
+
     explains: ClassVar[bool] = False
     """``contributions`` lists the terms of a score."""
 

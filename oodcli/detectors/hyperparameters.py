@@ -101,3 +101,14 @@ def require_fraction(detector: str, **values: float) -> None:
             raise DetectorError(
                 f"{detector}.{key}={value:g} must be in 0 … 1, a fraction and not a percentage"
             )
+
+
+def require_percent(detector: str, ends: tuple[float, float] = (1, 99), /, **values: float) -> None:
+    """Raises DetectorError for a percentile that is not in percent, between two ends."""
+    low, high = ends
+    for key, value in values.items():
+        if not low <= value <= high:
+            raise DetectorError(
+                f"{detector}.{key}={value:g} must be in {low:g} … {high:g}: a percentage, not a "
+                "fraction"
+            )

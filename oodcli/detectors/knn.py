@@ -74,6 +74,7 @@ class KNN(Detector):
     formula = r"s = \left\lVert \frac{u}{\lVert u \rVert} - r_{(k)} \right\rVert"
     needs = frozenset({"embedding"})
     fitted = True
+    better_on_real = True
     heavy = True
     later: ClassVar = {"mean": False, "predicted": torch.zeros(0, dtype=torch.int64)}
 

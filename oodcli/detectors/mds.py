@@ -39,6 +39,7 @@ class MDS(Detector):
     formula = r"s = \min_c \, (u - \mu_c)^\top \Sigma^{-1} (u - \mu_c)"
     needs = frozenset({"embedding"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     layer: str

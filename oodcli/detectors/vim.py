@@ -73,6 +73,7 @@ class ViM(Detector):
     formula = r"s = \alpha \lVert R^\top (u - o) \rVert - \log \sum_c e^{z_c}"
     needs = frozenset({"logits", "embedding", "head"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     origin: Tensor

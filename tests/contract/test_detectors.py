@@ -95,7 +95,11 @@ def test_listing(name):
     assert serial.fault_of_fields(kind) is None
 
 
-WITH_A_DIGIT = {"1c-sum": "one_class_sum", "1d": "one_dimensional"}
+ELSEWHERE = {
+    "1c-sum": "one_class_sum",
+    "1d": "one_dimensional",
+    **dict.fromkeys(("scale", "lts", "ash-p", "ash-b", "ash-s"), "shaping"),
+}
 
 
 @every
@@ -103,7 +107,7 @@ def test_its_file_bears_its_name(name):
     """Or that of the detector that it varies."""
     kind = detectors.get(name)
     file = kind.__module__.rpartition(".")[2]
-    if file != WITH_A_DIGIT.get(name, name.replace("-", "_")):
+    if file != ELSEWHERE.get(name, name.replace("-", "_")):
         varied = detectors.get(file.replace("_", "-"))
         assert issubclass(kind, varied)
         assert varied.name in name
@@ -157,7 +161,8 @@ SURE = ("msp", "entropy", "t1000", "mls", "energy", "gradnorm", "igoe", "thinkba
 
 
 @pytest.mark.parametrize(
-    "name", [*SURE, "rg", "energy-norm", "peak-energy", "godin", "joint-energy"]
+    "name",
+    [*SURE, "gen", "doctor", "lts", "rg", "energy-norm", "peak-energy", "godin", "joint-energy"],
 )
 def test_an_undecided_row_scores_higher_than_a_sure_one(name, test):
     spread = torch.tensor([[9.0, 0, 0]]) * torch.linspace(1, 0, 9)[:, None]
