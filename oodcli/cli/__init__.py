@@ -77,6 +77,7 @@ oodcli merge parts/*.csv -o scores.csv --max-ood-fraction 0.05
 """,
     "detectors": """\
 oodcli detectors knn c2ir-peak
+oodcli detectors --needs virtual --search energy
 oodcli detectors --json
 """,
     "demo": """\

@@ -38,6 +38,7 @@ class MDSSum(Detector):
     """
     needs = frozenset({"layers.mean"})
     fitted = True
+    better_on_real = True
     heavy = True
     uses_ood = True
     explains = True

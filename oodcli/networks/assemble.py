@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def assemble(
         "takes batches of any size",
     ):
         taps = _image_by_image(network, image, calls, taps)
-    return Classifier(
+    classifier = Classifier(
         network=network,
         arch=arch,
         num_classes=found,
@@ -124,6 +125,7 @@ def assemble(
         logits_level=reading.level,
         named=class_names is not None,
     )
+    return replace(classifier, pooled=_is_pooled(classifier, calls))
 
 
 FAILURES = (
@@ -158,7 +160,8 @@ def _trial(network: nn.Module, image: Tensor) -> tuple[list[Call], Any]:
             first = first_tensor(output)
             if first is not None:
                 given = args[0] if args and isinstance(args[0], Tensor) else None
-                calls.append(Call(name, module, first.shape, copied(first), copied(given)))
+                mean = first.detach().mean((0, 2, 3)) if first.ndim == 4 else None
+                calls.append(Call(name, module, first.shape, copied(first), copied(given), mean))
 
         return hook
 
@@ -214,6 +217,21 @@ def _find_head(calls: Sequence[Call], logits: Tensor) -> tuple[str | None, Linea
             bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach().float()
             return call.name, LinearHead(weight.cpu(), bias.cpu())
     return None, None
+
+
+def _is_pooled(classifier: Classifier, calls: Sequence[Call]) -> bool:
+    """Whether the head's input is the mean of the last map over its positions."""
+    tap = classifier.last_map
+    if tap is None or classifier.head_name is None or tap.channel_dim != 1:
+        return False
+    means = [call.mean for call in calls if call.name == tap.module]
+    given = [call.given for call in calls if call.name == classifier.head_name]
+    if not means or not given or means[-1] is None or given[-1] is None:
+        return False
+    mean, embedding = means[-1].float(), given[-1].float().flatten()
+    if mean.shape != embedding.shape:
+        return False
+    return bool((mean - embedding).abs().max() <= 1e-4 * embedding.abs().max())
 
 
 def _two_logits(network: nn.Module, calls: Sequence[Call], logits: Tensor) -> bool:

@@ -258,6 +258,7 @@ class Recorder:
             odin_step=None if odin is None else self.odin,
             logits_level=self.classifier.logits_level,
             multi_label=self.classifier.multi_label,
+            pooled=self.classifier.pooled,
             deconf_h=readings.get("deconf.h"),
             mos_others=readings.get("mos.others"),
             head=None if self.classifier.head is None else self.classifier.head.to(device),
@@ -369,6 +370,8 @@ def recordable(classifier: Classifier) -> frozenset[str]:
         words |= {"layers.mean", "layers.std", "layers.gradient"}
     if any(tap.kind == "stage" for tap in classifier.taps):
         words |= {"layers.gram"}
+    if classifier.pooled:
+        words |= {"pooled"}
     if classifier.last_map is not None:
         words |= {"layers.peak"}
     if classifier.batchnorms:

@@ -1118,12 +1118,31 @@ def test_list_of_detectors():
     assert [row["name"] for row in found] == list(detectors.names())
     for row in found:
         assert set(row) == {
-            *("name", "source", "needs", "fitted", "fitted_on", "about"),
+            *("name", "source", "needs", "fitted", "fitted_on", "group", "about"),
             *("explanation", "formula", "settings"),
         }
     shown = oodcli("detectors").out
     assert all(name in shown for name in detectors.names())
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_detectors_by_what_you_have():
+    shown = oodcli("detectors").out.splitlines()
+    headings = [line.rpartition("(")[2].strip(")") for line in shown if re.match("With ", line)]
+    assert headings == ["checkpoint", "virtual", "real", "ood"]
+    found = json.loads(oodcli("detectors", "--json", "--needs", "ood").out)
+    assert [row["name"] for row in found] == ["supervised"]
+    names = oodcli("detectors", "--needs", "real", "--needs", "ood", "--search", "GUO").out
+    assert names.splitlines()[1].split()[0] == "temp-scaling"
+    assert len([line for line in names.splitlines() if re.match("  [a-z]", line)]) == 1
+    fails(
+        "--needs photos: expected one of checkpoint, virtual, real, ood",
+        "detectors",
+        "--needs=photos",
+    )
+    fails(
+        "no detector matches --needs ood --search knn", "detectors", "--needs=ood", "--search=knn"
+    )
 
 
 def test_detectors_in_full():
