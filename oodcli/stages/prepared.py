@@ -95,7 +95,7 @@ def _require_same(prepared: PreparedFolder, opened: Opened) -> None:
         f"{prepared.path} was prepared for",
         "this is",
         weights="these are",
-        inputs=(f"{prepared.path} was prepared for images prepared with", "here with"),
+        inputs=(f"{prepared.path} was prepared for images with", "here with"),
         hint=AGAIN,
         inputs_hint=AGAIN,
     )
