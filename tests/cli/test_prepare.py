@@ -339,7 +339,7 @@ def test_a_name_stands_for_what_is_prepared(desk):
     words = ("score", "digits.pt", "id.npz", "--fpr", 0.05)
     result = oodcli(*words, "-d", "energy", "-d", "knn", "-d", "odin")
     assert result.status == 0, result.err
-    assert "-d energy: using digits.pt.oodcli/energy.safetensors, which is prepared" in result.err
+    assert "note: energy, knn: as prepared in digits.pt.oodcli\n" in result.err
     assert "no verdicts of odin: without a calibration for --fpr" in result.err
     found = result.out.splitlines()[0].split(",")
     assert {"energy.ood", "knn.ood", "odin"} < set(found)
