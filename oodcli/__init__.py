@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         load_classifier,
         load_detector,
         merge,
+        prepare,
         record,
         score,
     )
@@ -35,6 +36,7 @@ __all__ = [
     "load_classifier",
     "load_detector",
     "merge",
+    "prepare",
     "record",
     "score",
 ]

@@ -75,6 +75,9 @@ from oodcli.stages.labels import settle_labels
 from oodcli.stages.merge_job import Merged
 from oodcli.stages.merge_job import merge as _merge
 from oodcli.stages.model import Checkpoint, Model, Running
+from oodcli.stages.prepare import Prepared, PrepareRequest, Watching
+from oodcli.stages.prepare import plan as _plan
+from oodcli.stages.prepare import prepare as _prepare
 from oodcli.stages.record import record_images
 from oodcli.stages.score import Doubts
 from oodcli.stages.score_job import Scored, ScoreRequest
@@ -94,6 +97,7 @@ __all__ = [
     "Merged",
     "Model",
     "Overrides",
+    "Prepared",
     "Running",
     "Scored",
     "draw_layers",
@@ -108,6 +112,8 @@ __all__ = [
     "load_classifier",
     "load_detector",
     "merge",
+    "plan_preparation",
+    "prepare",
     "read_class_names",
     "record",
     "score",
@@ -509,6 +515,79 @@ def _inversion(
         compiled=compiled,
         force=force,
         shard=shard,
+    )
+
+
+def prepare(
+    checkpoint: Network,
+    output: str | Path | None = None,
+    *,
+    accuracy: float | None = None,
+    images: str | Path | None = None,
+    per_class: int = 50,
+    mirror: bool | None = None,
+    force: bool = False,
+    restart: bool = False,
+    device: str = "auto",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+    progress: Watch | None = None,
+    watching: Watching | None = None,
+    command: str = "oodcli.prepare",
+) -> Prepared | None:
+    """Make all that ``score`` needs, in a folder that it finds, by default CHECKPOINT.oodcli:
+    virtual images, caches, the strongest detector that they allow, and its calibration. Steps that
+    are there already are not run again.
+
+    accuracy: the published test accuracy, such as 0.917. images: real in-distribution images that
+    the network was not trained on. per_class: virtual images per class. progress: called with the
+    number of steps done and their total. watching: opens a progress callback per step, which is
+    called with the number of images, or detectors, and their total. Raises OodcliError for invalid
+    arguments and unusable files.
+    """
+    model = _model(checkpoint, device, batch_size, precision, seed)
+    request = _preparation(model, output, accuracy, images, per_class, mirror, force)
+    return _prepare(replace(request, restart=restart, command=command), progress, watching)
+
+
+def plan_preparation(
+    checkpoint: Network,
+    output: str | Path | None = None,
+    *,
+    accuracy: float | None = None,
+    images: str | Path | None = None,
+    per_class: int = 50,
+    mirror: bool | None = None,
+    force: bool = False,
+    device: str = "auto",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+) -> Prepared:
+    """The steps that ``prepare`` would run with these arguments, and how long they would take, by
+    short trials. Writes nothing."""
+    model = _model(checkpoint, device, batch_size, precision, seed)
+    return _plan(_preparation(model, output, accuracy, images, per_class, mirror, force))
+
+
+def _preparation(
+    model: Model,
+    output: str | Path | None,
+    accuracy: float | None,
+    images: str | Path | None,
+    per_class: int,
+    mirror: bool | None,
+    force: bool,
+) -> PrepareRequest:
+    return PrepareRequest(
+        model,
+        accuracy=accuracy,
+        images=None if images is None else str(images),
+        per_class=per_class,
+        mirror=mirror,
+        output=_path(output),
+        force=force,
     )
 
 

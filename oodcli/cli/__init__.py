@@ -28,6 +28,7 @@ from oodcli.cli import (
     interrupts,
     invert,
     merge,
+    prepare,
     score,
     versions,
 )
@@ -37,6 +38,10 @@ EXAMPLES = {
     "inspect": """\
 oodcli inspect ckpt.pt
 oodcli inspect --verify v.features.h5 ckpt.pt
+""",
+    "prepare": """\
+oodcli prepare ckpt.pt --accuracy 0.917
+oodcli prepare ckpt.pt --images known/ --dry-run
 """,
     "invert": """\
 oodcli invert ckpt.pt --per-class 50 -o v.h5
@@ -129,7 +134,7 @@ app = typer.Typer(
         "default_map": {"help": False, "install_completion": False, "show_completion": False},
     },
 )
-for module in (inspect, invert, extract, fit, score, merge, evaluate, detectors, demo):
+for module in (inspect, prepare, invert, extract, fit, score, merge, evaluate, detectors, demo):
     # As a short_help, the docstring is not cut where the list of commands is narrow.
     app.command(module.__name__.rpartition(".")[2], cls=Command, short_help=module.command.__doc__)(
         module.command

@@ -94,7 +94,7 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
     source, reading = open_source(request.images, classifier, timeout=request.timeout)
     if request.virtual:
         _require_same_network(request, classifier)
-    what, odin = _what(request, classifier)
+    what, odin = records_of(request, classifier)
     precision = request.model.precision(fast=False)
     batch_size = request.model.batch_size(classifier)
     if request.match_accuracy is not None and not isinstance(source, VirtualImages):
@@ -155,7 +155,7 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
     return Extracted(**{**summary, "file": path}, left_out=dict(made.left_out))
 
 
-def _what(
+def records_of(
     request: ExtractRequest, classifier: Classifier
 ) -> tuple[frozenset[str], OdinStep | None]:
     """Records to store, and ODIN's perturbation. Raises OodcliError for an unknown record, and for

@@ -46,10 +46,12 @@ class Running:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, or a loaded classifier, and how its network runs."""
+    """A checkpoint, or a loaded classifier, and how its network runs. loaded: the network of the
+    checkpoint, for jobs of several stages."""
 
     checkpoint: Checkpoint | Classifier
     running: Running = field(default_factory=Running)
+    loaded: Classifier | None = None
 
     @property
     def name(self) -> str:
@@ -68,6 +70,8 @@ class Model:
         given = self.checkpoint
         if isinstance(given, Classifier):
             return given
+        if self.loaded is not None:
+            return self.loaded
         classifier = load.load_classifier(
             given.path,
             given.overrides,

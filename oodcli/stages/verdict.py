@@ -81,7 +81,9 @@ def _at_rate(
     virtual = [
         each
         for each in chosen
-        if (calibration := rules[each.name].calibration) is not None and calibration.virtual
+        if each.name in rules
+        and (calibration := rules[each.name].calibration) is not None
+        and calibration.virtual
     ]
     strict = [each.name for each in virtual if each.detector.strict_on_virtual]
     if len(virtual) > len(strict):
@@ -218,23 +220,36 @@ def rule_of(
 def calibrated_rules(
     chosen: Sequence[Chosen], rate: float, class_names: Sequence[str], *, mirror: bool
 ) -> dict[str, Rule]:
-    """Rules with a nominal false-alarm rate. Raises DetectorError for an artefact without a
-    calibration."""
-    rules = {}
+    """Rules with a nominal false-alarm rate, of the detectors that have a calibration; a note lists
+    the others. Raises DetectorError if none has one."""
+    rules, without = {}, []
     view = "mirror" if mirror else "plain"
     for each in chosen:
         calibration = each.calibrations.get(view)
         if calibration is None:
-            how = "record both views of the calibration rows with 'oodcli extract … --mirror'"
-            if not mirror or not each.calibrations:
-                how = (
-                    f"calibrate it with 'oodcli fit … -d {each.detector.name} --calibrate FILE.h5' "
-                    "on real images or accuracy-matched virtual ones (oodcli extract … "
-                    "--match-accuracy)"
-                )
-            raise DetectorError(f"{each.name} has no calibration for --fpr", hint=how)
-        rules[each.name] = rule_of(each, class_names, calibration=calibration, rate=rate)
+            without.append(each)
+        else:
+            rules[each.name] = rule_of(each, class_names, calibration=calibration, rate=rate)
+    if rules and without:
+        names = ", ".join(each.name for each in without)
+        notes.say(log, f"no verdicts of {names}: without a calibration for --fpr")
+    elif without:
+        raise _uncalibrated(without, mirror=mirror)
     return rules
+
+
+def _uncalibrated(without: Sequence[Chosen], *, mirror: bool) -> DetectorError:
+    """The error if no detector has a calibration."""
+    names = [each.name for each in without]
+    have = "has" if len(names) == 1 else "have"
+    how = "record both views of the calibration rows with 'oodcli extract … --mirror'"
+    if not mirror or not any(each.calibrations for each in without):
+        how = (
+            f"calibrate with 'oodcli fit … -d {without[0].detector.name} --calibrate FILE.h5' on "
+            "real images or accuracy-matched virtual ones, or run 'oodcli prepare' with --accuracy "
+            "or --images"
+        )
+    return DetectorError(f"{', '.join(names)} {have} no calibration for --fpr", hint=how)
 
 
 StreamRule = Callable[[Tensor], float]

@@ -33,7 +33,8 @@ from oodcli.files.scores import read_scores
 from oodcli.networks.load import load_classifier
 
 COMMANDS = (
-    *("inspect", "invert", "extract", "fit", "score", "merge", "evaluate", "detectors", "demo"),
+    *("inspect", "prepare", "invert", "extract", "fit", "score", "merge", "evaluate"),
+    *("detectors", "demo"),
 )
 BASH = {"_OODCLI_COMPLETE": "complete_bash"}
 ZSH = {"_OODCLI_COMPLETE": "complete_zsh"}
@@ -958,8 +959,13 @@ def test_columns_that_share_a_detector_have_their_own_verdicts(both):
     for kind in ("virtual", "real"):
         part = sum(row[f"klm[{kind}].ood"] == "1" for row in found) / len(found)
         assert part == pytest.approx(0.1, abs=0.01)
-    fails("klm[virtual] has no calibration for --fpr", *score, "--fpr", "0.1")
-    fails("-d klm --calibrate", *score, "--fpr", "0.1")
+    partly = oodcli(*score, "--fpr", "0.1")
+    assert "no verdicts of klm[virtual]: without a calibration for --fpr" in partly.err
+    assert {"klm[real].ood", "klm[real].p"} < set(rows(partly.out)[0])
+    assert "klm[virtual].ood" not in rows(partly.out)[0]
+    virtual = ("score", both / "id.h5", *artefact_of(both, "virtual", "klm"), "-d", "energy")
+    fails("klm, energy have no calibration for --fpr", *virtual, "--fpr", "0.1")
+    fails("-d klm --calibrate", *virtual, "--fpr", "0.1")
     fails(
         "klm is not scored; the detectors are klm[virtual], klm[real]",
         *score,
