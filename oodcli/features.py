@@ -225,11 +225,17 @@ class Features:
 
 def _finite(block: Features, need: str) -> Tensor | None:
     """(N,) bool for one record of ``needs``; None if it has no rows."""
-    found = []
-    for name, rows in block.rows().items():
-        if need == word_of(name) and rows.ndim > 1:
-            found.append((rows * 0).sum(1) == 0)  # of isfinite, a fourth of the time
+    matrices = [rows for rows in block.shared(_by_word).get(need, []) if rows.ndim > 1]
+    found = [(rows * 0).sum(1) == 0 for rows in matrices]  # of isfinite, a fourth of the time
     return torch.stack(found).all(0) if found else None
+
+
+def _by_word(block: Features) -> dict[str, list[Tensor]]:
+    """The tensors of each record of ``needs``."""
+    found: dict[str, list[Tensor]] = {}
+    for name, rows in block.rows().items():
+        found.setdefault(word_of(name), []).append(rows)
+    return found
 
 
 @dataclass(frozen=True)

@@ -482,6 +482,74 @@ def feature_norm(test, fit=None):
     return np.array([-np.mean(np.sqrt(m**2 + s**2)) for m, s in pairs])
 
 
+def boundary_distances(test):
+    """Mean distance of each row to the boundaries of its class, and its embedding."""
+    weight = array(test.head.weight)
+    for z, u in each(test):
+        k = z.argmax()
+        others = [c for c in range(len(z)) if c != k]
+        yield np.mean([(z[k] - z[c]) / length(weight[k] - weight[c]) for c in others]), u
+
+
+def fdbd(test, fit):
+    mean = array(fit.train.embedding).mean(0)
+    return np.array([-d / length(u - mean) for d, u in boundary_distances(test)])
+
+
+def fdbd_norm(test, fit=None):
+    return np.array([-d / length(u) for d, u in boundary_distances(test)])
+
+
+def ora(test, fit):
+    train, labels = array(fit.train.embedding), labels_of(fit.train)
+    centre = np.mean([train[labels == c].mean(0) for c in sorted(set(labels.tolist()))], axis=0)
+    weight = array(test.head.weight)
+    found = []
+    for z, u in each(test):
+        k = z.argmax()
+        angles = []
+        for c in range(len(z)):
+            normal = weight[k] - weight[c]
+            if c != k:
+                foot = u - (z[k] - z[c]) / dot(normal, normal) * normal
+                cosine = dot(u - centre, foot - centre) / length(u - centre) / length(foot - centre)
+                angles.append(math.acos(cosine))
+        found.append(-max(angles) / math.pi)
+    return np.array(found)
+
+
+def nci(test, fit, alpha=1e-4):
+    mean, weight = array(fit.train.embedding).mean(0), array(test.head.weight)
+    found = []
+    for z, u in each(test):
+        along = dot(weight[z.argmax()], u - mean) / length(u - mean)
+        found.append(-along - alpha * sum(abs(u)))
+    return np.array(found)
+
+
+def from_means(test, fit):
+    """Logits, embedding, and its difference from the mean of the rows predicted alike."""
+    train, predicted = array(fit.train.embedding), array(fit.train.logits).argmax(1)
+    for z, u in each(test):
+        alike = train[predicted == z.argmax()]
+        yield z, u, u - (alike if len(alike) else train).mean(0)
+
+
+def caref(test, fit):
+    return np.array([sum(abs(d)) / sum(abs(u)) for _, u, d in from_means(test, fit)])
+
+
+def cadref(test, fit):
+    weight, average = array(test.head.weight), positive_energy(fit.train).mean()
+    found = []
+    for energy, (z, u, d) in zip(positive_energy(test), from_means(test, fit), strict=True):
+        towards = [a * np.sign(w) for a, w in zip(d, weight[z.argmax()], strict=True)]
+        first = sum(a for a in towards if a > 0) / sum(abs(u))
+        second = sum(-a for a in towards if a < 0) / sum(abs(u))
+        found.append(first / energy + second / average)
+    return np.array(found)
+
+
 def vim(test, fit, dim=None):
     weight, bias = array(test.head.weight), array(test.head.bias)
     origin = -np.linalg.pinv(weight) @ bias
@@ -584,17 +652,171 @@ def predicted_of(rows: Features, present) -> list[int]:
     return [present[int(z[present].argmax())] for z in array(rows.logits)]
 
 
-def nearest_mahalanobis(train: Array, labels: Array, test: Array) -> Array:
-    """Squared distances to the nearest class mean; one covariance, divisor N."""
+def nearest_mahalanobis(train: Array, labels: Array, test: Array, pseudo: bool = False) -> Array:
+    """Squared distances to the nearest class mean; one covariance, divisor N. pseudo: directions
+    of less than 1e-10 of the largest variance do not count."""
     means = {c: train[labels == c].mean(0) for c in sorted(set(labels.tolist()))}
     centred = np.array([x - means[c] for x, c in zip(train, labels.tolist(), strict=True)])
-    precision = np.linalg.inv(centred.T @ centred / len(train))
+    covariance = centred.T @ centred / len(train)
+    precision = np.linalg.pinv(covariance, 1e-10) if pseudo else np.linalg.inv(covariance)
     return np.array([min((x - m) @ precision @ (x - m) for m in means.values()) for x in test])
 
 
 def mds(test, fit):
     labels = labels_of(fit.train)
     return nearest_mahalanobis(array(fit.train.embedding), labels, array(test.embedding))
+
+
+def unit_rows(rows: Array) -> Array:
+    return np.array([x / length(x) for x in rows])
+
+
+def mds_on_directions(test, fit):
+    train, rows = (unit_rows(array(f.embedding)) for f in (fit.train, test))
+    return nearest_mahalanobis(train, labels_of(fit.train), rows)
+
+
+def rmds(test, fit, directions=False):
+    train, rows = (array(f.embedding) for f in (fit.train, test))
+    if directions:
+        train, rows = unit_rows(train), unit_rows(rows)
+    one = np.zeros(len(train), dtype=int)
+    nearest = nearest_mahalanobis(train, labels_of(fit.train), rows, pseudo=True)
+    return nearest - nearest_mahalanobis(train, one, rows, pseudo=True)
+
+
+def gmm(test, fit, tied=True):
+    train, labels = array(fit.train.embedding), labels_of(fit.train)
+    classes = sorted(set(labels.tolist()))
+    groups = [train[labels == c] for c in classes]
+    covariances = [np.cov(group.T, ddof=0) for group in groups]
+    if tied:
+        shares = [len(group) / len(train) for group in groups]
+        covariances = [sum(s * c for s, c in zip(shares, covariances, strict=True))] * len(classes)
+    densities = [
+        math.log(len(group) / len(train))
+        + stats.multivariate_normal.logpdf(array(test.embedding), group.mean(0), covariance)
+        for group, covariance in zip(groups, covariances, strict=True)
+    ]
+    return -logsumexp(densities, axis=0)
+
+
+def class_mean_rows(rows: Array, labels: Array) -> dict[int, Array]:
+    return {c: rows[labels == c].mean(0) for c in sorted(set(labels.tolist()))}
+
+
+def she(test, fit):
+    train, labels = fit.train, labels_of(fit.train)
+    right = labels == array(train.logits).argmax(1)
+    pattern = class_mean_rows(array(train.embedding)[right], labels[right])
+    predicted = predicted_of(test, pattern)
+    return np.array(
+        [-dot(u, pattern[c]) for u, c in zip(array(test.embedding), predicted, strict=True)]
+    )
+
+
+def cosine(a, b):
+    return dot(a, b) / length(a) / length(b)
+
+
+def ctm(test, fit):
+    means = class_mean_rows(array(fit.train.embedding), labels_of(fit.train))
+    return np.array([-max(cosine(u, m) for m in means.values()) for u in array(test.embedding)])
+
+
+def proto_fusion(test, fit):
+    total = np.zeros(len(test))
+    for name in stages(fit.train):
+        train, rows = (array(f.layers[name].mean) for f in (fit.train, test))
+        prototypes = class_mean_rows(unit_rows(train), labels_of(fit.train))
+        total += [max(cosine(x, p) for p in prototypes.values()) for x in rows]
+    return -total / len(stages(fit.train))
+
+
+def nnguide(test, fit):
+    """A tenth of the rows, all of which are stored."""
+    train = fit.train
+    bank = unit_rows(array(train.embedding)) * positive_energy(train)[:, None]
+    k = max(1, len(bank) // 10)
+    found = []
+    for energy, u in zip(positive_energy(test), array(test.embedding), strict=True):
+        guidance = sorted(dot(u, v) / length(u) for v in bank)[-k:]
+        found.append(-energy * np.mean(guidance))
+    return np.array(found)
+
+
+def residual(test, fit):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    origin = -np.linalg.pinv(weight) @ bias
+    train, rows = (array(f.embedding) - origin for f in (fit.train, test))
+    off = np.linalg.svd(train)[2][train.shape[1] // 2 :]
+    return np.array([length(off @ x) for x in rows])
+
+
+def neco(test, fit, share=0.9):
+    train = array(fit.train.embedding)
+    spread = np.where(train.std(0) > 0, train.std(0), 1)
+    train, rows = ((array(f.embedding) - train.mean(0)) / spread for f in (fit.train, test))
+    _, values, directions = np.linalg.svd(train)
+    held = np.cumsum(values**2) / sum(values**2)
+    kept = directions[: next(i for i, part in enumerate(held) if part >= share) + 1]
+    return np.array([-length(kept @ x) / length(x) for x in rows])
+
+
+def reconstruction(train, rows, share=0.9):
+    """Distances from the principal space that holds a share of the variance."""
+    mean = train.mean(0)
+    _, values, directions = np.linalg.svd(train - mean, full_matrices=False)
+    held = np.cumsum(values**2) / sum(values**2)
+    kept = directions[: next(i for i, part in enumerate(held) if part >= share) + 1]
+    return np.array([length(x - mean - kept.T @ (kept @ (x - mean))) for x in rows])
+
+
+def cop(test, fit):
+    return reconstruction(*(unit_rows(array(f.embedding)) for f in (fit.train, test)))
+
+
+def corp(test, fit, gamma=2.0):
+    train, rows = (unit_rows(array(f.embedding)) for f in (fit.train, test))
+    width = train.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    draw = {"generator": generator, "dtype": torch.float64}
+    frequency = array(torch.randn(width, 4 * width, **draw)) * math.sqrt(2 * gamma)
+    phase = array(torch.rand(4 * width, **draw)) * 2 * math.pi
+
+    def features(u):
+        angles = [dot(u, column) for column in frequency.T] + phase
+        return [math.cos(angle) * math.sqrt(2 / len(phase)) for angle in angles]
+
+    return reconstruction(*(np.array([features(u) for u in part]) for part in (train, rows)))
+
+
+def relation(test, fit):
+    bank = [(u / length(u), softmax(z)) for z, u in each(fit.train)]
+    found = []
+    for z, u in each(test):
+        edges = [max(0, dot(u, v) / length(u)) * dot(softmax(z), q) for v, q in bank]
+        found.append(-sum(e for e in edges if e > 0.03) / len(bank))
+    return np.array(found)
+
+
+def nac(test, fit, alpha=100.0, bins=50, share=0.05):
+    weight = array(test.head.weight)
+
+    def states(rows):
+        for z, u in each(rows):
+            gradient = weight.T @ (softmax(z) - 1 / len(z))
+            yield [
+                min(int(bins / (1 + math.exp(-alpha * a * g)) + 1e-9), bins - 1)
+                for a, g in zip(u, gradient, strict=True)
+            ]
+
+    train = list(states(fit.train))
+    found = []
+    for row in states(test):
+        alike = [sum(other[i] == bin_ for other in train) for i, bin_ in enumerate(row)]
+        found.append(-np.mean([min(n / (share * len(train)), 1) for n in alike]))
+    return np.array(found)
 
 
 def stages(rows: Features) -> list[str]:
@@ -908,15 +1130,35 @@ NAIVE = {
     "vra": vra,
     "ras": ras,
     "optfs": optfs,
+    "fdbd-norm": fdbd_norm,
+    "fdbd": fdbd,
+    "ora": ora,
+    "nci": nci,
+    "caref": caref,
+    "cadref": cadref,
+    "nac": nac,
     "klm": klm,
     "openmax": openmax,
     "mds": mds,
+    "mds++": mds_on_directions,
+    "gmm": gmm,
+    "rmds": rmds,
+    "rmds++": lambda test, fit: rmds(test, fit, directions=True),
     "mds-sum": mds_sum,
+    "she": she,
+    "ctm": ctm,
+    "proto-fusion": proto_fusion,
     "knn": knn,
+    "nnguide": nnguide,
+    "relation": relation,
+    "residual": residual,
     "vim": vim,
     "pnml": pnml,
     "actsub": actsub,
     "weiper": weiper,
+    "neco": neco,
+    "cop": cop,
+    "corp": corp,
     "gram": gram,
     "1d": one_dimensional,
     "lsgm": lsgm,

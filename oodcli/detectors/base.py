@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Self
 
@@ -35,6 +35,9 @@ class Detector(ABC):
     """Records that ``_score`` reads, such as logits, embedding, head: records.KNOWN_RECORDS."""
 
     fitted: ClassVar[bool] = False
+    later: ClassVar[Mapping[str, Any]] = {}
+    """Fields that artefacts of an earlier version lack, with the values that they had."""
+
     heavy: ClassVar[bool] = False
     """Slow enough to score on the GPU, if there is one."""
 
