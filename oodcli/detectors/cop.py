@@ -46,6 +46,7 @@ class CoP(Detector):
     """
     needs = frozenset({"embedding"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     mean: Tensor

@@ -61,6 +61,7 @@ class GMM(Detector):
     formula = r"s = -\log \sum_c \pi_c \, \mathcal{N}(u; \mu_c, \Sigma_c)"
     needs = frozenset({"embedding"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     weight: Tensor

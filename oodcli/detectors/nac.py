@@ -55,6 +55,7 @@ class NAC(Detector):
     """
     needs = frozenset({"logits", "embedding", "head"})
     fitted = True
+    better_on_real = True
 
     coverage: Tensor
     alpha: float

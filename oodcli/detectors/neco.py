@@ -42,6 +42,7 @@ class NECO(Detector):
     )
     needs = frozenset({"embedding"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     mean: Tensor

@@ -58,6 +58,7 @@ class NNGuide(Detector):
     """
     needs = frozenset({"logits", "logits.level", "embedding"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     bank: Bank

@@ -53,6 +53,7 @@ class Relation(Detector):
     """
     needs = frozenset({"logits", "embedding"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     bank: Bank

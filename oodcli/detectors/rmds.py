@@ -55,6 +55,7 @@ class RMDS(Detector):
     """
     needs = frozenset({"embedding"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     mean: Tensor
