@@ -1,4 +1,4 @@
-"""A Gaussian mixture with a component for each class."""
+"""A Gaussian mixture with a component for each class (Mukhoti et al. 2023)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class GMM(Detector):
     """
 
     name = "gmm"
-    source = "Hastie & Tibshirani 1996"
+    source = "Mukhoti et al. 2023 (CVPR), arXiv 2102.11582"
     about = "minus the log density of the embedding, a Gaussian for each class"
     formula = r"s = -\log \sum_c \pi_c \, \mathcal{N}(u; \mu_c, \Sigma_c)"
     needs = frozenset({"embedding"})
@@ -93,7 +93,8 @@ class GMM(Detector):
         *,
         covariance: Annotated[
             Literal["tied", "full"],
-            "tied: one for all classes, the default, which needs fewer rows; full: one for each",
+            "full: one for each class, as in the paper; tied: one for all, the default, which "
+            "needs fewer rows and less memory",
         ] = "tied",
     ) -> Self:
         """One pass; a (D, D) and a (K, D) sum are kept. With full covariances two, and (C, D, D)

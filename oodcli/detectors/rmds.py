@@ -56,7 +56,7 @@ class RMDS(Detector):
     """
 
     name = "rmds"
-    source = "Ren et al. 2021, arXiv 2106.09022, eq. 2"
+    source = "Ren et al. 2021, arXiv 2106.09022"
     about = "mds, minus the Mahalanobis distance to the mean of all classes"
     formula = r"""
         s = \min_c \, (u - \mu_c)^\top \Sigma^+ (u - \mu_c) - (u - \mu)^\top \Sigma_0^+ (u - \mu)
