@@ -56,7 +56,7 @@ def rows(text):
 
 @pytest.fixture
 def plain(tmp_path):
-    """A checkpoint without BatchNorm, made by a factory, and one whose head is a convolution."""
+    """A checkpoint without BatchNorm, made by a factory, and one whose head is not linear."""
     (tmp_path / "nets.py").write_text(
         "import sys\n"
         f"sys.path.insert(0, {os.path.dirname(networks.__file__)!r})\n"
@@ -1089,6 +1089,12 @@ def test_inspect(fitted):
     allowed = [detector["name"] for detector in found["detectors"] if detector["allowed"]]
     assert allowed == ORDINARY
     assert {tap["kind"] for tap in found["taps"]} == {"batchnorm", "block", "stage"}
+    assert found["taps"][-1]["positions"] == 4
+    assert "layers.peak" in found["taps"][-1]["records"]
+    assert {"embedding", "layers.peak"} <= set(found["records"])
+    assert not any(line.endswith(" ") for line in shown.out.splitlines())
+    last = next(line for line in shown.out.splitlines() if line.startswith("layer3 "))
+    assert last.split()[:4] == ["layer3", "stage", "64", "4"]
 
 
 def test_inspect_writes_a_card_that_is_read_back(fitted, tmp_path):
@@ -1199,9 +1205,9 @@ def test_faults_of_checkpoints(fitted, tmp_path, plain):
     batchless, headless = plain
     fails("no BatchNorm layer", "invert", *batchless, *output, leaves=tmp_path)
     images = "noise:uniform?n=2"
-    fails("does not end in a linear layer", "extract", *headless, images, *output, leaves=tmp_path)
-    made = oodcli("extract", *headless, images, *output, "--record", "logits")
+    made = oodcli("extract", *headless, images, *output)
     assert made.status == 0, made.err
+    assert "not recorded: embedding" in made.err
     os.remove(tmp_path / "out.h5")
     fails(
         "last layer is not linear",
