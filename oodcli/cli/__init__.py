@@ -187,6 +187,9 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
+        # Once an interrupt has passed through exec of a string, as in torch's generated code,
+        # ``python -m`` ends with the signal whatever the status; any other exec clears that.
+        exec("")
         sys.exit(130)
     except OodcliError as error:
         who = f" ({console.who})" if console.who else ""

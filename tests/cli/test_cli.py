@@ -58,7 +58,6 @@ def rows(text):
 def plain(tmp_path):
     """A checkpoint without BatchNorm, made by a factory, and one whose head is not linear."""
     (tmp_path / "nets.py").write_text(
-        "import sys\n"
         f"sys.path.insert(0, {os.path.dirname(networks.__file__)!r})\n"
         "from networks import Plain\n"
         "def plain():\n    return Plain()\n"
@@ -80,7 +79,6 @@ def plain(tmp_path):
 def start(words, environment):
     """What is printed, and which modules it took that one can start without."""
     code = (
-        "import sys\n"
         "from oodcli.cli import main\n"
         f"sys.argv = ['oodcli', *{words!r}]\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
@@ -1424,6 +1422,22 @@ def test_signals_leave_nothing_behind(fitted, tmp_path, number, status):
     assert process.returncode == status, err
     assert err == ("oodcli: interrupted\n" if number == signal.SIGINT else "")
     assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_in_generated_code_has_the_usual_status(tmp_path):
+    """CPython remembers that it passed through exec of a string."""
+    (tmp_path / "interrupted.py").write_text(
+        "from oodcli import cli\n"
+        "def interrupted():\n"
+        "    raise KeyboardInterrupt\n"
+        "cli.app = lambda: exec('interrupted()', globals())\n"
+        "cli.main()\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 130
 
 
 def test_nan_weights_are_refused(fitted, tmp_path):
