@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         prepare,
         record,
         score,
+        show,
     )
     from oodcli.detectors.base import Detector
     from oodcli.features import Features
@@ -39,6 +40,7 @@ __all__ = [
     "prepare",
     "record",
     "score",
+    "show",
 ]
 
 _WHERE = {"Detector": "oodcli.detectors.base", "Features": "oodcli.features"}

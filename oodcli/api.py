@@ -82,6 +82,8 @@ from oodcli.stages.record import record_images
 from oodcli.stages.score import Doubts
 from oodcli.stages.score_job import Scored, ScoreRequest
 from oodcli.stages.score_job import score as _score
+from oodcli.stages.show import Shown, ShowRequest, refuse_page
+from oodcli.stages.show import show as _show
 from oodcli.stages.verdict import Deciding
 from oodcli.stages.watching import Watch
 
@@ -100,6 +102,7 @@ __all__ = [
     "Prepared",
     "Running",
     "Scored",
+    "Shown",
     "draw_layers",
     "estimate_inversion",
     "evaluate",
@@ -117,6 +120,7 @@ __all__ = [
     "read_class_names",
     "record",
     "score",
+    "show",
 ]
 
 log = logging.getLogger(__name__)
@@ -381,6 +385,7 @@ def score(
     timeout: float | None = None,
     shard: str | None = None,
     engine: str | None = None,
+    html: str | Path | None = None,
     device: str = "auto",
     batch_size: int | None = None,
     precision: str = "auto",
@@ -396,7 +401,7 @@ def score(
     false-alarm rate of the verdicts, by the artefacts' calibration. threshold: detector → number
     above which a score is OOD, or ``"split"`` or ``"labelled"``. contamination: the expected share
     of OOD images. timeout: seconds to decode an image. shard: ``"3/64"``. engine: ``"ray"`` or
-    ``"ray://HOST:PORT"``.
+    ``"ray://HOST:PORT"``. html: also write the page of ``show``, to this file.
 
     Raises OodcliError for invalid arguments and unusable files; an unreadable image is a row with
     an error.
@@ -423,7 +428,55 @@ def score(
         engine=engine,
         command=command,
     )
-    return _score(request, progress)
+    if html is None:
+        return _score(request, progress)
+    if request.file is None:
+        raise OodcliError("a page shows a scores file: write the scores to a file, too")
+    # Other images can be opened under the paths in the scores.
+    made_up = request.images is not None and request.images.startswith(("noise:", "torchvision:"))
+    show_request = ShowRequest(
+        request.file,
+        Path(html),
+        request.images if made_up else None,
+        force=force,
+        command=command,
+    )
+    refuse_page(show_request.page, force=force)
+    scored = _score(request, progress)
+    if scored is not None:
+        _show(show_request)
+    return scored
+
+
+def show(
+    scores: str | Path,
+    output: str | Path | None = None,
+    images: str | Path | None = None,
+    *,
+    detectors: Iterable[str] = (),
+    thumbnails: bool = True,
+    force: bool = False,
+    progress: Watch | None = None,
+    command: str = "oodcli.show",
+) -> Shown:
+    """Write one HTML page to look at a scores file: counts, histogram, thumbnails, a list to search
+    and sort, and a threshold to move. It needs no network.
+
+    output: by default SCORES with the suffix .html. images: as for ``score``, if the images have
+    moved; rows are matched by path. detectors: those to show, by default all; the page starts with
+    the first. progress: called with the number of thumbnails done. Raises OodcliError for scores
+    that cannot be read; an image that cannot be opened has no thumbnail.
+    """
+    request = ShowRequest(
+        Path(scores),
+        _path(output),
+        None if images is None else str(images),
+        list(detectors),
+        thumbnails=thumbnails,
+        force=force,
+        command=command,
+    )
+    return _show(request, progress)
 
 
 def invert(

@@ -30,6 +30,7 @@ from oodcli.cli import (
     merge,
     prepare,
     score,
+    show,
     versions,
 )
 from oodcli.errors import OodcliError
@@ -65,6 +66,10 @@ oodcli evaluate --id id.csv --ood far=far.csv --ood blobs=blobs.csv -o report
 oodcli evaluate --id id.csv --ood far=far.csv --min-auroc 0.9
 oodcli evaluate --layers id.h5 --ood far=far.h5 --virtual v.features.h5 \\
     --images v.h5 -o figures
+""",
+    "show": """\
+oodcli show scores.csv
+oodcli show scores.csv --images /mnt/photos -o page.html
 """,
     "merge": """\
 oodcli merge v1.h5 v2.h5 v3.h5 -o v.h5
@@ -134,7 +139,10 @@ app = typer.Typer(
         "default_map": {"help": False, "install_completion": False, "show_completion": False},
     },
 )
-for module in (inspect, prepare, invert, extract, fit, score, merge, evaluate, detectors, demo):
+for module in (
+    *(inspect, prepare, invert, extract, fit, score, show, merge, evaluate, detectors),
+    demo,
+):
     # As a short_help, the docstring is not cut where the list of commands is narrow.
     app.command(module.__name__.rpartition(".")[2], cls=Command, short_help=module.command.__doc__)(
         module.command

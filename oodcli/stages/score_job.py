@@ -281,6 +281,9 @@ def _about(
         "extracted_by": opened.extracted_by,
         "detectors": dict(fingerprints),
         "verdicts": {name: rule.basis for name, rule in rules.items()},
+        "calibration": {
+            name: rule.distribution for name, rule in rules.items() if rule.calibration is not None
+        },
         "mirror": request.mirror,
     }
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from oodcli import notes
 from oodcli.detectors.calibration import Calibration, contamination_threshold, split_threshold
 from oodcli.errors import DetectorError, OodcliError
+from oodcli.files.made import json_number
 from oodcli.images.words import printable
 from oodcli.stages.chosen import Chosen
 
@@ -148,6 +150,19 @@ class Rule:
         if self.calibration is None:
             return f"score above {self.threshold:.6g}{self.more}"
         return f"{self.calibration.words}; nominal {self.rate:g}{self.more}"
+
+    @property
+    def distribution(self) -> dict[str, Any] | None:
+        """The calibration in numbers that JSON can hold, with the digits of a scores file; None
+        without one."""
+        if self.calibration is None:
+            return None
+        return {
+            "images": self.calibration.words,
+            "rate": self.rate,
+            "threshold": json_number(self.calibration.threshold(self.rate)),
+            "quantiles": [json_number(each) for each in self.calibration.quantiles().tolist()],
+        }
 
     def columns(
         self, name: str, scores: Tensor, predicted: Tensor | None = None

@@ -33,7 +33,7 @@ from oodcli.files.scores import read_scores
 from oodcli.networks.load import load_classifier
 
 COMMANDS = (
-    *("inspect", "prepare", "invert", "extract", "fit", "score", "merge", "evaluate"),
+    *("inspect", "prepare", "invert", "extract", "fit", "score", "show", "merge", "evaluate"),
     *("detectors", "demo"),
 )
 BASH = {"_OODCLI_COMPLETE": "complete_bash"}

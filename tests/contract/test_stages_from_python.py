@@ -100,6 +100,13 @@ STAGES = {
         lambda **more: oodcli.evaluate("id.csv", {"mean": "far.csv"}, **more),
         "mean",
     ),
+    "show": Stage(
+        "show id.csv -d msp -o x.html",
+        lambda **more: oodcli.show("id.csv", Path("x.html"), detectors=["msp"], **more),
+        ("x.html",),
+        lambda **more: oodcli.show("id.csv", "y.html", "none", **more),
+        "none does not exist",
+    ),
     "merge": Stage(
         "merge part-2.csv part-1.csv -o x.csv",
         lambda **more: oodcli.merge(["part-2.csv", Path("part-1.csv")], "x.csv", **more),
