@@ -140,16 +140,7 @@ app = typer.Typer(
     },
 )
 for module in (
-    inspect,
-    prepare,
-    invert,
-    extract,
-    fit,
-    score,
-    show,
-    merge,
-    evaluate,
-    detectors,
+    *(inspect, prepare, invert, extract, fit, score, show, merge, evaluate, detectors),
     demo,
 ):
     # As a short_help, the docstring is not cut where the list of commands is narrow.
@@ -204,6 +195,9 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
+        # Once an interrupt has passed through exec of a string, as in torch's generated code,
+        # ``python -m`` ends with the signal whatever the status; any other exec clears that.
+        exec("")
         sys.exit(130)
     except OodcliError as error:
         who = f" ({console.who})" if console.who else ""

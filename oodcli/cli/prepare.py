@@ -78,7 +78,7 @@ def command(
     *,
     model: ModelOptions,
 ) -> None:
-    """Prepare a checkpoint: everything that score needs, by one command."""
+    """Make everything that score needs of a checkpoint."""
     from oodcli import api
 
     given: dict[str, Any] = {

@@ -12,6 +12,7 @@ from torch import Tensor
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.knn import unit
+from oodcli.detectors.msp import softmax
 from oodcli.features import Features, LinearHead, recorded
 
 SINGULAR = 1e-10
@@ -77,6 +78,6 @@ class PNML(Detector):
 
     def _score(self, test: Features) -> Tensor:
         u, head = recorded(test.embedding), recorded(test.head)
-        p = torch.softmax(normalised_logits(recorded(test.logits), u, head), 1)
+        p = softmax(normalised_logits(recorded(test.logits), u, head))
         g = (unit(u) @ self.root).square().sum(1)
         return regret(p, g)

@@ -28,6 +28,7 @@ class Residual(Detector):
     formula = r"s = \lVert R^\top (u - o) \rVert"
     needs = frozenset({"embedding", "head"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     origin: Tensor

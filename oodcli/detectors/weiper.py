@@ -21,16 +21,24 @@ EPSILON = 0.01
 EPSILON_PERTURBED = 0.025
 """Added to each bin of the histograms of u and of the logits, as in the authors' code."""
 
+ROWS_OF_WEIGHTS = 1024
+"""Of perturbed heads that are in memory at once, if a head has no more."""
+
 
 def perturbed_heads(head: LinearHead, delta: float, copies: int, seed: int) -> Iterator[LinearHead]:
     """W + δ‖w_c‖ n_c, n_c random of length 1, and the same b (Granz et al. 2024, §3.1), in float64:
-    for a seed always the same ones, one after the other, because all may not fit into memory."""
+    for a seed always the same ones, some at a time, because all may not fit into memory. Yields
+    heads of (G·K, D), G copies below each other."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias = head.weight.double(), head.bias.double()
     length = delta * weight.norm(dim=1, keepdim=True)
-    for _ in range(copies):
-        noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-        yield LinearHead(weight + length * unit(noise), bias)
+    some = max(1, ROWS_OF_WEIGHTS // len(bias))
+    for start in range(0, copies, some):
+        many = [
+            torch.randn(weight.shape, generator=generator) for _ in range(copies - start)[:some]
+        ]
+        noise = unit(torch.cat(many).to(weight.device)).view(-1, *weight.shape)
+        yield LinearHead((weight + length * noise).flatten(0, 1), bias.repeat(len(many)))
 
 
 def counts(values: Tensor, range_: Tensor, bins: int) -> Tensor:
@@ -155,14 +163,14 @@ class WeiPer(Detector):
 
     def _score(self, test: Features) -> Tensor:
         u, head = recorded(test.embedding).double(), recorded(test.head)
-        bins = len(self.usual)
+        bins, classes = len(self.usual), len(head.bias)
         perturbed = u.new_zeros(len(u), bins)
         largest = u.new_zeros(len(u))
         for each in perturbed_heads(head, self.delta, self.copies, self.seed):
             z = u @ each.weight.T + each.bias
             perturbed += counts(z, self.range_of_logits, bins)
-            largest += softmax(z).amax(1)
-        number = self.copies * len(head.bias)
+            largest += softmax(z.view(-1, classes)).amax(1).view(len(u), -1).sum(1)
+        number = self.copies * classes
         own = divergence(
             counts(u, self.range_of_u, bins) / u.shape[1], self.usual, self.smooth, EPSILON
         )

@@ -78,7 +78,7 @@ class Listing:
         return len(self.listed) == self.readable
 
 
-def read_listing(opened: ScoreRows, detectors: Sequence[str] = (), most: int = LISTED) -> Listing:
+def read_listing(opened: ScoreRows, detectors: Sequence[str], most: int) -> Listing:
     """Reads a scores file. detectors: those to keep, by default all, with those that have verdicts
     first. most: rows to list; of a longer file those with the highest scores of each detector. What
     is kept in memory of the other rows is numbers. Raises FileError as ``ScoreRows.rows``, and for

@@ -79,10 +79,10 @@
       });
     });
     const moved = threshold !== now.threshold;
-    $("sentence").textContent = !moved ? now.sentence :
+    $("sentence").textContent = (!moved ? now.sentence :
       `${all.toLocaleString("en")} of ${count(now.judged, "image")} (${percent(all / Math.max(now.judged, 1))}) ` +
       `${all === 1 ? "scores" : "score"} above ${short(threshold)} by ${now.name}` +
-      (now.quantiles ? `, as do about ${percent(falseAlarms())} of the calibration’s images.` : ".");
+      (now.quantiles ? `, as do about ${percent(falseAlarms())} of the calibration’s images.` : ".")).replaceAll("-", "\u2011");
     $("more").textContent = now.more;
     $("reset").disabled = !moved;
     if (document.activeElement !== $("number")) $("number").value = threshold === null ? "" : short(threshold);
@@ -258,6 +258,7 @@
     }
     $("calibrated").hidden = !now.expected.length;
     $("expected").textContent = `if all were in distribution (${now.calibrated})`;
+    $("tallest").textContent = `images (at most ${Math.max(...now.bins).toLocaleString("en")} in a bar)`;
     $("p-head").hidden = !now.p;
     $("slider").min = 0;
     $("slider").max = range()[2];

@@ -26,6 +26,10 @@ MOST, LEAST = 48, 12
 MOST_OF_OTHERS, LEAST_OF_OTHERS = 24, 6
 PICTURES = 240
 """Thumbnails on a page."""
+NOTHING = (
+    "None of these images could be opened under the paths in the scores: run 'oodcli show' with "
+    "--images."
+)
 
 
 def overviews(listing: Listing) -> list[Overview]:
@@ -76,10 +80,11 @@ def scores_page(
         more=expectation(listing, first),
         several=len(found) > 1,
         names=[one.name for one in found],
-        notes=_notes(listing, found, columns),
+        notes=[*_notes(listing, found, columns), *([NOTHING] if chosen and not pictures else [])],
         most=_figures(listing, first, columns, first.most, pictures),
         least=_figures(listing, first, columns, first.least, pictures),
         others=_figures(listing, first, columns, others, pictures),
+        pictures=len(pictures),
         judged=first.threshold.value is not None,
         classes=_class_table(classes, first),
         listed=len(listing.listed),
@@ -156,10 +161,13 @@ def expectation(listing: Listing, one: Overview) -> str:
     judged = listing.readable - one.silent
     parts = []
     if listing.readable and one.threshold.rate is not None:
-        count = round(one.threshold.rate * judged)
+        expected = one.threshold.rate * judged
+        count = int(float(f"{expected:.2g}")) if expected >= 100 else round(expected)
         parts.append(
             f"If all were in distribution, about {html.counted(count, 'image')} would be flagged."
         )
+    if listing.readable and one.threshold.value is None:
+        parts.append("Move the threshold to count images, or score with --fpr for verdicts.")
     if one.calibration is not None:
         parts.append(f"Calibrated on {one.calibration.images}.")
     others = [

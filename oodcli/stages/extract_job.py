@@ -26,7 +26,7 @@ from oodcli.jobs.torchrun import Team, part_of
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import INPUTS
 from oodcli.recording.recorder import Recorder, recordable
-from oodcli.records import CHEAP, KNOWN_RECORDS
+from oodcli.records import CHEAP, KNOWN_RECORDS, impossible
 from oodcli.stages.chosen import odin_step
 from oodcli.stages.extract import degrading, extract_to_file
 from oodcli.stages.model import Model
@@ -185,12 +185,12 @@ def _records(request: ExtractRequest, classifier: Classifier, *, for_kinds: bool
     recorded."""
     possible = recordable(classifier)
     if request.record is None and not for_kinds:
-        if classifier.head_name is None:
-            raise OodcliError(
-                f"{classifier.arch} does not end in a linear layer, so it has no embedding",
-                hint="choose other records, such as --record logits,layers.mean",
-            )
-        return (CHEAP | ({"layers.gradient"} if request.virtual else set())) & possible
+        usual = CHEAP | ({"layers.gradient"} if request.virtual else set())
+        missing = sorted(usual - possible - {"deconf.h", "mos.others"})
+        if missing:
+            why = impossible(missing, tapped=bool(classifier.taps))
+            notes.say(log, f"not recorded: {', '.join(missing)}, as {classifier.arch}: {why}")
+        return usual & possible
     if list(request.record or ()) == ["all"]:
         return possible
     what = frozenset(request.record or ())

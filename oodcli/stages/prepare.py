@@ -8,7 +8,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -327,8 +327,14 @@ def _owned(folder: Path, team: Team | None) -> Iterator[None]:
                 f"{folder} cannot be written: {error.strerror or error}: name another folder with "
                 "-o DIR"
             ) from error
-        stack.callback((folder / LOCK).unlink, missing_ok=True)
+        stack.callback(_forget, folder / LOCK)
         yield
+
+
+def _forget(path: Path) -> None:
+    """Remove a file that does no harm where the disk refuses."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -395,7 +401,11 @@ class _Run:
         if step.name == "fit":
             names |= {NAME, *self._old_artefacts()}
         for name in names:
-            (folder / name).unlink(missing_ok=True)
+            try:
+                (folder / name).unlink(missing_ok=True)
+            except OSError as error:
+                reason = error.strerror or error
+                raise FileError(f"{folder / name} could not be replaced: {reason}") from error
         return {}
 
     def _old_artefacts(self) -> set[str]:
@@ -456,7 +466,7 @@ class _Run:
         existing = None if self.request.force else read_prepared(folder)
         if existing is None or replace(existing, command=prepared.command) != prepared:
             write_prepared(prepared)
-        (folder / STEPS).unlink(missing_ok=True)
+        _forget(folder / STEPS)
         return _summary(self.request, self.plan, prepared, before)
 
 

@@ -42,6 +42,7 @@ def with_prepared(
         notes.say(log, f"no -d: using {word}, as {prepared.path} is prepared")
         return [word]
     words: list[str] = []
+    named: list[str] = []
     for word in wanted:
         if word in folders:
             words.append(folders[word].word(folders[word].default))
@@ -51,7 +52,9 @@ def with_prepared(
             words.append(word)
         else:
             words.append(prepared.word(word))
-            notes.say(log, f"-d {word}: using {words[-1]}, which is prepared")
+            named.append(word)
+    if named:
+        notes.say(log, f"{', '.join(named)}: as prepared in {prepared.path}")
     return list(dict.fromkeys(words))
 
 
@@ -95,7 +98,7 @@ def _require_same(prepared: PreparedFolder, opened: Opened) -> None:
         f"{prepared.path} was prepared for",
         "this is",
         weights="these are",
-        inputs=(f"{prepared.path} was prepared for images prepared with", "here with"),
+        inputs=(f"{prepared.path} was prepared for images with", "here with"),
         hint=AGAIN,
         inputs_hint=AGAIN,
     )

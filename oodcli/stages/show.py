@@ -10,6 +10,7 @@ from pathlib import Path
 from oodcli import notes
 from oodcli.files.atomic import atomic, refuse_existing, refuse_suffix
 from oodcli.files.scores import score_rows
+from oodcli.report.listing import LISTED, read_listing
 from oodcli.stages.watching import Watch
 
 log = logging.getLogger(__name__)
@@ -60,14 +61,13 @@ def show(request: ShowRequest, watch: Watch | None = None) -> Shown:
     """Write the page. watch: called with the number of thumbnails done and their total. Raises
     FileError for scores that cannot be read and for an existing page, ImagesError for images that
     do not exist."""
-    from oodcli.report.listing import read_listing
     from oodcli.report.scores_page import overviews, scores_page, sentence
     from oodcli.report.thumbnails import open_source
 
     page = request.page
     refuse_page(page, force=request.force)
     source = None if request.images is None else open_source(request.images)
-    listing = read_listing(score_rows(request.scores), request.detectors)
+    listing = read_listing(score_rows(request.scores), request.detectors, LISTED)
     notes.done(log, "scores")
     found = overviews(listing)
     text, pictures = scores_page(
@@ -81,6 +81,8 @@ def show(request: ShowRequest, watch: Watch | None = None) -> Shown:
     notes.done(log, "thumbnails")
     with atomic(page, force=request.force) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+    if request.thumbnails and listing.readable and not pictures:
+        notes.say(log, "no image could be opened for a thumbnail: say where they are with --images")
     return Shown(
         page,
         listing.rows,

@@ -389,9 +389,8 @@ def test_quality_does_not_depend_on_how_it_is_added():
 
 @pytest.fixture(scope="module")
 def teams():
-    found = Teams()
-    yield found
-    found.end()
+    with Teams() as found:
+        yield found
 
 
 @pytest.fixture

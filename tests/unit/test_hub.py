@@ -174,6 +174,11 @@ HOSTILE: list[tuple[str, dict[str, Any]]] = [
     ("no classifier of images", {"architectures": ["ViTModel"]}),
     ("no classifier of images", {"architectures": ["os.system"]}),
     ("no classifier of images", {"architectures": [["a"]]}),
+    (
+        "patches of pictures in their own shape",
+        {"architectures": ["Siglip2ForImageClassification"]},
+    ),
+    ("one of a few colours", {"architectures": ["ImageGPTForImageClassification"]}),
     ("make no ViTForImageClassification", {"model_type": "no-such-type"}),
     ("make no ViTForImageClassification", {"model_type": ["vit"]}),
     ("make no ViTForImageClassification", {"hidden_size": "eight"}),
@@ -206,6 +211,17 @@ def test_a_processor_that_cannot_be_followed_needs_a_resize(vit: Path, tmp_path:
     with pytest.raises(CheckpointError, match="in a way that oodcli cannot: say how"):
         oodcli.load_classifier(folder)
     assert oodcli.load_classifier(folder, resize=48).preprocessing.input_size == (32, 32)
+
+
+@needs_transformers
+def test_a_processor_that_leaves_sizes_open_needs_a_crop(vit: Path, tmp_path: Path) -> None:
+    """As TextNet's, which resizes the shorter side and crops nothing."""
+    folder = Path(shutil.copytree(vit, tmp_path / "network"))
+    said = {"image_processor_type": "TextNetImageProcessor", "size": {"shortest_edge": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"other shapes other sizes.*images of 32x32"):
+        oodcli.load_classifier(folder)
+    assert oodcli.load_classifier(folder, crop="center").preprocessing.resize == 32
 
 
 @pytest.fixture(scope="module")
