@@ -15,11 +15,10 @@ from oodcli.report import html
 from oodcli.report.html import Cell, Shown, TableRows
 from oodcli.report.listing import Column, Listing
 from oodcli.report.overview import Overview, overview, rows_by_class
-from oodcli.report.thumbnails import read_thumbnails
+from oodcli.report.thumbnails import noise_of, read_thumbnails
 
 if TYPE_CHECKING:
     from oodcli.images.source import ImageSource
-    from oodcli.networks.preprocessing import Preprocessing
 
 MOST, LEAST = 48, 12
 """Images shown of the first detector."""
@@ -65,7 +64,7 @@ def scores_page(
     others = [row for row in shown if row not in {*first.most, *first.least}]
     paths = [listing.listed[row].path for row in shown]
     chosen = paths[:PICTURES] if thumbnails else []
-    pictures = read_thumbnails(chosen, source, _size(listing), progress)
+    pictures = read_thumbnails(chosen, *noise_of(listing.made, source), progress)
     prefix = html.shared_folder([texts.path for texts in listing.listed.values()])
     classes = rows_by_class(listing)
     label = _labels(listing)
@@ -123,14 +122,6 @@ def _listed(listing: Listing) -> NDArray[np.int64]:
 def _labels(listing: Listing) -> list[int] | None:
     found = [texts.label for texts in listing.listed.values()]
     return found if any(label >= 0 for label in found) else None
-
-
-def _size(listing: Listing) -> Preprocessing | None:
-    if listing.made is None:
-        return None
-    from oodcli.networks.preprocessing import Preprocessing
-
-    return Preprocessing.from_dict(listing.made["preprocessing"])
 
 
 # --- sentences --------------------------------------------------------------------------------

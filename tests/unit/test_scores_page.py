@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -340,6 +341,9 @@ def test_the_command(tmp_path: Path, monkeypatch) -> None:
     fails("no column 'b'", "show", "s.csv", "-d", "b", "-o", "p.html", leaves=tmp_path)
     fails("far does not exist", "show", "s.csv", "--images", "far", "-o", "p.html", leaves=tmp_path)
     fails("t.csv does not exist", "show", "t.csv", leaves=tmp_path)
+    fails("s.html: expected a scores file", "show", "s.html", leaves=tmp_path)
+    os.mkfifo("pipe.csv")
+    fails("name the page with -o", "show", "pipe.csv", leaves=tmp_path)
     Path("t.csv").write_text(Path("s.csv").read_text() + "cut")
     fails("t.csv, line 4: 1 cells", "show", "t.csv", leaves=tmp_path)
 
