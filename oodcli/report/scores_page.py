@@ -14,7 +14,7 @@ from oodcli._version import __version__
 from oodcli.report import html
 from oodcli.report.html import Cell, Shown, TableRows
 from oodcli.report.listing import Column, Listing
-from oodcli.report.overview import Overview, overview, rows_by_class
+from oodcli.report.overview import Classes, Overview, overview, rows_by_class
 from oodcli.report.thumbnails import noise_of, read_thumbnails
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def scores_page(
                 "predicted": listing.predicted[_listed(listing)].tolist(),
                 "labels": label,
                 "classes": [
-                    [int(listing.predicted[rows[0]]) if name else -1, len(rows)]
+                    [int(listing.predicted[rows[0]]) if name is not None else -1, len(rows)]
                     for name, rows in classes
                 ],
                 "detectors": [
@@ -237,9 +237,7 @@ def _short(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.3g}"
 
 
-def _class_table(
-    classes: Sequence[tuple[str, NDArray[np.int64]]], one: Overview
-) -> dict[str, object]:
+def _class_table(classes: Classes, one: Overview) -> dict[str, object]:
     rows: TableRows = []
     for (name, members), flagged, median in zip(
         classes, one.class_flagged, one.class_medians, strict=True
@@ -247,7 +245,7 @@ def _class_table(
         share = flagged / len(members)
         rows.append(
             (
-                name or "other classes",
+                "other classes" if name is None else name or "(none)",
                 [
                     Cell(f"{len(members):,}", str(len(members))),
                     Cell(f"{flagged:,}", str(flagged)),
@@ -296,8 +294,8 @@ def _detector(listing: Listing, one: Overview, column: Column, words: str) -> di
 
 
 def _number(value: float | None) -> float | None:
-    """For JSON, which has no infinity: null. With the digits of a scores file."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.9g}")
+    """For JSON, which has no infinity: null."""
+    return None if value is None or not math.isfinite(value) else value
 
 
 def _made(listing: Listing, command: str) -> list[tuple[str, str]]:
