@@ -432,12 +432,12 @@ def score(
         return _score(request, progress)
     if request.file is None:
         raise OodcliError("a page shows a scores file: write the scores to a file, too")
-    # Other images can be opened under the paths in the scores.
-    made_up = request.images is not None and request.images.startswith(("noise:", "torchvision:"))
+    # Others can be opened under the paths in the scores, or drawn again.
+    dataset = request.images is not None and request.images.startswith("torchvision:")
     show_request = ShowRequest(
         request.file,
         Path(html),
-        request.images if made_up else None,
+        request.images if dataset else None,
         force=force,
         command=command,
     )

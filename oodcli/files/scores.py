@@ -516,27 +516,31 @@ def _score_rows(opened: ScoreRows, rows: Iterator[_Numbered]) -> Iterator[ScoreR
     ) -> list[float]:
         return [
             math.nan
-            if cells[index] is None or cells[index] == ""
-            else _number(path, where, name, cells[index])
+            if (cell := cells[index]) is None or cell == ""
+            else _number(path, where, name, cell)
             for name, index in columns
         ]
 
     for where, cells in rows:
-        name, label, predicted, error = (_text(cells[index]) for index in texts)
+        name, label, predicted, error = [_text(cells[index]) for index in texts]
         [confidence] = numbers(where, cells, [("confidence", place["confidence"])])
         if error:
             yield ScoreRow(name, label, predicted, error, confidence)
             continue
         scores = [_number(path, where, column, cells[index]) for column, index in detectors]
-        for column, score in zip(opened.detectors, scores, strict=True):
-            if math.isnan(score) or score == -math.inf:
-                raise FileError(
-                    f"{path}, {where}: {column} is {score}: a score is a number or inf; "
-                    "score the row again, or give the reason in the column error"
-                )
+        if not all(-math.inf < score for score in scores):
+            column, score = next(
+                pair
+                for pair in zip(opened.detectors, scores, strict=True)
+                if not -math.inf < pair[1]
+            )
+            raise FileError(
+                f"{path}, {where}: {column} is {score}: a score is a number or inf; "
+                "score the row again, or give the reason in the column error"
+            )
         flags = numbers(where, cells, verdicts)
         chances = numbers(where, cells, p_values)
-        for (column, index), chance in zip(p_values, chances, strict=True):
+        for chance, (column, index) in zip(chances, p_values, strict=True):
             if not (0 <= chance <= 1 or cells[index] is None or cells[index] == ""):
                 raise FileError(f"{path}, {where}: {column} is {chance:g}, expected 0 to 1")
         told = [_text(cells[index]) for index in words]
@@ -599,23 +603,24 @@ def _collect(opened: ScoreRows) -> Scores:
         {name: array("d") for name in names}
         for names in (opened.detectors, opened.verdicts, opened.p_values)
     )
+    appends = [column.append for column in detectors.values()]
     words: dict[str, dict[str, None]] = {name: {} for name in opened.words}
+    # An explanation is a different one in each row.
+    told = [place for place, name in enumerate(opened.words) if not name.endswith(".why")]
     for row in opened.rows:
         paths.append(row.path)
         labels.append(row.label)
         predicted.append(row.predicted)
         errors.append(row.error)
         confidence.append(row.confidence)
-        for columns, cells in (
-            (detectors, row.scores),
-            (flags, row.verdicts),
-            (chances, row.p_values),
-        ):
-            for column, cell in zip(columns.values(), cells, strict=False):
-                column.append(cell)
-        for name, text in zip(opened.words, row.words, strict=False):
-            if not name.endswith(".why"):  # a different one in each row
-                words[name][text] = None
+        for append, score in zip(appends, row.scores, strict=False):
+            append(score)
+        for name, flag in zip(opened.verdicts, row.verdicts, strict=False):
+            flags[name].append(flag)
+        for name, chance in zip(opened.p_values, row.p_values, strict=False):
+            chances[name].append(chance)
+        for place in told if row.words else ():
+            words[opened.words[place]][row.words[place]] = None
     made = read_made(path)
     if not paths and not (made or {}).get("shard"):  # of which some are empty
         raise FileError(f"{path} has no row below its header: was anything scored?")

@@ -77,26 +77,30 @@ class Overview:
     least: Sequence[int]
 
 
-def rows_by_class(listing: Listing) -> list[tuple[str, NDArray[np.int64]]]:
-    """Predicted classes and their rows, the largest first; the rows of the smallest together, under
-    an empty name, where there are more than ``CLASSES``."""
+Classes = Sequence[tuple[str | None, NDArray[np.int64]]]
+"""Predicted classes and their rows; under None those of several small classes."""
+
+
+def rows_by_class(listing: Listing) -> Classes:
+    """The largest class first; the smallest together where there are more than ``CLASSES``."""
     order = np.argsort(listing.predicted, kind="stable")
     codes, starts = np.unique(listing.predicted[order], return_index=True)
     rows = np.split(order, starts[1:]) if len(codes) else []
-    found = sorted(
+    found: list[tuple[str | None, NDArray[np.int64]]] = []
+    found += sorted(
         zip([listing.names[code] for code in codes], rows, strict=True),
         key=lambda pair: (-len(pair[1]), pair[0]),
     )
     if len(found) > CLASSES:
         rest = np.concatenate([each for _, each in found[CLASSES - 1 :]])
-        found = [*found[: CLASSES - 1], ("", rest)]
+        found = [*found[: CLASSES - 1], (None, rest)]
     return found
 
 
 def overview(
     listing: Listing,
     column: Column,
-    classes: Sequence[tuple[str, NDArray[np.int64]]],
+    classes: Classes,
     *,
     most: int,
     least: int,

@@ -17,7 +17,7 @@ from oodcli.report.evaluation import ID, Evaluation
 from oodcli.report.html import Cell, Shown, TableRows
 from oodcli.report.tables import accuracy_line, title
 from oodcli.report.thresholds import accepting_threshold, flagged_shares, verdict_threshold
-from oodcli.report.thumbnails import read_thumbnails
+from oodcli.report.thumbnails import noise_of, read_thumbnails
 
 SHOWN = 8
 """So many images of each kind."""
@@ -213,12 +213,20 @@ def _calibration(evaluation: Evaluation, id_scores: Scores) -> dict[str, object]
 def _strips(
     evaluation: Evaluation, files: Mapping[str, Scores], best: str, thumbnails: bool
 ) -> list[dict[str, object]]:
-    chosen = [("ID: the highest scores", _extremes(files[ID], best)[0])]
-    for name in evaluation.sets:
+    strips = []
+    for name in (ID, *evaluation.sets):
         most, least = _extremes(files[name], best)
-        chosen += [(f"{name}: the most OOD", most), (f"{name}: the least OOD", least)]
-    found = read_thumbnails(one.path for _, group in chosen for one in group) if thumbnails else {}
-    return [_strip(heading, group, found) for heading, group in chosen if group]
+        groups = {"the most OOD": most, "the least OOD": least}
+        if name == ID:
+            groups = {"the highest scores": most}
+        found: Mapping[str, bytes] = {}
+        if thumbnails:
+            paths = [one.path for group in groups.values() for one in group]
+            found = read_thumbnails(paths, *noise_of(files[name].made))
+        strips += [
+            _strip(f"{name}: {words}", group, found) for words, group in groups.items() if group
+        ]
+    return strips
 
 
 def _extremes(scores: Scores, detector: str) -> tuple[list[Shown], list[Shown]]:

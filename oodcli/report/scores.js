@@ -115,10 +115,9 @@
     const y = rows => base - (base - top) * rows / tallest;
     const svg = make("svg", {viewBox: `0 0 ${width} ${height}`, role: "img"});
     svg.setAttribute("aria-label", `Histogram of the scores of ${now.name}`);
-    if (now.expected.length) {
-      const points = now.expected.map((rows, k) => `L${left + k * step} ${y(rows)}H${left + (k + 1) * step}`);
-      make("path", {class: "back", d: `M${left} ${base}${points.join("")}V${base}Z`}, svg);
-    }
+    const points = now.expected.map((rows, k) => `L${left + k * step} ${y(rows)}H${left + (k + 1) * step}`);
+    const expected = `M${left} ${base}${points.join("")}V${base}`;
+    if (points.length) make("path", {class: "back", d: expected}, svg);
     const clips = ["below", "over"].map(id => make("rect", {y: 0, height}, make("clipPath", {id}, svg)));
     ["bar", "on"].forEach((kind, k) => {
       const group = make("g", {class: kind, "clip-path": `url(#${["below", "over"][k]})`}, svg);
@@ -130,6 +129,7 @@
           `${count(rows, "image")} from ${short(now.low + span * bin / now.bins.length)} to ${short(now.low + span * (bin + 1) / now.bins.length)}`;
       });
     });
+    if (points.length) make("path", {class: "outline", d: expected}, svg);
     make("line", {x1: left, x2: right, y1: base, y2: base}, svg);
     for (const tick of ticks(now.low, now.high, width / 110)) {
       const text = make("text", {x: x(tick), y: base + 17, "text-anchor": "middle"}, svg);

@@ -14,12 +14,11 @@ from oodcli._version import __version__
 from oodcli.report import html
 from oodcli.report.html import Cell, Shown, TableRows
 from oodcli.report.listing import Column, Listing
-from oodcli.report.overview import Overview, overview, rows_by_class
-from oodcli.report.thumbnails import read_thumbnails
+from oodcli.report.overview import Classes, Overview, overview, rows_by_class
+from oodcli.report.thumbnails import noise_of, read_thumbnails
 
 if TYPE_CHECKING:
     from oodcli.images.source import ImageSource
-    from oodcli.networks.preprocessing import Preprocessing
 
 MOST, LEAST = 48, 12
 """Images shown of the first detector."""
@@ -65,7 +64,7 @@ def scores_page(
     others = [row for row in shown if row not in {*first.most, *first.least}]
     paths = [listing.listed[row].path for row in shown]
     chosen = paths[:PICTURES] if thumbnails else []
-    pictures = read_thumbnails(chosen, source, _size(listing), progress)
+    pictures = read_thumbnails(chosen, *noise_of(listing.made, source), progress)
     prefix = html.shared_folder([texts.path for texts in listing.listed.values()])
     classes = rows_by_class(listing)
     label = _labels(listing)
@@ -103,7 +102,7 @@ def scores_page(
                 "predicted": listing.predicted[_listed(listing)].tolist(),
                 "labels": label,
                 "classes": [
-                    [int(listing.predicted[rows[0]]) if name else -1, len(rows)]
+                    [int(listing.predicted[rows[0]]) if name is not None else -1, len(rows)]
                     for name, rows in classes
                 ],
                 "detectors": [
@@ -123,14 +122,6 @@ def _listed(listing: Listing) -> NDArray[np.int64]:
 def _labels(listing: Listing) -> list[int] | None:
     found = [texts.label for texts in listing.listed.values()]
     return found if any(label >= 0 for label in found) else None
-
-
-def _size(listing: Listing) -> Preprocessing | None:
-    if listing.made is None:
-        return None
-    from oodcli.networks.preprocessing import Preprocessing
-
-    return Preprocessing.from_dict(listing.made["preprocessing"])
 
 
 # --- sentences --------------------------------------------------------------------------------
@@ -246,9 +237,7 @@ def _short(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.3g}"
 
 
-def _class_table(
-    classes: Sequence[tuple[str, NDArray[np.int64]]], one: Overview
-) -> dict[str, object]:
+def _class_table(classes: Classes, one: Overview) -> dict[str, object]:
     rows: TableRows = []
     for (name, members), flagged, median in zip(
         classes, one.class_flagged, one.class_medians, strict=True
@@ -256,7 +245,7 @@ def _class_table(
         share = flagged / len(members)
         rows.append(
             (
-                name or "other classes",
+                "other classes" if name is None else name or "(none)",
                 [
                     Cell(f"{len(members):,}", str(len(members))),
                     Cell(f"{flagged:,}", str(flagged)),
@@ -305,8 +294,8 @@ def _detector(listing: Listing, one: Overview, column: Column, words: str) -> di
 
 
 def _number(value: float | None) -> float | None:
-    """For JSON, which has no infinity: null. With the digits of a scores file."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.9g}")
+    """For JSON, which has no infinity: null."""
+    return None if value is None or not math.isfinite(value) else value
 
 
 def _made(listing: Listing, command: str) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oodcli.errors import OodcliError
 
@@ -94,6 +94,21 @@ def open_source(images: str) -> ImageSource:
     from oodcli.images.opening import open_images
 
     return open_images(images, _square(), ("0",))
+
+
+def noise_of(
+    made: Mapping[str, Any] | None, source: ImageSource | None = None
+) -> tuple[ImageSource | None, Preprocessing | None]:
+    """``source`` and ``size`` of ``read_thumbnails``, from the metadata of a scores file. Without a
+    source, it is the noise that was scored, if it was noise: that can be drawn again."""
+    if made is None or "preprocessing" not in made:
+        return source, None
+    from oodcli.networks.preprocessing import Preprocessing
+
+    if source is None and str(made.get("source")).startswith("noise:"):
+        with suppress(OodcliError):
+            source = open_source(str(made["source"]))
+    return source, Preprocessing.from_dict(made["preprocessing"])
 
 
 def _square() -> Preprocessing:

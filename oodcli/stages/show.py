@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oodcli import notes
+from oodcli.errors import FileError
 from oodcli.files.atomic import atomic, refuse_existing, refuse_suffix
 from oodcli.files.scores import score_rows
 from oodcli.report.listing import LISTED, read_listing
@@ -32,7 +33,12 @@ class ShowRequest:
 
     @property
     def page(self) -> Path:
-        return self.scores.with_suffix(".html") if self.output is None else self.output
+        """Where to write. Raises FileError for scores from a pipe without an output."""
+        if self.output is not None:
+            return self.output
+        if self.scores.exists() and not (self.scores.is_file() or self.scores.is_dir()):
+            raise FileError(f"{self.scores} is not a regular file: name the page with -o")
+        return self.scores.with_suffix(".html")
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,10 @@ def show(request: ShowRequest, watch: Watch | None = None) -> Shown:
     from oodcli.report.thumbnails import open_source
 
     page = request.page
+    opened = score_rows(request.scores)
     refuse_page(page, force=request.force)
     source = None if request.images is None else open_source(request.images)
-    listing = read_listing(score_rows(request.scores), request.detectors, LISTED)
+    listing = read_listing(opened, request.detectors, LISTED)
     notes.done(log, "scores")
     found = overviews(listing)
     text, pictures = scores_page(

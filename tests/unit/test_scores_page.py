@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from oodcli.report import listing as listing_module
 from oodcli.report.listing import Listing, read_listing
 from oodcli.report.overview import CLASSES, Overview, overview, rows_by_class
 from oodcli.report.scores_page import overviews
+from oodcli.report.thumbnails import noise_of, read_thumbnails
 
 BASIS = "200 real images; nominal 0.1"
 
@@ -244,7 +247,7 @@ def test_small_classes_are_counted_together(tmp_path: Path) -> None:
     predicted = [str(k) for k in range(count)] + ["5"]
     path = write(tmp_path / "s.csv", {"a": range(count + 1)}, predicted=predicted)
     classes = rows_by_class(listed(path))
-    assert (len(classes), classes[0][0], classes[-1][0]) == (CLASSES, "5", "")
+    assert (len(classes), classes[0][0], classes[-1][0]) == (CLASSES, "5", None)
     assert sum(len(rows) for _, rows in classes) == count + 1
 
 
@@ -340,6 +343,9 @@ def test_the_command(tmp_path: Path, monkeypatch) -> None:
     fails("no column 'b'", "show", "s.csv", "-d", "b", "-o", "p.html", leaves=tmp_path)
     fails("far does not exist", "show", "s.csv", "--images", "far", "-o", "p.html", leaves=tmp_path)
     fails("t.csv does not exist", "show", "t.csv", leaves=tmp_path)
+    fails("s.html: expected a scores file", "show", "s.html", leaves=tmp_path)
+    os.mkfifo("pipe.csv")
+    fails("name the page with -o", "show", "pipe.csv", leaves=tmp_path)
     Path("t.csv").write_text(Path("s.csv").read_text() + "cut")
     fails("t.csv, line 4: 1 cells", "show", "t.csv", leaves=tmp_path)
 
@@ -413,3 +419,18 @@ def test_a_damaged_calibration_is_an_error(small: Path, tmp_path: Path, monkeypa
         if change:
             fails("is damaged (calibration)", "show", "s.csv")
     assert oodcli("show", "s.csv").status == 0
+
+
+def test_noise_is_drawn_again() -> None:
+    preprocessing = {"input_size": [8, 8], "mean": [0.5], "std": [0.2]}
+    found = []
+    for seed in (0, 1):
+        made = {"source": f"noise:uniform?n=9&seed={seed}", "preprocessing": preprocessing}
+        source, size = noise_of(made)
+        found.append(read_thumbnails(["noise:uniform[3]", "noise:uniform[9]"], source, size))
+    assert [each.keys() for each in found] == [{"noise:uniform[3]"}] * 2
+    assert found[0] != found[1]
+    with Image.open(io.BytesIO(found[0]["noise:uniform[3]"])) as image:
+        assert image.size == (8, 8)
+    for other in (None, {"source": "noise:none"}, {**made, "source": "photos"}):
+        assert noise_of(other)[0] is None
