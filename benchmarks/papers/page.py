@@ -144,7 +144,8 @@ def _claims(measured: Measured) -> str:
     for table, claim, found in _tested(measured):
         said = found[first][1]  # without figures: the reason why it was not tested
         shown = f"{claim.figures}: {said}" if claim.figures else said
-        rows.append([table.place, claim.text, shown, verdict(found)])
+        new = all(row[0] != table.place for row in rows)
+        rows.append([table.place if new else "", claim.text, shown, verdict(found)])
     heads = ["where", "claim", f"figures on {first}", "holds"]
     if len(measured) == 1:
         heads, rows = heads[1:], [row[1:] for row in rows]
