@@ -447,6 +447,7 @@ def pool(fitted):
     return path
 
 
+@pytest.mark.slow
 def test_verdicts_without_real_data(fitted, pool, tmp_path):
     fit = oodcli(
         "fit",
@@ -1486,6 +1487,7 @@ def test_fitting_and_evaluating_tell_how_far_they_are(fitted, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("given", [None, "active"])
+@pytest.mark.slow
 def test_idle_threads_do_not_spin(given):
     """The policy is set before torch is imported, which reads it, and a user's own stays."""
     code = (

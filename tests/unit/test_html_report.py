@@ -263,6 +263,7 @@ def test_the_page_shows_what_can_be_read(tmp_path: Path) -> None:
     assert "<span>19.png</span>" in none
 
 
+@pytest.mark.slow
 def test_few_rows_are_shown_once(tmp_path: Path) -> None:
     text = written(tmp_path, made({"d": [0.0]}), {"far": made({"d": np.arange(10.0)})})
     assert re.findall(r"<h3>far: [^<]*</h3>.*?</div>", text)
@@ -272,6 +273,7 @@ def test_few_rows_are_shown_once(tmp_path: Path) -> None:
     assert "the least OOD" not in small
 
 
+@pytest.mark.slow
 def test_the_same_bytes(tmp_path: Path) -> None:
     id_scores, ood = sample()
     id_scores = with_p_values(id_scores)
@@ -292,6 +294,7 @@ def test_every_figure_is_there_twice() -> None:
     assert {f"{name}.svg" for name in drawn} <= names
 
 
+@pytest.mark.slow
 def test_calibration_only_with_p_values(tmp_path: Path) -> None:
     id_scores, ood = sample()
     text = written(tmp_path, with_p_values(id_scores), ood)

@@ -247,6 +247,7 @@ def test_the_network_of_a_learner(tmp_path: Path) -> None:
             torch.testing.assert_close(found.network(images), network.eval()(images))
 
 
+@pytest.mark.slow
 def test_a_file_that_names_very_many_classes(tmp_path: Path) -> None:
     """torch searches the whole list for each object."""
     kinds = [type(f"Kind{number}", (), {"__module__": __name__}) for number in range(400)]

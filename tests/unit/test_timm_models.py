@@ -150,6 +150,7 @@ def test_names_that_are_none(arch: str, sentence: str, tmp_path: Path) -> None:
         oodcli.load_classifier(tmp_path / "net.pth", arch=arch)
 
 
+@pytest.mark.slow
 def test_models_that_fit_a_bare_state_dict_are_proposed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
