@@ -327,3 +327,18 @@ def test_the_vocabulary_of_a_learner(tmp_path: Path) -> None:
 def test_other_arrays_are_no_class_names(value: Any, tmp_path: Path) -> None:
     torch.save({"classes": value}, tmp_path / "x.pt")
     assert names_in(load_inert(tmp_path / "x.pt")) is None
+
+
+class DTensor:
+    """As FSDP saves a part of a weight."""
+
+
+def test_weights_that_are_spread_over_processes(tmp_path: Path) -> None:
+    torch.save({"model": {"fc.weight": DTensor()}}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match="get_model_state_dict"):
+        load_classifier(tmp_path / "net.pt")
+    for name in (".metadata", "__0_0.distcp"):
+        (tmp_path / name).write_bytes(b"x")
+    for path in (tmp_path, tmp_path / ".metadata", tmp_path / "__0_0.distcp"):
+        with pytest.raises(CheckpointError, match="dcp_to_torch"):
+            load_classifier(path)
