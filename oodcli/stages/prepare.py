@@ -273,8 +273,8 @@ def _warnings(request: PrepareRequest, given: Situation, choice: Choice) -> Iter
         )
     if choice.pool and not given.rows:
         yield (
-            "the verdicts rest on virtual images alone: in our tests their rates of false alarms were "
-            "off by −3 to +8 points; --images with a few real ones is better"
+            "the verdicts rest on virtual images alone: in our tests their rates of false alarms "
+            "were off by −3 to +8 points; --images with a few real ones is better"
         )
     if given.rows and not choice.pool and given.rows < 19:
         yield (
