@@ -33,6 +33,7 @@ from oodcli.files.prepared import (
 )
 from oodcli.files.virtual import FORMAT as VIRTUAL
 from oodcli.images import ImageSource, open_images
+from oodcli.jobs.kept import is_complete
 from oodcli.jobs.torchrun import Team, part_of, stage
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import recordable
@@ -298,7 +299,8 @@ def _warnings(request: PrepareRequest, given: Situation, choice: Choice) -> Iter
 
 
 def _done(folder: Path, plan: _Plan) -> dict[str, DoneStep]:
-    """Steps that need not run again."""
+    """Steps that need not run again. One whose batches could not be removed runs to remove
+    them."""
     steps = read_steps(folder) or {}
     return {
         step.name: steps[step.name]
@@ -306,6 +308,7 @@ def _done(folder: Path, plan: _Plan) -> dict[str, DoneStep]:
         if step.name in steps
         and steps[step.name].key == plan.keys[step.name]
         and steps[step.name].is_in(folder)
+        and not is_complete(folder / step.outputs[0])
     }
 
 
@@ -446,7 +449,7 @@ class _Run:
     def _finish(self, before: set[str]) -> Prepared:
         """Write prepared.json, last."""
         folder, classifier = self.request.folder, self.plan.classifier
-        done = _done(folder, self.plan)
+        done = read_steps(folder) or {}
         steps = [done[step.name] for step in self.plan.steps]
         files: dict[str, str | None] = {self.plan.choice.names[0]: None}
         if self.plan.choice.artefacts:
