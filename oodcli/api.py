@@ -578,6 +578,7 @@ def prepare(
     accuracy: float | None = None,
     images: str | Path | None = None,
     per_class: int = 50,
+    steps: int | None = None,
     mirror: bool | None = None,
     force: bool = False,
     restart: bool = False,
@@ -594,13 +595,13 @@ def prepare(
     are there already are not run again.
 
     accuracy: the published test accuracy, such as 0.917. images: real in-distribution images that
-    the network was not trained on. per_class: virtual images per class. progress: called with the
-    number of steps done and their total. watching: opens a progress callback per step, which is
-    called with the number of images, or detectors, and their total. Raises OodcliError for invalid
-    arguments and unusable files.
+    the network was not trained on. per_class, steps, mirror: as of ``invert``. progress: called
+    with the number of steps done and their total. watching: opens a progress callback per step,
+    which is called with the number of images, or detectors, and their total. Raises OodcliError for
+    invalid arguments and unusable files.
     """
     model = _model(checkpoint, device, batch_size, precision, seed)
-    request = _preparation(model, output, accuracy, images, per_class, mirror, force)
+    request = _preparation(model, output, accuracy, images, per_class, steps, mirror, force)
     return _prepare(replace(request, restart=restart, command=command), progress, watching)
 
 
@@ -611,17 +612,18 @@ def plan_preparation(
     accuracy: float | None = None,
     images: str | Path | None = None,
     per_class: int = 50,
+    steps: int | None = None,
     mirror: bool | None = None,
     force: bool = False,
     device: str = "auto",
     batch_size: int | None = None,
     precision: str = "auto",
     seed: int = 0,
-) -> Prepared:
+) -> Prepared | None:
     """The steps that ``prepare`` would run with these arguments, and how long they would take, by
-    short trials. Writes nothing."""
+    short trials. Writes nothing; None in processes of torchrun but the first."""
     model = _model(checkpoint, device, batch_size, precision, seed)
-    return _plan(_preparation(model, output, accuracy, images, per_class, mirror, force))
+    return _plan(_preparation(model, output, accuracy, images, per_class, steps, mirror, force))
 
 
 def _preparation(
@@ -630,6 +632,7 @@ def _preparation(
     accuracy: float | None,
     images: str | Path | None,
     per_class: int,
+    steps: int | None,
     mirror: bool | None,
     force: bool,
 ) -> PrepareRequest:
@@ -638,6 +641,7 @@ def _preparation(
         accuracy=accuracy,
         images=None if images is None else str(images),
         per_class=per_class,
+        steps=steps,
         mirror=mirror,
         output=_path(output),
         force=force,

@@ -48,6 +48,10 @@ def command(
         ),
     ] = None,
     per_class: Annotated[int, typer.Option(min=2, help="Virtual images per class.")] = 50,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimisation steps per virtual image.", show_default="50"),
+    ] = None,
     mirror: Annotated[
         bool | None,
         typer.Option(
@@ -85,15 +89,16 @@ def command(
         "accuracy": accuracy,
         "images": images,
         "per_class": per_class,
+        "steps": steps,
         "mirror": mirror,
         "force": force,
         **model.running(),
     }
     if dry_run:
         planned = api.plan_preparation(model.checkpoint(checkpoint), output, **given)
-        if json:
+        if planned is not None and json:
             console.emit_json(_summary(planned))
-        else:
+        elif planned is not None:
             _emit_plan(planned)
         return
     prepared = api.prepare(

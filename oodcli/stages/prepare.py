@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from oodcli import notes
-from oodcli.detectors.calibration import Calibration
 from oodcli.errors import FileError, OodcliError
 from oodcli.files.artefact import read_artefact
 from oodcli.files.atomic import claimed, make_folder
@@ -33,6 +32,7 @@ from oodcli.files.prepared import (
 )
 from oodcli.files.virtual import FORMAT as VIRTUAL
 from oodcli.images import ImageSource, open_images
+from oodcli.jobs.kept import is_complete
 from oodcli.jobs.torchrun import Team, part_of, stage
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import recordable
@@ -55,7 +55,7 @@ from oodcli.stages.watching import Watch
 
 log = logging.getLogger(__name__)
 
-LOCK = "lock"
+LOCK = ".lock"
 RATES = (0.05, 0.1, 0.2, 0.5)
 """False-alarm rates of the command to type next: the first that the calibration allows."""
 
@@ -66,12 +66,14 @@ Watching = Callable[[str], AbstractContextManager[Watch]]
 @dataclass(frozen=True)
 class PrepareRequest:
     """What to prepare. accuracy: the published one, in (0, 1). images: real in-distribution images.
-    mirror: as of ``invert``. output: None for CHECKPOINT.oodcli. command: stored in the folder."""
+    steps, mirror: as of ``invert``. output: None for CHECKPOINT.oodcli. command: stored in the
+    folder."""
 
     model: Model
     accuracy: float | None = None
     images: str | None = None
     per_class: int = 50
+    steps: int | None = None
     mirror: bool | None = None
     output: Path | None = None
     force: bool = False
@@ -105,9 +107,9 @@ class Prepared:
     """Summary of ``prepare``. folder: for ``score -d``. detector: what ``score`` uses. files:
     detector → its artefact. calibrated_on: basis of the verdicts; None without a calibration.
     resolution: the smallest p-value. false_alarms: interval of the rate to expect at ``--fpr
-    0.05``. unreadable: real images that
-    could not be read. not_fitted: detector → reason. notes: what can be promised. next: the command
-    to type next. planned: nothing was made, as with ``--dry-run``."""
+    0.05``. unreadable: real images that could not be read. not_fitted: detector → reason. notes:
+    what can be promised. next: the command to type next. planned: nothing was made, as with
+    ``--dry-run``."""
 
     folder: Path
     detector: str
@@ -142,9 +144,13 @@ def prepare(
         return _Run(request, plan, team, watch, watching or _unwatched).all()
 
 
-def plan(request: PrepareRequest) -> Prepared:
-    """What prepare would do, with an estimate by short trials. Makes nothing."""
+def plan(request: PrepareRequest) -> Prepared | None:
+    """What prepare would do, with an estimate by short trials. Makes nothing. None in processes of
+    torchrun but the first."""
     _refuse(request)
+    _, team = part_of(None, request.images)
+    if team is not None and not team.leads:
+        return None
     found = _plan(request)
     done = {} if request.force else _done(request.folder, found)
     steps, clock = [], Clock(found.classifier)
@@ -158,7 +164,7 @@ def plan(request: PrepareRequest) -> Prepared:
         default,
         _files(request.folder, found.choice.names if found.choice.artefacts else ()),
         steps,
-        _next(request, 0.05 if found.choice.calibrated else None),
+        _next(request, _rate(found.resolution)),
         found.warnings,
         planned=True,
     )
@@ -184,13 +190,14 @@ def _refuse(request: PrepareRequest) -> None:
 @dataclass(frozen=True)
 class _Plan:
     """keys: step → what decides its outputs, without paths. warnings: what cannot be promised, and
-    what is not used."""
+    what is not used. resolution: the smallest p-value to expect; None without a calibration."""
 
     classifier: Classifier
     choice: Choice
     steps: Sequence[Step]
     keys: Mapping[str, str]
     warnings: Sequence[str]
+    resolution: float | None
 
 
 def _plan(request: PrepareRequest) -> _Plan:
@@ -214,6 +221,7 @@ def _plan(request: PrepareRequest) -> _Plan:
             choice,
             where,
             per_class=request.per_class,
+            steps=request.steps,
             mirror=request.mirror,
             accuracy=request.accuracy,
         )
@@ -228,7 +236,10 @@ def _plan(request: PrepareRequest) -> _Plan:
         images = _listing(source) if source and step.name == "images.features" else ""
         text = json.dumps([step.words, _network(request.model, classifier), images, before])
         keys[step.name] = hashlib.sha256(text.encode()).hexdigest()
-    return _Plan(classifier, choice, found, keys, list(_warnings(request, given, choice)))
+    warnings = list(_warnings(request, given, choice))
+    alone = choice.images and not choice.pool
+    resolution = (1 / (given.rows + 1) if alone else 0.0) if choice.calibrated else None
+    return _Plan(classifier, choice, found, keys, warnings, resolution)
 
 
 def _complete(source: ImageSource, classes: int) -> bool:
@@ -298,7 +309,8 @@ def _warnings(request: PrepareRequest, given: Situation, choice: Choice) -> Iter
 
 
 def _done(folder: Path, plan: _Plan) -> dict[str, DoneStep]:
-    """Steps that need not run again."""
+    """Steps that need not run again. One whose batches could not be removed runs to remove
+    them."""
     steps = read_steps(folder) or {}
     return {
         step.name: steps[step.name]
@@ -306,6 +318,7 @@ def _done(folder: Path, plan: _Plan) -> dict[str, DoneStep]:
         if step.name in steps
         and steps[step.name].key == plan.keys[step.name]
         and steps[step.name].is_in(folder)
+        and not is_complete(folder / step.outputs[0])
     }
 
 
@@ -377,7 +390,8 @@ class _Run:
 
     def _begin(self) -> dict[str, Any]:
         """The names of the steps that are done. Raises FileError for files of someone else."""
-        folder, force = self.request.folder, self.request.force
+        folder = self.request.folder
+        force = self.request.force and (self.team is None or self.team.first_try())
         done = {} if force else _done(folder, self.plan)
         ours = force or read_steps(folder) is not None
         for step in self.plan.steps:
@@ -446,7 +460,7 @@ class _Run:
     def _finish(self, before: set[str]) -> Prepared:
         """Write prepared.json, last."""
         folder, classifier = self.request.folder, self.plan.classifier
-        done = _done(folder, self.plan)
+        done = read_steps(folder) or {}
         steps = [done[step.name] for step in self.plan.steps]
         files: dict[str, str | None] = {self.plan.choice.names[0]: None}
         if self.plan.choice.artefacts:
@@ -533,7 +547,7 @@ def _summary(
             _planned(step, prepared.path, done[step.name].seconds, done=step.name in before)
             for step in plan.steps
         ],
-        _next(request, _rate(calibration)),
+        _next(request, _rate(None if calibration is None else calibration.resolution)),
         plan.warnings,
         None if calibration is None else calibration.words,
         None if calibration is None else calibration.resolution,
@@ -543,11 +557,11 @@ def _summary(
     )
 
 
-def _rate(calibration: Calibration | None) -> float | None:
-    """The false-alarm rate to try first."""
-    if calibration is None:
+def _rate(resolution: float | None) -> float | None:
+    """The false-alarm rate to try first. resolution: the smallest p-value; None without any."""
+    if resolution is None:
         return None
-    return next((rate for rate in RATES if rate >= calibration.resolution), None)
+    return next((rate for rate in RATES if rate >= resolution), None)
 
 
 def _next(request: PrepareRequest, rate: float | None) -> str:

@@ -122,18 +122,26 @@ class Step:
 
 
 def steps_of(
-    choice: Choice, places: Places, *, per_class: int, mirror: bool | None, accuracy: float | None
+    choice: Choice,
+    places: Places,
+    *,
+    per_class: int,
+    steps: int | None = None,
+    mirror: bool | None = None,
+    accuracy: float | None = None,
 ) -> list[Step]:
-    """The steps, in order."""
+    """The steps, in order. per_class, steps, mirror: as of ``invert``. accuracy: of the pool."""
     model, folder = places.model, places.folder
-    steps: list[Step] = []
+    found: list[Step] = []
 
     def add(name: str, request: Request, *inputs: str, also: str = "") -> None:
         outputs = (f"{name}.h5", *filter(None, [also]))
-        steps.append(Step(name, request, outputs, inputs))
+        found.append(Step(name, request, outputs, inputs))
 
     def invert(name: str, one: Model) -> None:
-        request = InvertRequest(one, folder / f"{name}.h5", per_class=per_class, mirror=mirror)
+        request = InvertRequest(
+            one, folder / f"{name}.h5", per_class=per_class, steps=steps, mirror=mirror
+        )
         add(name, request, also=f"{name}.png")
 
     def extract(
@@ -157,8 +165,8 @@ def steps_of(
     if choice.images or choice.fitted_on == "images":
         extract(places.images, "images.features", choice.names)
     if choice.artefacts:
-        steps.append(_fit(choice, folder, noisy=bool(noisy)))
-    return steps
+        found.append(_fit(choice, folder, noisy=bool(noisy)))
+    return found
 
 
 def _fit(choice: Choice, folder: Path, *, noisy: bool) -> Step:
@@ -198,6 +206,7 @@ def words_of(request: Request) -> tuple[str, ...]:
         case InvertRequest():
             mirror = {None: (), True: ("--mirror",), False: ("--no-mirror",)}[request.mirror]
             words = ["invert", str(request.model.path), "--per-class", str(request.per_class)]
+            words += [] if request.steps is None else ["--steps", str(request.steps)]
             return (*words, *mirror, "-o", str(request.path), *options_of(request.model))
         case ExtractRequest():
             words = ["extract", str(request.model.path), request.images]

@@ -259,6 +259,8 @@ def test_a_dry_run_prints_commands_and_makes_nothing(desk):
     assert found["seconds"] > 0
     images = oodcli("prepare", "digits.pt", "--images", "id.npz", "--dry-run")
     assert len(images.out.splitlines()) == 3
+    few = ("prepare", "digits.pt", "--images", "ten.npz", "--dry-run", "--json")
+    assert "--fpr 0.1 " in json.loads(oodcli(*few).out)["next"]
     assert set(os.listdir()) == before
 
 
@@ -316,7 +318,7 @@ def test_a_damaged_folder_is_made_again_with_force(desk):
 
 
 def test_two_at_once(desk):
-    with claimed(Path("digits.pt.oodcli/lock"), Path("x")):
+    with claimed(Path("digits.pt.oodcli/.lock"), Path("x")):
         fails("digits.pt.oodcli is being written by another", "prepare", "digits.pt", *ACCURACY)
 
 

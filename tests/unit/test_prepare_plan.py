@@ -12,7 +12,6 @@ import typer
 from oodcli import detectors
 from oodcli.cli import app
 from oodcli.cli.options import ModelOptions
-from oodcli.detectors.calibration import Calibration
 from oodcli.errors import FileError
 from oodcli.files.prepared import (
     NAME,
@@ -126,11 +125,11 @@ def planned(choice: Choice, model: Model, **more):
 
 def test_the_commands_are_those_of_the_guide():
     choice = Choice(("c2ir-peak", "energy"), "virtual", pool=True, images=True)
-    steps = planned(choice, Model(CKPT, Running(seed=7)), mirror=False)
+    steps = planned(choice, Model(CKPT, Running(seed=7)), mirror=False, steps=9)
     assert [" ".join(step.words) for step in steps.values()] == [
-        "invert ckpt.pt --per-class 50 --no-mirror -o f/virtual.h5 --seed 7",
+        "invert ckpt.pt --per-class 50 --steps 9 --no-mirror -o f/virtual.h5 --seed 7",
         "extract ckpt.pt f/virtual.h5 --for c2ir-peak,energy -o f/virtual.features.h5 --seed 7",
-        "invert ckpt.pt --per-class 50 --no-mirror -o f/pool.h5 --seed 8",
+        "invert ckpt.pt --per-class 50 --steps 9 --no-mirror -o f/pool.h5 --seed 8",
         "extract ckpt.pt f/pool.h5 --for c2ir-peak,energy --match-accuracy 0.9 "
         "-o f/pool.features.h5 --seed 7",
         "extract ckpt.pt noise:uniform?n=2000&seed=0 --for c2ir-peak "
@@ -224,13 +223,8 @@ def test_the_words_of_a_request_are_accepted_by_its_command():
 
 
 def test_the_next_command_asks_for_what_the_calibration_allows():
-    import torch
-
-    def of(rows):
-        scores = torch.arange(float(rows), dtype=torch.float64)
-        return Calibration(scores, torch.ones_like(scores), rows, 0)
-
-    assert [_rate(of(rows)) for rows in (1, 4, 9, 18, 19, 500)] == [0.5, 0.2, 0.1, 0.1, 0.05, 0.05]
+    rates = [_rate(1 / (rows + 1)) for rows in (1, 4, 9, 18, 19, 500)]
+    assert rates == [0.5, 0.2, 0.1, 0.1, 0.05, 0.05]
     assert _rate(None) is None
     request = PrepareRequest(Model(Checkpoint(Path("x/a b.pt"), Overrides(mean=(0.5,)))))
     assert _next(request, 0.05) == (
