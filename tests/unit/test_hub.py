@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import oodcli as oodcli_command
 from hub_folders import (
     LABELS,
     PICTURES,
@@ -358,3 +359,12 @@ def test_a_configuration_of_several_labels_is_recognised(vit: Path, tmp_path: Pa
     classifier = oodcli.load_classifier(folder)
     assert classifier.multi_label
     assert any("several labels an image" in each for each in classifier.assumptions)
+
+
+@needs_transformers
+def test_details_name_the_files_of_the_folder(vit: Path) -> None:
+    details = oodcli_command("inspect", vit, "-v").err.splitlines()
+    assert "detail: 2 classes, from config.json" in details
+    assert "detail: input size 32x32, from preprocessor_config.json" in details
+    given = oodcli_command("inspect", vit, "-v", "--arch", "transformers:ViTForImageClassification")
+    assert "by --arch" in given.err
