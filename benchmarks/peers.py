@@ -143,13 +143,15 @@ def oodeel(name: str, on: str = "logits", **settings: Any) -> Callable[[Rows], S
     return fit
 
 
+FLOAT32 = "softmax in float32 is 1 for the surest"
+
 PEERS: dict[str, list[Peer]] = {
     "msp": [
-        Peer("pytorch-ood", torch_ood("MaxSoftmax")),
-        Peer("oodeel", oodeel("MLS", output_activation="softmax")),
+        Peer("pytorch-ood", torch_ood("MaxSoftmax"), because=FLOAT32),
+        Peer("oodeel", oodeel("MLS", output_activation="softmax"), because=FLOAT32),
     ],
     "entropy": [
-        Peer("pytorch-ood", torch_ood("Entropy")),
+        Peer("pytorch-ood", torch_ood("Entropy"), because=FLOAT32),
         Peer("oodeel", oodeel("Entropy")),
     ],
     "mls": [Peer("pytorch-ood", torch_ood("MaxLogit")), Peer("oodeel", oodeel("MLS"))],
@@ -178,6 +180,68 @@ PEERS: dict[str, list[Peer]] = {
             {"dim": 32},
             because="its origin is the mean of the rows, not −W⁺b",
         ),
+    ],
+    "gen": [
+        Peer("pytorch-ood", torch_ood("GEN"), because="it clamps p to 1e-7 … 1 − 1e-7"),
+        Peer("oodeel", oodeel("GEN")),
+    ],
+    "temp-scaling": [
+        Peer(
+            "pytorch-ood",
+            torch_ood("TemperatureScaling"),
+            because="its optimiser stops after 50 small steps, before the minimum",
+        )
+    ],
+    "scale": [
+        Peer("pytorch-ood", torch_ood("SCALE", _on_maps(percentile=0.85), "feature_maps")),
+        Peer("oodeel", oodeel("Energy", use_scale=True, scale_percentile=0.85)),
+    ],
+    "lts": [Peer("pytorch-ood", torch_ood("LTS", _with_head(p=0.05), "features"))],
+    **{
+        name: [
+            Peer(
+                "pytorch-ood",
+                torch_ood("ASH", _on_maps(variant=name, percentile=0.9), "feature_maps"),
+            )
+        ]
+        for name in ("ash-p", "ash-b", "ash-s")
+    },
+    "dice": [Peer("pytorch-ood", torch_ood("DICE", _with_weights(p=0.9), "features"))],
+    "vra": [
+        Peer(
+            "pytorch-ood",
+            torch_ood(
+                "VRA",
+                _on_maps(lower_percentile=0.6, upper_percentile=0.95),
+                "feature_maps",
+            ),
+            because="one pair of bounds for all entries, not one for each",
+        )
+    ],
+    "fdbd": [Peer("pytorch-ood", torch_ood("fDBD", _with_head(), "features"))],
+    "nci": [Peer("pytorch-ood", torch_ood("NCI", _with_head(alpha=1e-4), "features"))],
+    "nnguide": [
+        Peer(
+            "pytorch-ood",
+            torch_ood("NNGuide", _with_head(k=10), "features"),
+            {"k": 10, "share": 1.0},
+        )
+    ],
+    "rmds": [
+        Peer("pytorch-ood", torch_ood("RMD", on="features")),
+        Peer("oodeel", oodeel("RMDS", on="features", eps=0.0)),
+    ],
+    "gmm": [
+        Peer("pytorch-ood", torch_ood("GMM", on="features"), {"covariance": "full"}),
+    ],
+    "pnml": [Peer("pytorch-ood", torch_ood("PNML", _with_head(), "features"))],
+    "she": [Peer("pytorch-ood", torch_ood("SHE", _with_head(), "features"))],
+    "openmax": [
+        Peer(
+            "pytorch-ood",
+            torch_ood("OpenMax", lambda kind, rows: kind(None, tailsize=20, alpha=3)),
+            because="it adds 10,000 to the tail before the fit, and takes rows classified wrongly",
+        )
     ],
 }
 """Our detector → the same one elsewhere."""

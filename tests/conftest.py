@@ -4,17 +4,13 @@ import os
 from pathlib import Path
 
 # Before torch is imported: one thread a worker of pytest-xdist, and none that spins while it waits.
+# The process that starts the workers does without torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numpy as np
 import pytest
-import torch
 from commands import oodcli
 from hypothesis import settings
-
-from oodcli.networks.architectures import build
-from oodcli.stages.demo import CARD, TRAINED_ON, digits, train
 
 settings.register_profile("busy", deadline=None)  # on a busy machine any example may be slow
 settings.load_profile("busy")
@@ -41,6 +37,11 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """A folder with the demo's network digits.pt, its card, and held-out digits test.npz."""
+    import numpy as np
+    import torch
+
+    from oodcli.stages.demo import CARD, TRAINED_ON, digits, train
+
     folder = tmp_path_factory.mktemp("digits")
     images, labels = digits()
     state = train(images[:TRAINED_ON], labels[:TRAINED_ON], lambda count: None)
@@ -73,6 +74,10 @@ def fitted(trained) -> Path:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> Path:
     """A folder with a tiny network net.pt, its card, a cache c.h5, and an old file old.csv."""
+    import torch
+
+    from oodcli.networks.architectures import build
+
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     torch.save(build("resnet8-cifar-w4", 3).state_dict(), folder / "net.pt")

@@ -15,12 +15,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from children import Child
 
 NUMBERED = ("fsync", "ftruncate", "truncate", "rename", "replace", "unlink", "remove", "link")
 NUMBERED += ("mkdir", "rmdir")
@@ -145,27 +146,14 @@ def main() -> None:
             print(json.dumps(answer), flush=True)
 
 
-class Process:
+class Process(Child):
     """A process that runs this file."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        super().__init__(__file__)
 
     def __call__(self, words: list[str], folder: Path, mode: str, number: int = 0) -> Any:
-        job = {"words": words, "folder": str(folder), "mode": mode, "number": number}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def end(self) -> None:
-        self.process.communicate(timeout=60)
-        assert self.process.returncode == 0
+        return self.ask({"words": words, "folder": str(folder), "mode": mode, "number": number})
 
 
 NEVER = 10**6

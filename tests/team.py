@@ -1,5 +1,5 @@
 """Commands in several processes at once, as torchrun starts them, but as forks of one process that
-has imported torch, and with a folder for a store.
+has imported everything, and with a folder for a store.
 
 ``python tests/team.py`` reads jobs as lines of JSON: {"words": for each rank, "folder": …, "env":
 …, "stop": {rank: batches after which it is interrupted}}. It answers each with a line: for each
@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from children import Child, import_everything
 
 
 class Store:
@@ -92,25 +93,16 @@ def answers(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    import torch
-
-    torch.set_num_threads(1)  # a fork and a pool of threads do not go together
-
+    import_everything()
     for line in sys.stdin:
         print(json.dumps(answers(json.loads(line))), flush=True)
 
 
-class Teams:
+class Teams(Child):
     """A process that runs this file."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        super().__init__(__file__)
 
     def __call__(
         self,
@@ -124,13 +116,7 @@ class Teams:
         """ranks: those whose words are others."""
         each = [[str(word) for word in (ranks or {}).get(rank, words)] for rank in range(size)]
         job = {"words": each, "folder": str(folder), "stop": stop or {}, "env": env}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return [SimpleNamespace(**each) for each in json.loads(self.process.stdout.readline())]
-
-    def end(self) -> None:
-        self.process.communicate(timeout=60)
-        assert self.process.returncode == 0
+        return [SimpleNamespace(**each) for each in self.ask(job)]
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 The first step runs the tables (without TABLE, all of them) of every network in CONFIG and puts
 their figures into benchmarks/papers/results.json; figures of other tables and networks stay. Paths
 in CONFIG are relative to the folder DATA. Commands that ran before in the WORK folder are not run
-again. The second step writes docs/research/results.md and tables.csv from results.json; with
---check it only fails where they differ. here.toml is the configuration of that page, public.toml
-one of the papers' own data sets.
+again. The second step writes docs/research/results.md, claims.csv and tables.csv from results.json;
+with --check it only fails where they differ. here.toml is the configuration of that page,
+public.toml one of the papers' own data sets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.papers.config import read_config
-from benchmarks.papers.page import ALL_FIGURES, PAGE, RESULTS, figures, page
+from benchmarks.papers.page import ALL_FIGURES, CLAIMS, PAGE, RESULTS, claims, figures, page
 from benchmarks.papers.runs import Runs
 from benchmarks.papers.tables import TABLES
 
@@ -112,7 +112,8 @@ def _write(words: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(words)
     results, status = read_results(), 0
-    for path, made in ((PAGE, page(results)), (ALL_FIGURES, figures(results))):
+    files = {PAGE: page(results), CLAIMS: claims(results), ALL_FIGURES: figures(results)}
+    for path, made in files.items():
         if path.exists() and path.read_text("utf-8") == made:
             continue
         print(f"{path.name}: {'is not up to date' if options.check else 'written'}")

@@ -1,5 +1,6 @@
-"""docs/research/results.md, with what became of every claim, and tables.csv beside it with all
-figures, ours and the papers'. Both are made from results.json, published.json and the claims."""
+"""docs/research/results.md, with what became of every claim, and beside it claims.csv with the
+figures behind each claim, and tables.csv with all figures, ours and the papers'. All are made from
+results.json, published.json and the claims."""
 
 from __future__ import annotations
 
@@ -20,23 +21,24 @@ RESULTS = HERE / "results.json"
 PUBLISHED = HERE / "published.json"
 RESEARCH = HERE.parents[1] / "docs" / "research"
 PAGE = RESEARCH / "results.md"
+CLAIMS = RESEARCH / "claims.csv"
 ALL_FIGURES = RESEARCH / "tables.csv"
 
 INTRODUCTION = """\
 # The papers' claims, tested
 
-We measured the tables of five papers again, with oodcli's commands on other networks and OOD sets,
-and tested the papers' claims on them. Compare the order of methods on one network, not the figures
-with a paper's. [tables.csv](tables.csv) has all figures, ours beside the papers', with intervals.
+We measured the tables of five papers again on other networks and OOD sets, and tested the papers'
+claims. Compare the order of methods on one network, not the figures with a paper's. This page shows
+the figures of the first network; [claims.csv](claims.csv) has those of all networks, and
+[tables.csv](tables.csv) all methods, ours beside the papers', with intervals.
 """
 
 CONVENTIONS = """\
-* Figures are percent, except ranks, powers and settings. They are means over the seeds of the
-  inversion, and over the OOD sets unless the row says otherwise.
-* "Yes" compares these figures and ignores their intervals. Where the test needs a number that the
-  paper does not give, the row says that the number is ours.
-* Methods have oodcli's names; [their pages](../detectors/index.md) have the formulas, and say where
-  they differ from the papers.
+* Figures are percent, except ranks, powers and settings: means over the seeds of the inversion, and
+  over the OOD sets unless the row says otherwise.
+* "Yes" ignores the intervals of the figures. Where a claim has no number, the row names ours.
+* [The detectors' pages](../detectors/index.md) have the formulas, and say where they differ from
+  the papers.
 """
 
 HOW = """\
@@ -49,9 +51,8 @@ python -m benchmarks.papers benchmarks/papers/wrn.toml DATA --work work
 python -m benchmarks.papers write
 ```
 
-DATA is a folder with the checkpoints and images that the configuration names; `public.toml` names
-the papers' own data sets. Each table is a small script in `benchmarks/papers/`; `results.json`
-there has all commands and versions.
+The folder DATA has the checkpoints and images that a configuration names; `public.toml` names the
+papers' own data sets. `benchmarks/papers/results.json` has all commands and versions.
 """
 
 
@@ -124,17 +125,28 @@ def _summary(measured: Measured, papers: Iterable[str]) -> str:
     return _lines(heads, rows)
 
 
+def claims(results: Mapping[str, Any]) -> str:
+    """The figures behind each claim on every network, as CSV. results: as of ``page``."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["paper", "where", "claim", "figures", "network", "measured", "holds"])
+    for table, claim, found in _tested({t: results["tables"][n] for n, t in TABLES.items()}):
+        for network, (holds, said) in found.items():
+            held = {True: "yes", False: "no", None: "not tested"}[holds]
+            row = [table.paper, table.place, claim.text, claim.figures, network, said, held]
+            writer.writerow(row)
+    return text.getvalue()
+
+
 def _claims(measured: Measured) -> str:
-    networks = list(dict.fromkeys(name for each in measured.values() for name in each))
-    rows = []
+    first = next(name for each in measured.values() for name in each)
+    rows: list[list[str]] = []
     for table, claim, found in _tested(measured):
-        said = [found[name][1] if name in found else "" for name in networks]
-        if not claim.figures:  # the reason why it was not tested, once
-            said = [next(filter(None, said)), *[""] * len(said)]
-        else:
-            said = [claim.figures, *said]
-        rows.append([table.place, claim.text, *said, verdict(found)])
-    heads = ["where", "claim", "figures", *networks, "holds"]
+        said = found[first][1]  # without figures: the reason why it was not tested
+        shown = f"{claim.figures}: {said}" if claim.figures else said
+        new = all(row[0] != table.place for row in rows)
+        rows.append([table.place if new else "", claim.text, shown, verdict(found)])
+    heads = ["where", "claim", f"figures on {first}", "holds"]
     if len(measured) == 1:
         heads, rows = heads[1:], [row[1:] for row in rows]
     return _lines(heads, rows)

@@ -39,7 +39,7 @@ class CADRef(Detector):
     """
 
     name = "cadref"
-    source = "Ling et al. 2025 (CVPR), eq. 5 to 9"
+    source = "Ling et al. 2025 (CVPR), arXiv 2503.00325, as in their code"
     about = "caref in two parts, by the sign of the predicted class's weights, and the energy"
     formula = r"""
         s = \frac{E_+}{L} + \frac{E_-}{\bar L}, \qquad

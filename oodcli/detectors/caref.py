@@ -19,8 +19,8 @@ FLOOR = torch.finfo(torch.float32).tiny
 
 def relative_errors(u: Tensor, k: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
     """(N, 3) float64: the sums of |u − μ_k| over all components, over those where it has the sign
-    of w_k, and over those where it has the other one, by ‖u‖₁ (Ling et al. 2025, eq. 2, 5 and 6, as
-    in their code). u: (N, D); k: (N,); mean, weight: (K, D)."""
+    of w_k, and over those where it has the other one, by ‖u‖₁ (Ling et al. 2025, as in their code).
+    u: (N, D); k: (N,); mean, weight: (K, D)."""
     sign = weight.sign()
 
     def some(u: Tensor, k: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class CARef(Detector):
     """
 
     name = "caref"
-    source = "Ling et al. 2025 (CVPR), eq. 2"
+    source = "Ling et al. 2025 (CVPR), arXiv 2503.00325"
     about = "relative L1 distance of the embedding from the predicted class's mean"
     formula = r"s = \frac{\lVert u - \mu_k \rVert_1}{\lVert u \rVert_1}"
     needs = frozenset({"logits", "embedding"})

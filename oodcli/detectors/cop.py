@@ -22,7 +22,7 @@ FUSED = "multiply 1 − s by the energy; by default not, as in the paper's first
 
 
 def reconstruction_error(rows: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
-    """(N,) ‖(I − VVᵀ)(φ − φ̄)‖ (Fang et al. 2024, eq. 6). rows: φ, (N, M) float64; mean: φ̄, (M,);
+    """(N,) ‖(I − VVᵀ)(φ − φ̄)‖ (Fang et al. 2024). rows: φ, (N, M) float64; mean: φ̄, (M,);
     basis: V, (M, q), orthonormal."""
     centred = rows - mean
     error: Tensor = (centred - (centred @ basis) @ basis.T).norm(dim=1)

@@ -19,7 +19,7 @@ FLOOR = torch.finfo(torch.float32).tiny
 
 
 def regularised(distance: Tensor, length: Tensor) -> Tensor:
-    """−distance/length (Liu & Qin 2024, eq. 5 and 6). distance, length: (N,). Returns (N,), higher
+    """−distance/length (Liu & Qin 2024). distance, length: (N,). Returns (N,), higher
     = more OOD."""
     return -distance / length.clamp_min(FLOOR)
 
@@ -34,7 +34,7 @@ class FDBD(Detector):
     """
 
     name = "fdbd"
-    source = "Liu & Qin 2024 (ICML), eq. 4 to 6"
+    source = "Liu & Qin 2024 (ICML), arXiv 2312.11536"
     about = "mean distance to the decision boundaries, by the distance from the mean"
     formula = r"""
         s = -\frac{1}{\lVert u - \mu \rVert} \operatorname*{mean}_{c \neq k}

@@ -19,7 +19,7 @@ class FDBDNorm(Detector):
     divided by the length of u. It is ``fdbd`` with μ = 0, which needs no rows to fit on."""
 
     name = "fdbd-norm"
-    source = "Liu & Qin 2024 (ICML), eq. 4 and 5"
+    source = "Liu & Qin 2024 (ICML), arXiv 2312.11536"
     about = "mean distance to the decision boundaries, by the length of the embedding"
     formula = r"""
         s = -\frac{1}{\lVert u \rVert} \operatorname*{mean}_{c \neq k}

@@ -1,10 +1,11 @@
-"""A Gaussian mixture with a component for each class."""
+"""A Gaussian mixture with a component for each class (Mukhoti et al. 2023)."""
 
 from __future__ import annotations
 
 import logging
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 import torch
@@ -14,7 +15,15 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.class_statistics import class_of
 from oodcli.detectors.layer_choice import EMBEDDING
-from oodcli.detectors.tied_gaussians import Scatter, ridged, scatters, squared_distances, whitened
+from oodcli.detectors.tied_gaussians import (
+    Scatter,
+    WhiteMeans,
+    ridged,
+    scatters,
+    squared_distances,
+    white_means,
+    whitened,
+)
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
 
@@ -25,13 +34,18 @@ BYTES = 1 << 30
 
 
 def mixture_density(
-    rows: Tensor, weight: Tensor, mean: Tensor, whitening: Tensor, log_det: Tensor
+    rows: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    whitening: Tensor,
+    log_det: Tensor,
+    of: WhiteMeans | None = None,
 ) -> Tensor:
     """(N,) log Σ_c π_c N(u; μ_c, Σ_c). rows: (N, D) float64; weight: log π, (C,); mean: (C, D);
     whitening: A with A Aᵀ = Σ⁻¹, and log_det: log |Σ|, (C, D, D) and (C,), or (1, D, D) and (1,)
-    for one Σ."""
+    for one Σ; of: its white_means."""
     if len(whitening) == 1:
-        squares = squared_distances(rows, mean, whitening[0])
+        squares = squared_distances(rows, mean, whitening[0], of)
     else:
         pairs = zip(mean, whitening, strict=True)
         squares = torch.stack([((rows - m) @ a).square().sum(1) for m, a in pairs], 1)
@@ -56,7 +70,7 @@ class GMM(Detector):
     """
 
     name = "gmm"
-    source = "Hastie & Tibshirani 1996"
+    source = "Mukhoti et al. 2023 (CVPR), arXiv 2102.11582"
     about = "minus the log density of the embedding, a Gaussian for each class"
     formula = r"s = -\log \sum_c \pi_c \, \mathcal{N}(u; \mu_c, \Sigma_c)"
     needs = frozenset({"embedding"})
@@ -80,7 +94,8 @@ class GMM(Detector):
         *,
         covariance: Annotated[
             Literal["tied", "full"],
-            "tied: one for all classes, the default, which needs fewer rows; full: one for each",
+            "full: one for each class, as in the paper; tied: one for all, the default, which "
+            "needs fewer rows and less memory",
         ] = "tied",
     ) -> Self:
         """One pass; a (D, D) and a (K, D) sum are kept. With full covariances two, and (C, D, D)
@@ -126,6 +141,12 @@ class GMM(Detector):
             )
         return square
 
+    @cached_property
+    def _white(self) -> WhiteMeans | None:
+        one = len(self.whitening) == 1
+        return white_means(self.mean, self.whitening[0]) if one else None
+
     def _score(self, test: Features) -> Tensor:
         rows = recorded(test.embedding).double()
-        return -mixture_density(rows, self.weight, self.mean, self.whitening, self.log_det)
+        state = self.weight, self.mean, self.whitening, self.log_det
+        return -mixture_density(rows, *state, self._white)

@@ -45,7 +45,7 @@ def boundaries(test: Features) -> Boundaries:
 
 
 def mean_distance(of: Boundaries) -> Tensor:
-    """(N,) mean distance to the boundaries, (z_k − z_c)/‖w_k − w_c‖ each (Liu & Qin 2024, eq. 4);
+    """(N,) mean distance to the boundaries, (z_k − z_c)/‖w_k − w_c‖ each (Liu & Qin 2024);
     0 where there is none. Both detectors named fdbd share it."""
     return (of.gap / of.square.sqrt()).sum(1) / of.number
 

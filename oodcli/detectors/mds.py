@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -15,10 +16,12 @@ from oodcli.detectors.hyperparameters import require_between
 from oodcli.detectors.layer_choice import EMBEDDING, LAYER, layer_rows
 from oodcli.detectors.tied_gaussians import (
     NORMALIZE,
+    WhiteMeans,
     mahalanobis,
     scatters,
     shortened,
     tied_gaussians,
+    white_means,
     whitened,
 )
 from oodcli.features import Features
@@ -60,8 +63,12 @@ class MDS(Detector):
     def score_needs(self) -> frozenset[str]:
         return _needed(self.layer)
 
+    @cached_property
+    def _white(self) -> WhiteMeans:
+        return white_means(self.mean, self.whitening)
+
     def _score(self, test: Features) -> Tensor:
-        return mahalanobis(layer_rows(test, self.layer), self.mean, self.whitening)
+        return mahalanobis(layer_rows(test, self.layer), self.mean, self.whitening, self._white)
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class MDSPlusPlus(MDS):
 
     def _score(self, test: Features) -> Tensor:
         rows = shortened(layer_rows(test, self.layer), self.normalize)
-        return mahalanobis(rows, self.mean, self.whitening)
+        return mahalanobis(rows, self.mean, self.whitening, self._white)
 
 
 def _one_class(block: Features) -> Tensor:

@@ -26,8 +26,7 @@ def kl_gradient(test: Features) -> Tensor:
 
 
 def state_bins(test: Features, alpha: float, bins: int) -> Tensor:
-    """(N, D) int64: the bin of [0, 1] in which sigmoid(α u_i g_i) is (Liu et al. 2024, eq. 2 and
-    3)."""
+    """(N, D) int64: the bin of [0, 1] in which sigmoid(α u_i g_i) is (Liu et al. 2024)."""
 
     def some(u: Tensor, g: Tensor) -> Tensor:
         state = torch.sigmoid(alpha * u.double() * g).nan_to_num()
@@ -47,7 +46,7 @@ class NAC(Detector):
     """
 
     name = "nac"
-    source = "Liu et al. 2024 (ICLR), eq. 2 to 6"
+    source = "Liu et al. 2024 (ICLR), NAC-UE at one layer"
     about = "minus how usual the neurons' activations, weighted by their gradient, are"
     formula = r"""
         s = -\operatorname*{mean}_i \min\Bigl(\frac{n_i(x_i)}{r N}, 1\Bigr), \qquad

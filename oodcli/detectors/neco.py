@@ -17,7 +17,7 @@ from oodcli.features import Features, recorded
 
 
 def principal_share(embedding: Tensor, mean: Tensor, scale: Tensor, basis: Tensor) -> Tensor:
-    """(N,) float64 in 0 … 1: ‖Vᵀx‖/‖x‖ of x = (u − mean)/scale (Ben Ammar et al. 2024, eq. 9), 0
+    """(N,) float64 in 0 … 1: ‖Vᵀx‖/‖x‖ of x = (u − mean)/scale (Ben Ammar et al. 2024), 0
     for x = 0. embedding: (N, D); mean, scale: (D,); basis: V, (D, d), orthonormal."""
     x = (embedding.double() - mean) / scale
     share: Tensor = (x @ basis).norm(dim=1) / x.norm(dim=1).clamp_min(TINY)
@@ -35,7 +35,7 @@ class NECO(Detector):
     """
 
     name = "neco"
-    source = "Ben Ammar et al. 2024 (ICLR), eq. 9"
+    source = "Ben Ammar et al. 2024 (ICLR), arXiv 2310.06823"
     about = "minus the share of the standardised embedding in its principal subspace"
     formula = (
         r"s = -\frac{\lVert V^\top x \rVert}{\lVert x \rVert}, \qquad x_j = (u_j - m_j) / \sigma_j"

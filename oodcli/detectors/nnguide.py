@@ -49,7 +49,7 @@ class NNGuide(Detector):
     """
 
     name = "nnguide"
-    source = "Park et al. 2023 (ICCV), eq. 3 to 5"
+    source = "Park et al. 2023 (ICCV)"
     about = "minus the energy times the similarity to the nearest rows, weighted by their energy"
     formula = r"""
         s = -g(z) \, \operatorname*{mean}_{i \le k}

@@ -18,7 +18,7 @@ from oodcli.features import Features, LinearHead, recorded
 
 def widest_angle(of: Boundaries, square: Tensor, bias: Tensor) -> Tensor:
     """(N,) max over c of the angle between v = u − μ and its nearest point v_c on the boundary to
-    class c, over π (Demirel et al. 2025, eq. 3 to 5); 0 where a vector is 0.
+    class c, over π (Demirel et al. 2025); 0 where a vector is 0.
 
     v_c = v − t (w_k − w_c) with t = (z_k − z_c)/‖w_k − w_c‖², so v·v_c = ‖v‖² − t a and ‖v_c‖² =
     ‖v‖² − 2 t a + t² ‖w_k − w_c‖², a = v·(w_k − w_c) = (z_k − z_c) − (m_k − m_c): no (N, K, D).

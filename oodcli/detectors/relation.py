@@ -21,7 +21,7 @@ from oodcli.features import Features, recorded
 
 def relations(u: Tensor, p: Tensor, bank: Iterable[Tensor], power: float, least: float) -> Tensor:
     """(N,) float64: Σ_i e_i^power over the rows of a bank, e_i = max(0, u·u_i)(p·p_i), but 0 up to
-    ``least`` (Kim et al. 2023, eq. 1 to 3). u: (N, D), rows of length 1; p: (N, K), both float64.
+    ``least`` (Kim et al. 2023). u: (N, D), rows of length 1; p: (N, K), both float64.
     bank: blocks (M, D + K) of u_i and p_i."""
     total = u.new_zeros(len(u))
     step = max(1, PAIRS // max(len(u), 1))
@@ -44,7 +44,7 @@ class Relation(Detector):
     """
 
     name = "relation"
-    source = "Kim et al. 2023 (NeurIPS), eq. 1 to 3"
+    source = "Kim et al. 2023 (NeurIPS)"
     about = "minus the mean similarity to rows with a similar embedding and softmax"
     formula = r"""
         s = -\operatorname*{mean}_i e_i^a, \qquad

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Self
 
 import torch
@@ -14,7 +15,14 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks
 from oodcli.detectors.hyperparameters import require_between
 from oodcli.detectors.layer_choice import EMBEDDING
-from oodcli.detectors.tied_gaussians import NORMALIZE, mahalanobis, scatters, shortened
+from oodcli.detectors.tied_gaussians import (
+    NORMALIZE,
+    WhiteMeans,
+    mahalanobis,
+    scatters,
+    shortened,
+    white_means,
+)
 from oodcli.features import Features, recorded
 
 log = logging.getLogger(__name__)
@@ -48,7 +56,7 @@ class RMDS(Detector):
     """
 
     name = "rmds"
-    source = "Ren et al. 2021, arXiv 2106.09022, eq. 2"
+    source = "Ren et al. 2021, arXiv 2106.09022"
     about = "mds, minus the Mahalanobis distance to the mean of all classes"
     formula = r"""
         s = \min_c \, (u - \mu_c)^\top \Sigma^+ (u - \mu_c) - (u - \mu)^\top \Sigma_0^+ (u - \mu)
@@ -89,10 +97,14 @@ class RMDS(Detector):
             normalize,
         )
 
+    @cached_property
+    def _white(self) -> WhiteMeans:
+        return white_means(self.mean, self.whitening)
+
     def _score(self, test: Features) -> Tensor:
         rows = shortened(recorded(test.embedding).double(), self.normalize)
         overall = mahalanobis(rows, self.overall, self.overall_whitening)
-        return mahalanobis(rows, self.mean, self.whitening) - overall
+        return mahalanobis(rows, self.mean, self.whitening, self._white) - overall
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ Metric = Literal["product", "cosine", "distance"]
 
 
 def mismatch(u: Tensor, pattern: Tensor, metric: str = "product") -> Tensor:
-    """−u·S (Zhang et al. 2023, eq. 6), −cos(u, S), which is 0 where a vector is 0, or ‖u − S‖. u,
+    """−u·S (Zhang et al. 2023), −cos(u, S), which is 0 where a vector is 0, or ‖u − S‖. u,
     pattern: (N, D). Returns (N,) float64, higher = more OOD."""
 
     def some(u: Tensor, s: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class SHE(Detector):
     """
 
     name = "she"
-    source = "Zhang et al. 2023 (ICLR), eq. 6"
+    source = "Zhang et al. 2023 (ICLR)"
     about = "minus the product of the embedding and the predicted class's mean embedding"
     formula = r"s = -u^\top S_k"
     needs = frozenset({"logits", "embedding"})

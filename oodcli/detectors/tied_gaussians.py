@@ -26,20 +26,34 @@ RIDGE = 1e-6
 """The ridge, as a share of the mean eigenvalue."""
 
 
-def mahalanobis(rows: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
+def mahalanobis(
+    rows: Tensor, mean: Tensor, whitening: Tensor, of: WhiteMeans | None = None
+) -> Tensor:
     """min over classes of (x − μ_c)ᵀ Σ⁻¹ (x − μ_c) (Lee et al. 2018, eq. 2; LSGM eq. 6, without
-    its sign). rows: (N, D) float64; mean: (C, D); whitening: (D, D), A with A Aᵀ = Σ⁻¹. Returns
-    (N,)."""
-    return squared_distances(rows, mean, whitening).amin(1).clamp_min(0)
+    its sign). rows: (N, D) float64; mean: (C, D); whitening: (D, D), A with A Aᵀ = Σ⁻¹; of:
+    their white_means. Returns (N,)."""
+    return squared_distances(rows, mean, whitening, of).amin(1).clamp_min(0)
 
 
-def squared_distances(rows: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
+def squared_distances(
+    rows: Tensor, mean: Tensor, whitening: Tensor, of: WhiteMeans | None = None
+) -> Tensor:
     """(N, C) of the same."""
-    centre = mean.mean(0)
-    white = (rows - centre) @ whitening  # (N, D)
-    means = (mean - centre) @ whitening  # (C, D)
-    squares = torch.addmm(means.square().sum(1), white, means.T, alpha=-2)
+    means, lengths = of or white_means(mean, whitening)
+    white = (rows - mean.mean(0)) @ whitening  # (N, D)
+    squares = torch.addmm(lengths, white, means.T, alpha=-2)
     return squares + white.square().sum(1, keepdim=True)
+
+
+WhiteMeans = tuple[Tensor, Tensor]
+"""(μ_c − their mean) A, (C, D), and their squared lengths, (C,)."""
+
+
+def white_means(mean: Tensor, whitening: Tensor) -> WhiteMeans:
+    """Of all classes, to be computed once: with many classes it takes longer than a block of
+    rows."""
+    means = (mean - mean.mean(0)) @ whitening
+    return means, means.square().sum(1)
 
 
 def shortened(rows: Tensor, normalize: float) -> Tensor:

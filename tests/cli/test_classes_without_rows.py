@@ -313,6 +313,7 @@ def test_artefacts_of_before_have_verdicts_on_all_classes(toy, detectors, tmp_pa
     assert set(cells(tmp_path / "s.csv", "mds.ood")["blue"]) == {"1"}
 
 
+@pytest.mark.slow
 def test_virtual_images_of_some_classes(fitted, tmp_path):
     net = fitted / "digits.pt"
     run("invert", net, "--per-class", 5, "--classes", "0-8", "--no-mirror", "--steps", 3,

@@ -77,6 +77,7 @@ def test_samples_are_valid(parser: Parser, kind: str, tmp_path: Path) -> None:
 @settings(max_examples=400, deadline=None, database=None, derandomize=True)
 @given(st.sampled_from([kind for kind in PARSERS if kind not in SLOW]), st.integers(0, 10**9))
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_mutated_files_are_read_or_refused(parser: Parser, kind: str, seed: int) -> None:
     how, name = PARSERS[kind]
     folder = parser.samples.parent / "mutated"
@@ -139,9 +140,9 @@ def rebuilt(checkpoint: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("conv1__weight", torch.zeros(())),
-        ("conv1__weight", torch.zeros(3)),
-        ("linear__weight", torch.zeros(())),
+        pytest.param("conv1__weight", torch.zeros(()), marks=pytest.mark.slow),
+        pytest.param("conv1__weight", torch.zeros(3), marks=pytest.mark.slow),
+        pytest.param("linear__weight", torch.zeros(()), marks=pytest.mark.slow),
         ("linear__weight", torch.zeros(0, 16)),
         ("conv1__weight", torch.zeros(1).expand(1 << 30)),
         ("bn1__running_mean", torch.zeros(1).expand(10**12)),
@@ -511,6 +512,7 @@ def test_a_dataset_in_place_of_layers_is_not_searched(fitted: Path, tmp_path: Pa
         refused(oodcli("inspect", "--verify", path), "c.h5", "is not a group")
 
 
+@pytest.mark.slow
 def test_a_damaged_index_of_chunks_does_not_end_the_process(fitted: Path, tmp_path: Path) -> None:
     """The library crashes where it is asked for the size of such an index, not where it reads."""
     path = tmp_path / "c.h5"

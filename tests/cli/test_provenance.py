@@ -629,6 +629,7 @@ def test_resizing_does_not_concern_virtual_images(made, tmp_path):
 # ---------------------------------------------------------------------------- the same again
 
 
+@pytest.mark.slow
 def test_the_same_commands_make_the_same_bytes(trained, made, tmp_path):
     """Time is in no file; the command line is in all but scores and tables. So the same commands in
     another folder make the same bytes."""

@@ -259,12 +259,12 @@ def small(small, tmp_path_factory) -> Path:
 NOISE = "noise:uniform?n=9"
 
 
+@pytest.mark.slow
 def test_a_job_resumes_after_a_fault_in_a_write(small, tmp_path):
     """At three of its writes; tests/slow has the others, and other jobs."""
     command = f"score net.pt {NOISE} --batch-size 3 -d energy -d msp -o s.csv"
-    process = Process()
-    check_resumes(process, command, small, tmp_path, first_middle_last)
-    process.end()
+    with Process() as process:
+        check_resumes(process, command, small, tmp_path, first_middle_last)
 
 
 @pytest.fixture(scope="module")

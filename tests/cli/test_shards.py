@@ -166,7 +166,13 @@ def cut(fitted, folder, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(job, marks=pytest.mark.slow) if job in ("invert.h5", "pool.h5") else job
+        for job in JOBS
+    ],
+)
 def test_merged_shards_are_what_one_process_makes(job, whole, cut, tmp_path):
     shards = cut(job, 3)
     result = oodcli("merge", *reversed(shards), "-o", tmp_path / job)
@@ -263,6 +269,7 @@ def refused(sentence: str, *words: object) -> None:
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_refused(cut, whole, fitted, folder, tmp_path):
     out = ("-o", tmp_path / "x.h5")
     one, two, three = cut("folder.h5", 3)
@@ -389,9 +396,8 @@ def test_quality_does_not_depend_on_how_it_is_added():
 
 @pytest.fixture(scope="module")
 def teams():
-    found = Teams()
-    yield found
-    found.end()
+    with Teams() as found:
+        yield found
 
 
 @pytest.fixture
@@ -403,8 +409,13 @@ def team(teams, tmp_path):
 @pytest.mark.parametrize(
     ("job", "size"),
     [
-        *((job, 3) for job in JOBS if job != "invert.h5"),
-        pytest.param("invert.h5", 3, marks=pytest.mark.slow),
+        ("folder.h5", 3),
+        ("scores.csv", 3),
+        *(
+            pytest.param(job, 3, marks=pytest.mark.slow)
+            for job in JOBS
+            if job not in ("folder.h5", "scores.csv")
+        ),
         pytest.param("folder.h5", 13, marks=pytest.mark.slow),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import layout
+from optional import one_in
 from torch import Tensor
 
 from oodcli.networks import architectures
@@ -20,12 +21,6 @@ BUILT_IN = [
     name for name in names() if not name.startswith("torchvision:") and name not in SAME_KEYS
 ]
 TORCHVISION = [name for name in names() if name.startswith("torchvision:")]
-SOME = [
-    name if place % 8 == 0 else pytest.param(name, marks=pytest.mark.slow)
-    for place, name in enumerate(TORCHVISION)
-]
-"""One in eight by default, all in the slow tier."""
-
 VARIANTS = [
     "resnet8-cifar-w8+grey",
     "resnet20-cifar-b-w32",
@@ -53,7 +48,7 @@ def with_classes(name: str, classes: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("classes", [1000, 7])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", one_in(8, TORCHVISION))
 def test_every_torchvision_model_is_recognised(name: str, classes: int) -> None:
     state = skeleton(name, 1000).state_dict() if classes == 1000 else with_classes(name, classes)
     found = recognise(state)
@@ -61,7 +56,7 @@ def test_every_torchvision_model_is_recognised(name: str, classes: int) -> None:
     assert (found.name, found.num_classes) == (name, classes)
 
 
-@pytest.mark.parametrize("name", [*BUILT_IN, *VARIANTS])
+@pytest.mark.parametrize("name", [*one_in(4, BUILT_IN), *VARIANTS])
 def test_every_built_in_network_is_recognised_in_its_published_layout(name: str) -> None:
     state = layout(name)
     found = recognise(state)
@@ -70,7 +65,7 @@ def test_every_built_in_network_is_recognised_in_its_published_layout(name: str)
     assert not architectures.compare(skeleton(name, 10).state_dict(), found.state_dict)
 
 
-@pytest.mark.parametrize("family", architectures.FAMILIES)
+@pytest.mark.parametrize("family", one_in(3, architectures.FAMILIES))
 def test_every_family_keeps_to_the_contract(family: str) -> None:
     """What ``family.Family`` promises, for each of its usual names."""
     module = importlib.import_module(f"oodcli.networks.architectures.{family}")

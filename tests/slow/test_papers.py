@@ -48,7 +48,10 @@ def test_the_page_is_what_the_results_give():
     assert page.PAGE.read_text("utf-8") == page.page(RESULTS), "python -m benchmarks.papers write"
 
 
-def test_the_file_of_all_figures_is_what_the_results_give():
+def test_the_files_of_figures_are_what_the_results_give():
+    assert page.CLAIMS.read_text("utf-8") == page.claims(RESULTS), (
+        "python -m benchmarks.papers write"
+    )
     text = page.ALL_FIGURES.read_text("utf-8")
     assert text == page.figures(RESULTS), "python -m benchmarks.papers write"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,13 +20,14 @@ def rows(seed: int, shift: float = 0.0) -> Features:
     generator = torch.Generator().manual_seed(seed)
     embedding = torch.randn(300, 64, generator=generator).relu() + shift
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(7))
-    head = LinearHead(weight, torch.zeros(5))
-    return Features(300, logits=embedding @ weight.T, embedding=embedding, head=head)
+    head = LinearHead(weight, torch.full((5,), 30.0))  # energies are positive, as of a network
+    return Features(300, logits=embedding @ weight.T + 30, embedding=embedding, head=head)
 
 
 def compared(names: list[str], libraries: list[str]) -> list[peers.Compared]:
     train = rows(0)
     labels = train.logits.argmax(1)
+    train = replace(train, label=labels)
     sets = {INSIDE: rows(1), "shifted": rows(2, 0.2), "far": rows(3, 1.0)}
     return list(compare("net", train, labels, sets, names, libraries))
 

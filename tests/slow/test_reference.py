@@ -22,12 +22,13 @@ CHECKPOINT = "checkpoints/resnet20-12fca82f.th"
 BATCH = 128
 
 LISTED = (
-    *("msp", "entropy", "t1000", "mls", "energy", "norm", "norm+", "ang", "ang++", "proj"),
-    *("act", "act+", "in-dms", "in-dms-aos", "in-dss", "in-dss-ext", "dms", "dms-aos", "dss"),
-    *("dss-ext", "1c-sum", "thinkback", "thinkback-norm", "gradnorm", "igoe", "expgrad", "rg"),
-    *("rg-add", "energy-norm", "react", "klm", "mds", "mds-sum", "knn", "vim"),
+    *("msp", "entropy", "t1000", "mls", "energy"),
+    *("norm", "norm+", "ang", "ang++", "proj", "act", "act+"),
+    *("dms", "dms-aos", "dss", "dss-ext", "in-dms", "in-dms-aos", "in-dss", "in-dss-ext", "1c-sum"),
+    *("thinkback", "thinkback-norm", "gradnorm", "igoe", "expgrad", "rg", "rg-add", "energy-norm"),
+    *("react", "klm", "mds", "mds-sum", "knn", "vim"),
 )
-"""Detectors in the reference."""
+"""In the reference, and without free choices: a step, virtual images, OOD rows to learn from."""
 
 pytestmark = pytest.mark.slow
 listed = pytest.mark.parametrize("name", LISTED)
@@ -112,10 +113,11 @@ def test_scores_agree(shared_data, score, name, set_):
 
 
 def test_one_class_sum_is_the_best_that_needs_no_data(score):
-    free = [name for name in LISTED if not detectors.get(name).fitted]
+    free = [name for name in detectors.names() if not detectors.get(name).fitted]
     mean = {
         name: sum(auroc(score(name)["cifar10-test"], score(name)[set_]) for set_ in SETS) / 5
         for name in ("1c-sum", *free)
+        if name in LISTED
     }
     assert max(mean, key=mean.get) == "1c-sum"
 

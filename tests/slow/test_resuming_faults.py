@@ -28,9 +28,8 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def process():
-    found = Process()
-    yield found
-    found.end()
+    with Process() as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -31,6 +31,7 @@ def arrays(trained):
         return file["images"], file["labels"]
 
 
+@pytest.mark.slow
 def test_to_import_it_is_light():
     code = (
         "import sys, oodcli\n"

@@ -72,6 +72,7 @@ def test_old_torchvision_keys_and_auxiliary_heads() -> None:
     assert found.state_dict.keys() == state.keys()
 
 
+@pytest.mark.slow
 def test_a_wrong_shape_is_not_recognised() -> None:
     state = layout("resnet20-cifar")
     state["layer2.1.conv2.weight"] = torch.empty(32, 32, 5, 5, device="meta")
@@ -97,6 +98,7 @@ def test_names_need_neither_torch_nor_torchvision() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_recognition_is_quick_and_leaves_torchvision_alone_for_cifar_networks() -> None:
     code = (
         "import sys, time; from oodcli.networks import architectures as a; "

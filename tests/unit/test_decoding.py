@@ -435,6 +435,7 @@ def children_of(pid):
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_no_process_outlives_the_program(tmp_path, loads, number):
     pid = tmp_path / "pid"
     script = tmp_path / "script.py"

@@ -11,12 +11,12 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import oodcli
+from pages import EVIL, Page
 from PIL import Image
 
 from oodcli import metrics
@@ -32,36 +32,6 @@ from oodcli.report.thresholds import (
     verdict_threshold,
 )
 from oodcli.report.thumbnails import SIDE, read_thumbnails
-
-VOID = {"meta", "img", "br", "link", "input", "hr"}
-EVIL = "<script>alert(1)</script>\"onerror=alert(2) '&amp;"
-
-
-class Page(HTMLParser):
-    """Every tag must be closed in its turn, as a parser that repairs nothing would want it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, list[str]] = {}
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self._open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.setdefault(self._open[-1] if self._open else "", []).append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def made(
@@ -293,6 +263,7 @@ def test_the_page_shows_what_can_be_read(tmp_path: Path) -> None:
     assert "<span>19.png</span>" in none
 
 
+@pytest.mark.slow
 def test_few_rows_are_shown_once(tmp_path: Path) -> None:
     text = written(tmp_path, made({"d": [0.0]}), {"far": made({"d": np.arange(10.0)})})
     assert re.findall(r"<h3>far: [^<]*</h3>.*?</div>", text)
@@ -302,6 +273,7 @@ def test_few_rows_are_shown_once(tmp_path: Path) -> None:
     assert "the least OOD" not in small
 
 
+@pytest.mark.slow
 def test_the_same_bytes(tmp_path: Path) -> None:
     id_scores, ood = sample()
     id_scores = with_p_values(id_scores)
@@ -322,6 +294,7 @@ def test_every_figure_is_there_twice() -> None:
     assert {f"{name}.svg" for name in drawn} <= names
 
 
+@pytest.mark.slow
 def test_calibration_only_with_p_values(tmp_path: Path) -> None:
     id_scores, ood = sample()
     text = written(tmp_path, with_p_values(id_scores), ood)

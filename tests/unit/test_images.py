@@ -1209,6 +1209,7 @@ def test_a_batch_of_nothing_is_refused():
         list(batches(Slow(), PLAIN, 0))
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = "import sys; from oodcli.images import open_images; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

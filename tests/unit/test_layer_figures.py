@@ -111,6 +111,9 @@ def everything(folder: Path) -> tuple[object, ...]:
 # ---------------------------------------------------------------------------- numbers
 
 
+blocks_of_rows = pytest.mark.parametrize("rows", [pytest.param(7, marks=pytest.mark.slow), 8192])
+
+
 def of_class(file: h5py.File, row: int, labelled: bool) -> int:
     label = int(file["label"][row])
     return label if labelled and label >= 0 else int(np.argmax(file["logits"][row]))
@@ -143,7 +146,7 @@ def naive(folder: Path, layer: str) -> tuple[dict[str, float], dict[str, float]]
     return far, near
 
 
-@pytest.mark.parametrize("rows", [7, 8192])
+@blocks_of_rows
 def test_the_curves_are_those_of_a_naive_computation(folder, inputs, monkeypatch, rows):
     monkeypatch.setattr(cache_file, "BLOCK_ROWS", rows)
     curves = layers.layer_curves(inputs)
@@ -284,7 +287,7 @@ def quantile(scores: np.ndarray, share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-@pytest.mark.parametrize("rows", [7, 8192])
+@blocks_of_rows
 def test_boxes_are_quantiles_of_the_indicators(folder, inputs, monkeypatch, rows):
     monkeypatch.setattr(cache_file, "BLOCK_ROWS", rows)
     boxes, notes = indicator_boxes(inputs)
@@ -372,7 +375,7 @@ def naive_c2ir(folder: Path, path: str, weights: str, statistics: str) -> np.nda
     return total
 
 
-@pytest.mark.parametrize("rows", [7, 8192])
+@blocks_of_rows
 def test_the_ablation_is_that_of_a_naive_computation(folder, inputs, monkeypatch, rows):
     monkeypatch.setattr(cache_file, "BLOCK_ROWS", rows)
     found, notes = ablate(inputs, 0)
@@ -455,6 +458,7 @@ def test_all_figures_appear_and_are_the_same_again(folder, tmp_path):
     assert list(summary["ablation"]["batchnorm"]["penultimate"]) == ["far", "near", "mean"]
 
 
+@pytest.mark.slow
 def test_what_is_not_asked_for_is_not_drawn(folder, tmp_path):
     result = oodcli(*words(folder, "-o", tmp_path))
     assert (result.status, result.out) == (0, ""), result.err
@@ -482,6 +486,7 @@ def test_tsne_is_another_map_and_the_same_again(folder, tmp_path):
     assert b"principal" not in one
 
 
+@pytest.mark.slow
 def test_what_a_cache_lacks_is_a_note(folder, tmp_path):
     only = ("evaluate", "--layers", folder / "id.h5", "--ood", f"a={folder / 'logits.h5'}")
     result = oodcli(*only, "--images", folder / "v.h5", "-o", tmp_path / "a")
@@ -551,6 +556,7 @@ def test_figures_that_are_not_asked_for_now_are_refused_too(folder, tmp_path):
         (tmp_path / name).unlink()
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_gone_is_a_note(folder, tmp_path):
     broken = tmp_path / "broken.h5"
     broken.write_bytes((folder / "far.h5").read_bytes())
@@ -564,6 +570,7 @@ def test_a_layer_that_is_gone_is_a_note(folder, tmp_path):
     assert not (tmp_path / "new" / "ablation.png").exists()
 
 
+@pytest.mark.slow
 def test_real_images_that_are_gone_are_left_out(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("oodcli.report.thumbnails._container", lambda path: None)
@@ -597,6 +604,7 @@ def whole(figure: Figure) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 200])
+@pytest.mark.slow
 def test_nothing_is_cut_off(count):
     long = "a-very-long-name-of-an-ood-set-$x^$"
     names = {f"stage{k}.block.{k}.of_a_deep_network.bn": 0.1 * k for k in range(count)}

@@ -130,8 +130,14 @@ REPLACED: dict[str, Callable[[State], State]] = {
 }
 
 
-@pytest.mark.parametrize("arch", [None, NAME])
-@pytest.mark.parametrize("kind", REPLACED)
+@pytest.mark.parametrize(
+    ("kind", "arch"),
+    [
+        ("dropout", None),
+        *((kind, NAME) for kind in REPLACED),
+        *(pytest.param(kind, None, marks=pytest.mark.slow) for kind in [*REPLACED][1:]),
+    ],
+)
 def test_replaced_heads(kind: str, arch: str | None, tmp_path: Path, state: State) -> None:
     content = REPLACED[kind](state)
     found = saved(content, tmp_path, Overrides(input_size=(32, 32), arch=arch))

@@ -118,6 +118,25 @@ def test_parquet_with_the_bytes_of_images(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(nested, tmp_path / "nested.parquet")
     (piece,) = pieces(str(tmp_path / "*ed.parquet"), 5)
     assert read(piece) == [(f"{tmp_path}/nested.parquet#0/a.png", "cat", "8x8")]
+    # Where an image is larger than what fits in the memory, they are read one by one.
+    images = pyarrow.parquet.read_metadata(place).row_group(0).column(0)
+    monkeypatch.setattr("oodcli.images.pieces.LARGEST_MEMBER", images.total_uncompressed_size - 1)
+    assert len(read(found[0])) == 4
+    other = pyarrow.table({"text": ["a"]})
+    pyarrow.parquet.write_table(other, tmp_path / "other.parquet")
+    with pytest.raises(ImagesError, match="has the columns text, but none of image"):
+        read(pieces(str(tmp_path / "other.parquet"), 5)[0])
+    (tmp_path / "other.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ImagesError, match="is not parquet, or damaged"):
+        pieces(str(tmp_path / "other.parquet"), 5)
+
+
+@pytest.mark.slow
+def test_large_images_in_parquet_are_read_in_small_batches(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
     large = picture(0) + bytes(10**7)
     repeated = pyarrow.table({"image": pyarrow.array([large]).take([0] * 70)})
     pyarrow.parquet.write_table(repeated, tmp_path / "large.parquet")
@@ -134,17 +153,6 @@ def test_parquet_with_the_bytes_of_images(tmp_path, monkeypatch):
     rows = read(pieces(str(tmp_path / "large.parquet"), 5)[0])
     assert [size for _, _, size in rows] == ["8x8"] * 70
     assert 10**8 < max(found_sizes) < 1 << 28  # of 700 MB
-    # Where an image is larger than what fits in the memory, they are read one by one.
-    images = pyarrow.parquet.read_metadata(place).row_group(0).column(0)
-    monkeypatch.setattr("oodcli.images.pieces.LARGEST_MEMBER", images.total_uncompressed_size - 1)
-    assert len(read(found[0])) == 4
-    other = pyarrow.table({"text": ["a"]})
-    pyarrow.parquet.write_table(other, tmp_path / "other.parquet")
-    with pytest.raises(ImagesError, match="has the columns text, but none of image"):
-        read(pieces(str(tmp_path / "other.parquet"), 5)[0])
-    (tmp_path / "other.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ImagesError, match="is not parquet, or damaged"):
-        pieces(str(tmp_path / "other.parquet"), 5)
 
 
 def test_folders_anywhere():

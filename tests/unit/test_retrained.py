@@ -382,7 +382,7 @@ def rows_of(result):
     return list(csv.DictReader(io.StringIO(result.out)))
 
 
-@pytest.mark.parametrize("kind", ["godin", "mos"])
+@pytest.mark.parametrize("kind", ["godin", pytest.param("mos", marks=pytest.mark.slow)])
 def test_from_checkpoint_to_scores(kind, backbone, grouped, tmp_path):
     if kind == "godin":
         path = saved(tmp_path, deconf_state(backbone, "cosine"))
