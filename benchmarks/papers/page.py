@@ -140,7 +140,7 @@ def claims(results: Mapping[str, Any]) -> str:
 
 def _claims(measured: Measured) -> str:
     first = next(name for each in measured.values() for name in each)
-    rows = []
+    rows: list[list[str]] = []
     for table, claim, found in _tested(measured):
         said = found[first][1]  # without figures: the reason why it was not tested
         shown = f"{claim.figures}: {said}" if claim.figures else said
