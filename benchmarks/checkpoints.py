@@ -40,7 +40,10 @@ from hub_folders import (  # noqa: E402
 
 PAGE = ROOT / "docs" / "checkpoints.md"
 START, END = "<!-- logits -->\n", "<!-- end of logits -->\n"
-TORCHVISION = ("resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "swin_t")
+TORCHVISION = (
+    *("resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "swin_t"),
+    "squeezenet1_1",
+)
 
 
 class Compared(NamedTuple):
@@ -65,7 +68,9 @@ def compare(library: str, name: str, path: Path, theirs: Tensor, folder: Path) -
     difference = (ours - theirs).abs().max() / (theirs.max() - theirs.min())
     same = bool((ours.argmax(1) == theirs.argmax(1)).all())
     batchnorm = any(tap.kind == "batchnorm" for tap in classifier.taps)
-    return Compared(library, name, float(difference), same, classifier.head is not None, batchnorm)
+    return Compared(
+        library, name, float(difference), same, classifier.head_name is not None, batchnorm
+    )
 
 
 def compared() -> Iterator[Compared]:

@@ -51,7 +51,8 @@ OWN_NETWORK = ("joint-energy", "godin", "mos")
 class Ways:
     """Names of detectors, by what they are fitted on and measured with.
 
-    free: nothing. either: virtual images, and real ones. virtual: virtual images alone. noise: the
+    free: nothing. either: virtual images, those of a pool, and real ones. virtual: virtual images
+    alone. noise: the
     images of ``reference_images``. pool: virtual images, noise, and other virtual images, matched
     to the accuracy. ood: real images and OOD rows, of every set but the one that is scored.
     """
@@ -253,6 +254,8 @@ class _Network:
         if scores:
             summary = self.evaluate("all", scores.pop(INSIDE), **scores)
             found, accuracy = _figures(summary), summary["id_accuracy"]
+        if ways.either:
+            found |= self._matched(ways.either)
         for name in SETS if ways.ood else ():
             ood = self.extract(f"not-{name}.features.h5", f"not-{name}.npz", *_for(ways.ood))
             learnt = self.fit(f"not-{name}", ways.ood, cache, "--ood", ood)
@@ -270,6 +273,26 @@ class _Network:
         accuracy = round(100 * accuracy, 2)
         return {"checkpoint": self.checkpoint, "accuracy": accuracy, ROWS: found}
 
+    def _matched(self, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+        """Figures of detectors fitted on virtual images that are matched to the accuracy."""
+        cache = self._pool("matched.features.h5", *_for(names))
+        artefacts = self.fit("matched", names, cache)
+        scores = {
+            name: self.run(
+                f"{name}-matched.csv",
+                *("score", f"{self.stem}/{name}.features.h5", *_options(artefacts)),
+            )
+            for name in (INSIDE, *SETS, NOISE)
+        }
+        found = _figures(self.evaluate("matched-figures", scores.pop(INSIDE), **scores))
+        return {f"{name}[matched]": row for name, row in found.items()}
+
+    def _pool(self, name: str, *words: str) -> str:
+        """Features of other virtual images, which the network classifies as well as published."""
+        again = ("invert", self.checkpoint, "--per-class", self.per_class, "--seed", "1")
+        images = self.run("w.h5", *again)
+        return self.extract(name, images, "--match-accuracy", PUBLISHED[self.checkpoint], *words)
+
     def _fitted(self, ways: Ways, known: str) -> list[str]:
         """Artefacts fitted without real images."""
         artefacts: list[str] = []
@@ -283,10 +306,7 @@ class _Network:
             noise = self.extract("uniform.h5", "noise:uniform?n=2000&seed=0")
             artefacts += self.fit("one-class", ways.noise, noise)
         if ways.pool:
-            words = ("invert", self.checkpoint, "--per-class", self.per_class, "--seed", "1")
-            other = self.run("w.h5", *words)
-            pool = self.extract("pool.h5", other, "--match-accuracy", PUBLISHED[self.checkpoint])
-            three = (cache, "--noise", noise, "--calibrate", pool)
+            three = (cache, "--noise", noise, "--calibrate", self._pool("pool.h5"))
             artefacts += self.fit("with-pool", ways.pool, *three)
         return artefacts
 

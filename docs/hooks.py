@@ -5,6 +5,7 @@ In a page, a line of its own stands for
     <!-- detector NAME -->        formula, source, what must be recorded, settings and defaults
     <!-- figures NAME NAME … -->  the measured figures of these detectors
     <!-- index -->                a table of all detectors with their mean figures
+    <!-- losses -->               what fitted detectors lose with virtual images
     <!-- measured -->             when and with what the figures were measured
     <!-- options NAME -->         usage, arguments and options of a command
 
@@ -41,11 +42,18 @@ Row = Mapping[str, Sequence[float]]
 NOISE = "noise"
 """A set that is in no mean."""
 
-WAYS = {"": "", "[virtual]": "virtual", "[real]": "real", "[ood]": "OOD"}
+MATCHED = "matched"
+WAYS = {
+    "": "",
+    "[virtual]": "virtual",
+    "[matched]": MATCHED,
+    "[real]": "real",
+    "[ood]": "OOD",
+}
 """What a row of figures.json was fitted on, by the end of its name."""
 
 NOT_MEASURED = "not measured"
-MARKER = re.compile(r"^<!-- (detector|figures|index|measured|options)((?: \S+)*) -->$", re.M)
+MARKER = re.compile(r"^<!-- (detector|figures|index|losses|measured|options)((?: \S+)*) -->$", re.M)
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
@@ -227,6 +235,8 @@ def index() -> Iterator[str]:
         kind = detectors.get(name)
         cells = dict.fromkeys(networks, "")
         for network, way, row in rows_of(name):
+            if way == MATCHED:
+                continue
             cells[network] += f"{'; ' * bool(cells[network])}{way} {pair(mean(row))}"
         means = [cell.strip() or NOT_MEASURED for cell in cells.values()]
         needs = " ".join(facts.records(kind))
@@ -234,6 +244,34 @@ def index() -> Iterator[str]:
             [f"[`{name}`]({name}.md)", _plain(kind.about), *means, facts.fitted_on(kind), needs]
         )
     yield from table(["name", "what it is", *networks, "fitted on", "must be recorded"], rows)
+
+
+def losses() -> Iterator[str]:
+    """A table of the detectors that can be fitted on real and on virtual images, those that lose
+    least first: the mean over the networks and sets."""
+    found = []
+    for name in detectors.names():
+        ways: dict[str, list[tuple[float, float]]] = {}
+        for _, way, row in rows_of(name):
+            ways.setdefault(way, []).append(mean(row))
+        if {"real", "virtual"} <= ways.keys():
+            means = {
+                way: [sum(part) / len(rows) for part in zip(*rows, strict=True)]
+                for way, rows in ways.items()
+            }
+            found.append((name, means))
+    found.sort(key=lambda each: each[1]["real"][0] - each[1]["virtual"][0])
+    rows = []
+    for name, means in found:
+        lost = [pair(means.get("real"))]
+        for way in ("virtual", MATCHED):
+            there = means.get(way)
+            differs = "" if there is None else f"{there[0] - means['real'][0]:+.1f}"
+            lost += [pair(there) or NOT_MEASURED, differs.replace("-", "\u2212")]
+        rows.append([f"[`{name}`]({name}.md)", *lost])
+    yield from table(
+        ["name", "real", "virtual", "AUROC", "virtual, matched accuracy", "AUROC"], rows
+    )
 
 
 def measured() -> Iterator[str]:
@@ -278,6 +316,7 @@ BLOCKS: Mapping[str, Callable[..., Iterable[str]]] = {
     "detector": detector,
     "figures": figures,
     "index": index,
+    "losses": losses,
     "measured": measured,
     "options": options,
 }

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
         load_classifier,
         load_detector,
         merge,
+        prepare,
         record,
         score,
+        show,
     )
     from oodcli.detectors.base import Detector
     from oodcli.features import Features
@@ -35,8 +37,10 @@ __all__ = [
     "load_classifier",
     "load_detector",
     "merge",
+    "prepare",
     "record",
     "score",
+    "show",
 ]
 
 _WHERE = {"Detector": "oodcli.detectors.base", "Features": "oodcli.features"}

@@ -75,10 +75,15 @@ from oodcli.stages.labels import settle_labels
 from oodcli.stages.merge_job import Merged
 from oodcli.stages.merge_job import merge as _merge
 from oodcli.stages.model import Checkpoint, Model, Running
+from oodcli.stages.prepare import Prepared, PrepareRequest, Watching
+from oodcli.stages.prepare import plan as _plan
+from oodcli.stages.prepare import prepare as _prepare
 from oodcli.stages.record import record_images
 from oodcli.stages.score import Doubts
 from oodcli.stages.score_job import Scored, ScoreRequest
 from oodcli.stages.score_job import score as _score
+from oodcli.stages.show import Shown, ShowRequest, refuse_page
+from oodcli.stages.show import show as _show
 from oodcli.stages.verdict import Deciding
 from oodcli.stages.watching import Watch
 
@@ -94,8 +99,10 @@ __all__ = [
     "Merged",
     "Model",
     "Overrides",
+    "Prepared",
     "Running",
     "Scored",
+    "Shown",
     "draw_layers",
     "estimate_inversion",
     "evaluate",
@@ -108,9 +115,12 @@ __all__ = [
     "load_classifier",
     "load_detector",
     "merge",
+    "plan_preparation",
+    "prepare",
     "read_class_names",
     "record",
     "score",
+    "show",
 ]
 
 log = logging.getLogger(__name__)
@@ -375,6 +385,7 @@ def score(
     timeout: float | None = None,
     shard: str | None = None,
     engine: str | None = None,
+    html: str | Path | None = None,
     device: str = "auto",
     batch_size: int | None = None,
     precision: str = "auto",
@@ -390,7 +401,7 @@ def score(
     false-alarm rate of the verdicts, by the artefacts' calibration. threshold: detector → number
     above which a score is OOD, or ``"split"`` or ``"labelled"``. contamination: the expected share
     of OOD images. timeout: seconds to decode an image. shard: ``"3/64"``. engine: ``"ray"`` or
-    ``"ray://HOST:PORT"``.
+    ``"ray://HOST:PORT"``. html: also write the page of ``show``, to this file.
 
     Raises OodcliError for invalid arguments and unusable files; an unreadable image is a row with
     an error.
@@ -417,7 +428,55 @@ def score(
         engine=engine,
         command=command,
     )
-    return _score(request, progress)
+    if html is None:
+        return _score(request, progress)
+    if request.file is None:
+        raise OodcliError("a page shows a scores file: write the scores to a file, too")
+    # Others can be opened under the paths in the scores, or drawn again.
+    dataset = request.images is not None and request.images.startswith("torchvision:")
+    show_request = ShowRequest(
+        request.file,
+        Path(html),
+        request.images if dataset else None,
+        force=force,
+        command=command,
+    )
+    refuse_page(show_request.page, force=force)
+    scored = _score(request, progress)
+    if scored is not None:
+        _show(show_request)
+    return scored
+
+
+def show(
+    scores: str | Path,
+    output: str | Path | None = None,
+    images: str | Path | None = None,
+    *,
+    detectors: Iterable[str] = (),
+    thumbnails: bool = True,
+    force: bool = False,
+    progress: Watch | None = None,
+    command: str = "oodcli.show",
+) -> Shown:
+    """Write one HTML page to look at a scores file: counts, histogram, thumbnails, a list to search
+    and sort, and a threshold to move. It needs no network.
+
+    output: by default SCORES with the suffix .html. images: as for ``score``, if the images have
+    moved; rows are matched by path. detectors: those to show, by default all; the page starts with
+    the first. progress: called with the number of thumbnails done. Raises OodcliError for scores
+    that cannot be read; an image that cannot be opened has no thumbnail.
+    """
+    request = ShowRequest(
+        Path(scores),
+        _path(output),
+        None if images is None else str(images),
+        list(detectors),
+        thumbnails=thumbnails,
+        force=force,
+        command=command,
+    )
+    return _show(request, progress)
 
 
 def invert(
@@ -509,6 +568,83 @@ def _inversion(
         compiled=compiled,
         force=force,
         shard=shard,
+    )
+
+
+def prepare(
+    checkpoint: Network,
+    output: str | Path | None = None,
+    *,
+    accuracy: float | None = None,
+    images: str | Path | None = None,
+    per_class: int = 50,
+    steps: int | None = None,
+    mirror: bool | None = None,
+    force: bool = False,
+    restart: bool = False,
+    device: str = "auto",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+    progress: Watch | None = None,
+    watching: Watching | None = None,
+    command: str = "oodcli.prepare",
+) -> Prepared | None:
+    """Make all that ``score`` needs, in a folder that it finds, by default CHECKPOINT.oodcli:
+    virtual images, caches, the strongest detector that they allow, and its calibration. Steps that
+    are there already are not run again.
+
+    accuracy: the published test accuracy, such as 0.917. images: real in-distribution images that
+    the network was not trained on. per_class, steps, mirror: as of ``invert``. progress: called
+    with the number of steps done and their total. watching: opens a progress callback per step,
+    which is called with the number of images, or detectors, and their total. Raises OodcliError for
+    invalid arguments and unusable files.
+    """
+    model = _model(checkpoint, device, batch_size, precision, seed)
+    request = _preparation(model, output, accuracy, images, per_class, steps, mirror, force)
+    return _prepare(replace(request, restart=restart, command=command), progress, watching)
+
+
+def plan_preparation(
+    checkpoint: Network,
+    output: str | Path | None = None,
+    *,
+    accuracy: float | None = None,
+    images: str | Path | None = None,
+    per_class: int = 50,
+    steps: int | None = None,
+    mirror: bool | None = None,
+    force: bool = False,
+    device: str = "auto",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+) -> Prepared | None:
+    """The steps that ``prepare`` would run with these arguments, and how long they would take, by
+    short trials. Writes nothing; None in processes of torchrun but the first."""
+    model = _model(checkpoint, device, batch_size, precision, seed)
+    return _plan(_preparation(model, output, accuracy, images, per_class, steps, mirror, force))
+
+
+def _preparation(
+    model: Model,
+    output: str | Path | None,
+    accuracy: float | None,
+    images: str | Path | None,
+    per_class: int,
+    steps: int | None,
+    mirror: bool | None,
+    force: bool,
+) -> PrepareRequest:
+    return PrepareRequest(
+        model,
+        accuracy=accuracy,
+        images=None if images is None else str(images),
+        per_class=per_class,
+        steps=steps,
+        mirror=mirror,
+        output=_path(output),
+        force=force,
     )
 
 

@@ -90,8 +90,8 @@ class Features:
 
     mirror: the records of the mirrored images, if recorded. logits_level: False if the logits are
     log-probabilities, which lack an unknown constant per row. multi_label: True if each label has
-    its own sigmoid. Raises ValueError if the tensors
-    disagree about N.
+    its own sigmoid. pooled: True if the embedding is the mean of the last map over its positions.
+    Raises ValueError if the tensors disagree about N.
     """
 
     count: int
@@ -104,6 +104,7 @@ class Features:
     odin_step: OdinStep | None = None
     logits_level: bool = True
     multi_label: bool = False
+    pooled: bool = False
     deconf_h: Tensor | None = None  # (N, K), the numerators of a DeConf head
     mos_others: Tensor | None = None  # (N, G), log p(others) in each of MOS's groups
     head: LinearHead | None = None
@@ -194,6 +195,7 @@ class Features:
             "head": self.head is not None,
             "logits.level": self.logits is not None and self.logits_level,
             "multi-label": self.multi_label,
+            "pooled": self.pooled and self.embedding is not None,
             "batchnorm.running": any(name != INPUT for name in self.batchnorm),
             "mirror": self.mirror is not None,
         }

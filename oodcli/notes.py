@@ -21,6 +21,16 @@ def say(log: logging.Logger, message: str, word: str = "note") -> None:
     log.info("%s", message, extra={WORD: word})
 
 
+_SAID: set[str] = set()
+
+
+def once(log: logging.Logger, message: str) -> None:
+    """Log a line at level INFO, unless this process has logged it before."""
+    if message not in _SAID:
+        _SAID.add(message)
+        say(log, message)
+
+
 def rank(log: logging.Logger, number: int, of: int) -> None:
     """Log the rank of this process at level INFO. The command line is quiet in all but the
     first."""

@@ -81,6 +81,11 @@ CONSTANTS: Mapping[str, Record] = {
         lacks="for a network with a sigmoid for each label, extract with --multi-label",
         cannot="it has one label an image; give --multi-label if each label has its own sigmoid",
     ),
+    "pooled": Record(
+        "pooled",
+        lacks="the embedding is not the mean of the last map, or oodcli was older: extract again",
+        cannot="its embedding is not the mean of the last map of its layers",
+    ),
     "batchnorm.running": Record(
         "batchnorm/*/running_mean",
         lacks="the network has no BatchNorm layer with running statistics",

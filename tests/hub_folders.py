@@ -137,6 +137,17 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         "LevitImageProcessor",
         {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}},
     ),
+    "Hiera": (
+        "HieraConfig",
+        {
+            "image_size": [64, 64],
+            "embed_dim": 16,
+            "depths": [1, 1, 2, 1],
+            "num_heads": [1, 2, 2, 2],
+        },
+        "BitImageProcessor",
+        {"size": {"shortest_edge": 73}, "crop_size": SQUARE},
+    ),
     "Siglip": (
         "SiglipConfig",
         {"vision_config": VISION, "text_config": {**VISION, "vocab_size": 64}},
@@ -153,10 +164,11 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 """Family → configuration and its arguments, image processor and its arguments."""
 
 TIMM = (
-    *("test_byobnet", "test_coatnet", "test_convnext2", "test_efficientnet", "test_maxvit"),
-    *("test_nfnet", "test_resnet", "test_vit3", "test_vit_relpos"),
-    *("swin_tiny_patch4_window7_224", "regnetx_002", "mobilenetv3_small_050", "levit_128s"),
+    *("test_coatnet", "test_convnext2", "test_efficientnet", "test_maxvit"),
+    *("test_nfnet", "test_resnet", "test_vit3"),
+    *("swin_tiny_patch4_window7_224", "mobilenetv3_small_050"),
     *("deit_tiny_distilled_patch16_224", "repvgg_a0", "densenet121"),
+    *("resnetv2_50x1_bit", "dla46_c", "hgnetv2_b0", "inception_next_atto", "repvit_m0_9"),
 )
 """Small networks of timm."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import optimize, stats
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import BayesianGaussianMixture
@@ -72,6 +72,39 @@ def entropy(test, fit=None):
 
 def t1000(test, fit=None):
     return msp(test, temperature=1000.0)
+
+
+def temp_scaling(test, fit):
+    """T by the root of the likelihood's slope in 1/T."""
+    pairs = list(zip(array(fit.train.logits), labels_of(fit.train), strict=True))
+
+    def slope(beta):
+        return sum(softmax(beta * z) @ z - z[label] for z, label in pairs)
+
+    ends = 1 / 50, 50.0
+    if slope(ends[0]) >= 0:
+        beta = ends[0]
+    elif slope(ends[1]) <= 0:
+        beta = ends[1]
+    else:
+        beta = optimize.brentq(slope, *ends, xtol=1e-14, rtol=1e-14)
+    return msp(test, temperature=1 / beta)
+
+
+def gen(test, fit=None, gamma=0.1, m=100):
+    found = []
+    for z in array(test.logits):
+        p = sorted(softmax(z))[::-1][:m]
+        found.append(sum(x**gamma * (1 - x) ** gamma for x in p))
+    return np.array(found)
+
+
+def doctor(test, fit=None):
+    found = []
+    for z in array(test.logits):
+        g = sum(x**2 for x in softmax(z))
+        found.append((1 - g) / g)
+    return np.array(found)
 
 
 def mls(test, fit=None):
@@ -213,6 +246,310 @@ def react(test, fit, percentile=90.0):
     return np.array([free_energy(weight @ np.minimum(u, c) + bias) for _, u in each(test)])
 
 
+def largest_of(u, p):
+    """Indices of the entries above the percentile p, at least one."""
+    count = max(1, len(u) - round(len(u) * p / 100))
+    return sorted(range(len(u)), key=lambda i: -u[i])[:count]
+
+
+def ratio(u, p):
+    """Σ u / Σ of the largest entries, where negative ones count as 0."""
+    u = np.maximum(u, 0)
+    top = sum(u[i] for i in largest_of(u, p))
+    return sum(u) / top if top > 0 else 1.0
+
+
+def scale(test, fit=None, p=85):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    found = [weight @ (u * math.exp(ratio(u, p))) + bias for _, u in each(test)]
+    return np.array([free_energy(z) for z in found])
+
+
+def lts(test, fit=None, p=95):
+    return np.array([free_energy(z * ratio(u, p) ** 2) for z, u in each(test)])
+
+
+def ash(kind, p=90):
+    def score(test, fit=None):
+        weight, bias = array(test.head.weight), array(test.head.bias)
+        found = []
+        for _, u in each(test):
+            u = np.maximum(u, 0)
+            kept = largest_of(u, p)
+            shaped = np.zeros(len(u))
+            for i in kept:
+                shaped[i] = {
+                    "p": u[i],
+                    "b": sum(u) / len(kept),
+                    "s": u[i] * math.exp(ratio(u, p)),
+                }[kind]
+            found.append(free_energy(weight @ shaped + bias))
+        return np.array(found)
+
+    return score
+
+
+def dice(test, fit, p=90):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    contribution = weight * array(fit.train.embedding).mean(0)
+    kept = contribution > np.percentile(contribution, p)
+    return np.array([free_energy((weight * kept) @ u + bias) for _, u in each(test)])
+
+
+def vra(test, fit, low=60, high=95):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    bounds = [np.percentile(column, [low, high]) for column in array(fit.train.embedding).T]
+
+    def shaped(value, alpha, beta):
+        return 0.0 if value < alpha else min(value, beta)
+
+    found = []
+    for _, u in each(test):
+        kept = [shaped(x, *ends) for x, ends in zip(u, bounds, strict=True)]
+        found.append(free_energy(weight @ np.array(kept) + bias))
+    return np.array(found)
+
+
+def ras(test, fit):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    usual = np.mean([sorted(u) for u in array(fit.train.embedding)], axis=0)
+    found = []
+    for _, u in each(test):
+        # Equal entries get the mean of the values at their places in the order.
+        places = [[j for j, other in enumerate(sorted(u)) if other == x] for x in u]
+        shaped = np.array([usual[which].mean() for which in places])
+        found.append(free_energy(weight @ shaped + bias))
+    return np.array(found)
+
+
+def optfs(test, fit, bins=100, low=0.1, high=99.9):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    start, end = np.percentile(array(fit.train.embedding), [low, high])
+    edges = start + (end - start) / bins * np.arange(1, bins)
+
+    def bin_of(x):
+        return int(np.searchsorted(edges, x, side="right")) if start <= x < end else None
+
+    importance = np.zeros(bins)
+    for z, u in each(fit.train):
+        for w, x in zip(weight[z.argmax()], u, strict=True):
+            if bin_of(x) is not None:
+                importance[bin_of(x)] += w * x / len(fit.train)
+    theta = 1000 * importance / np.linalg.norm(importance)
+    found = []
+    for _, u in each(test):
+        shaped = [0 if bin_of(x) is None else theta[bin_of(x)] * x for x in u]
+        found.append(free_energy(weight @ np.array(shaped) + bias))
+    return np.array(found)
+
+
+def pnml(test, fit):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    train = np.array([u / length(u) for u in array(fit.train.embedding)])
+    inverse = np.linalg.pinv(train.T @ train, rcond=1e-10, hermitian=True)
+    found = []
+    for _, u in each(test):
+        u = u / length(u)
+        p, g = softmax(weight @ u + bias), u @ inverse @ u
+        terms = [x / (x + (1 - x) * x ** (g / (1 + g))) for x in p]
+        found.append(math.log(sum(terms)) / math.log(len(p)))
+    return np.array(found)
+
+
+def openmax(test, fit, tail=20, alpha=3):
+    """Weibull distributions by the root of their likelihood's slope."""
+
+    def shape_and_scale(x):
+        x = np.array(x)
+
+        def slope(k):
+            power = (x / x.max()) ** k
+            return power @ np.log(x) / power.sum() - 1 / k - np.log(x).mean()
+
+        k = optimize.brentq(slope, 1e-2, 1e4, xtol=1e-14, rtol=1e-14)
+        return k, x.max() * ((x / x.max()) ** k).mean() ** (1 / k)
+
+    logits, labels = array(fit.train.logits), labels_of(fit.train)
+    classes = logits.shape[1]
+    laws = {}
+    for c in range(classes):
+        rows = [z for z, label in zip(logits, labels, strict=True) if label == c == z.argmax()]
+        if not rows:
+            continue
+        centre = np.mean(rows, axis=0)
+        tails = sorted(length(z - centre) for z in rows)[-tail:]
+        over = [d - tails[0] for d in tails if d > tails[0]]
+        law = shape_and_scale(over) if len(set(over)) > 1 else None
+        laws[c] = centre, tails[0], law
+    found = []
+    for z in array(test.logits):
+        revised, unknown = z.copy(), 0.0
+        for i, c in enumerate(sorted(range(classes), key=lambda c: -z[c])[: min(alpha, classes)]):
+            centre, shift, law = laws.get(c, (z, 0, None))
+            far = length(z - centre) - shift
+            share = 0 if law is None else 1 - math.exp(-((max(far, 0) / law[1]) ** law[0]))
+            omega = 1 - (min(alpha, classes) - i) / min(alpha, classes) * share
+            unknown += z[c] * (1 - omega)
+            revised[c] = z[c] * omega
+        found.append(unknown - logsumexp(revised))
+    return np.array(found)
+
+
+def actsub(test, fit, p=95, power=2, neighbours=10):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    train = array(fit.train.embedding)
+    directions = np.linalg.svd(weight)[2][: np.linalg.matrix_rank(weight)]
+
+    def parts(u, dim):
+        decisive = sum((u @ v) * v for v in directions[:dim])
+        return decisive, u - decisive
+
+    def imbalance(dim):
+        pairs = [[length(x) for x in parts(u, dim)] for u in train]
+        return abs(np.mean([a - b for a, b in pairs]))
+
+    dim = min(range(1, len(directions) + 1), key=imbalance)
+    bank = [parts(u, dim)[1] for u in train]
+    found = []
+    for u in array(test.embedding):
+        decisive, rest = parts(u, dim)
+        z = weight @ (decisive * math.exp(ratio(decisive, p))) + bias
+        cosines = sorted(dot(rest, v) / (length(rest) * length(v)) for v in bank)
+        near = max(np.mean(cosines[-neighbours:]), 0)
+        found.append(-np.logaddexp(0, logsumexp(z)) * (-math.log(1 - near)) ** power)
+    return np.array(found)
+
+
+def weiper(test, fit, delta=1.8, copies=100, bins=100, factors=(2.5, 0.1), sizes=(4, 15)):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    generator = torch.Generator().manual_seed(0)
+    heads = []
+    for _ in range(copies):
+        noise = array(torch.randn(weight.shape, generator=generator))
+        scaled = [length(w) * n / length(n) for w, n in zip(weight, noise, strict=True)]
+        heads.append(weight + delta * np.array(scaled))
+
+    def logits(u):
+        return np.array([head @ u + bias for head in heads])
+
+    def histogram(values, ends):
+        return np.histogram(values, bins=bins, range=ends)[0] / np.size(values)
+
+    def distance(p, q, size, epsilon):
+        before = (size - 1) // 2
+        wide = np.pad(p, (before, size - 1 - before), mode="edge")
+        p = np.array([wide[i : i + size].mean() for i in range(bins)]) + epsilon
+        p, q = p / p.sum(), (q + epsilon) / (q + epsilon).sum()
+        return sum(p * np.log(p / q)) + sum(q * np.log(q / p))
+
+    train = array(fit.train.embedding)
+    many = np.array([logits(u) for u in train])
+    ends = (train.min(), train.max()), (many.min(), many.max())
+    usual = [
+        np.mean([histogram(x, e) for x in xs], axis=0)
+        for xs, e in zip((train, many), ends, strict=True)
+    ]
+    found = []
+    for u in array(test.embedding):
+        z = logits(u)
+        own = distance(histogram(u, ends[0]), usual[0], sizes[0], 0.01)
+        others = distance(histogram(z, ends[1]), usual[1], sizes[1], 0.025)
+        sure = np.mean([softmax(row).max() for row in z])
+        found.append(own + factors[0] * others - factors[1] * sure)
+    return np.array(found)
+
+
+def last(rows: Features):
+    """The last map."""
+    (layer,) = [layer for layer in rows.layers.values() if layer.peak is not None]
+    return layer
+
+
+def davis(test, fit=None, gamma=1):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    pairs = zip(array(last(test).mean), array(last(test).std), strict=True)
+    return np.array([free_energy(weight @ (m + gamma * s) + bias) for m, s in pairs])
+
+
+def catalyst(test, fit, percentile=95):
+    c = np.percentile(array(last(fit.train).std), percentile)
+    pairs = zip(array(test.logits), array(last(test).std), strict=True)
+    return np.array([free_energy(z) * sum(min(max(x, 0), c) for x in s) for z, s in pairs])
+
+
+def feature_norm(test, fit=None):
+    pairs = zip(array(last(test).mean), array(last(test).std), strict=True)
+    return np.array([-np.mean(np.sqrt(m**2 + s**2)) for m, s in pairs])
+
+
+def boundary_distances(test):
+    """Mean distance of each row to the boundaries of its class, and its embedding."""
+    weight = array(test.head.weight)
+    for z, u in each(test):
+        k = z.argmax()
+        others = [c for c in range(len(z)) if c != k]
+        yield np.mean([(z[k] - z[c]) / length(weight[k] - weight[c]) for c in others]), u
+
+
+def fdbd(test, fit):
+    mean = array(fit.train.embedding).mean(0)
+    return np.array([-d / length(u - mean) for d, u in boundary_distances(test)])
+
+
+def fdbd_norm(test, fit=None):
+    return np.array([-d / length(u) for d, u in boundary_distances(test)])
+
+
+def ora(test, fit):
+    train, labels = array(fit.train.embedding), labels_of(fit.train)
+    centre = np.mean([train[labels == c].mean(0) for c in sorted(set(labels.tolist()))], axis=0)
+    weight = array(test.head.weight)
+    found = []
+    for z, u in each(test):
+        k = z.argmax()
+        angles = []
+        for c in range(len(z)):
+            normal = weight[k] - weight[c]
+            if c != k:
+                foot = u - (z[k] - z[c]) / dot(normal, normal) * normal
+                cosine = dot(u - centre, foot - centre) / length(u - centre) / length(foot - centre)
+                angles.append(math.acos(cosine))
+        found.append(-max(angles) / math.pi)
+    return np.array(found)
+
+
+def nci(test, fit, alpha=1e-4):
+    mean, weight = array(fit.train.embedding).mean(0), array(test.head.weight)
+    found = []
+    for z, u in each(test):
+        along = dot(weight[z.argmax()], u - mean) / length(u - mean)
+        found.append(-along - alpha * sum(abs(u)))
+    return np.array(found)
+
+
+def from_means(test, fit):
+    """Logits, embedding, and its difference from the mean of the rows predicted alike."""
+    train, predicted = array(fit.train.embedding), array(fit.train.logits).argmax(1)
+    for z, u in each(test):
+        alike = train[predicted == z.argmax()]
+        yield z, u, u - (alike if len(alike) else train).mean(0)
+
+
+def caref(test, fit):
+    return np.array([sum(abs(d)) / sum(abs(u)) for _, u, d in from_means(test, fit)])
+
+
+def cadref(test, fit):
+    weight, average = array(test.head.weight), positive_energy(fit.train).mean()
+    found = []
+    for energy, (z, u, d) in zip(positive_energy(test), from_means(test, fit), strict=True):
+        towards = [a * np.sign(w) for a, w in zip(d, weight[z.argmax()], strict=True)]
+        first = sum(a for a in towards if a > 0) / sum(abs(u))
+        second = sum(-a for a in towards if a < 0) / sum(abs(u))
+        found.append(first / energy + second / average)
+    return np.array(found)
+
+
 def vim(test, fit, dim=None):
     weight, bias = array(test.head.weight), array(test.head.bias)
     origin = -np.linalg.pinv(weight) @ bias
@@ -315,17 +652,171 @@ def predicted_of(rows: Features, present) -> list[int]:
     return [present[int(z[present].argmax())] for z in array(rows.logits)]
 
 
-def nearest_mahalanobis(train: Array, labels: Array, test: Array) -> Array:
-    """Squared distances to the nearest class mean; one covariance, divisor N."""
+def nearest_mahalanobis(train: Array, labels: Array, test: Array, pseudo: bool = False) -> Array:
+    """Squared distances to the nearest class mean; one covariance, divisor N. pseudo: directions
+    of less than 1e-10 of the largest variance do not count."""
     means = {c: train[labels == c].mean(0) for c in sorted(set(labels.tolist()))}
     centred = np.array([x - means[c] for x, c in zip(train, labels.tolist(), strict=True)])
-    precision = np.linalg.inv(centred.T @ centred / len(train))
+    covariance = centred.T @ centred / len(train)
+    precision = np.linalg.pinv(covariance, 1e-10) if pseudo else np.linalg.inv(covariance)
     return np.array([min((x - m) @ precision @ (x - m) for m in means.values()) for x in test])
 
 
 def mds(test, fit):
     labels = labels_of(fit.train)
     return nearest_mahalanobis(array(fit.train.embedding), labels, array(test.embedding))
+
+
+def unit_rows(rows: Array) -> Array:
+    return np.array([x / length(x) for x in rows])
+
+
+def mds_on_directions(test, fit):
+    train, rows = (unit_rows(array(f.embedding)) for f in (fit.train, test))
+    return nearest_mahalanobis(train, labels_of(fit.train), rows)
+
+
+def rmds(test, fit, directions=False):
+    train, rows = (array(f.embedding) for f in (fit.train, test))
+    if directions:
+        train, rows = unit_rows(train), unit_rows(rows)
+    one = np.zeros(len(train), dtype=int)
+    nearest = nearest_mahalanobis(train, labels_of(fit.train), rows, pseudo=True)
+    return nearest - nearest_mahalanobis(train, one, rows, pseudo=True)
+
+
+def gmm(test, fit, tied=True):
+    train, labels = array(fit.train.embedding), labels_of(fit.train)
+    classes = sorted(set(labels.tolist()))
+    groups = [train[labels == c] for c in classes]
+    covariances = [np.cov(group.T, ddof=0) for group in groups]
+    if tied:
+        shares = [len(group) / len(train) for group in groups]
+        covariances = [sum(s * c for s, c in zip(shares, covariances, strict=True))] * len(classes)
+    densities = [
+        math.log(len(group) / len(train))
+        + stats.multivariate_normal.logpdf(array(test.embedding), group.mean(0), covariance)
+        for group, covariance in zip(groups, covariances, strict=True)
+    ]
+    return -logsumexp(densities, axis=0)
+
+
+def class_mean_rows(rows: Array, labels: Array) -> dict[int, Array]:
+    return {c: rows[labels == c].mean(0) for c in sorted(set(labels.tolist()))}
+
+
+def she(test, fit):
+    train, labels = fit.train, labels_of(fit.train)
+    right = labels == array(train.logits).argmax(1)
+    pattern = class_mean_rows(array(train.embedding)[right], labels[right])
+    predicted = predicted_of(test, pattern)
+    return np.array(
+        [-dot(u, pattern[c]) for u, c in zip(array(test.embedding), predicted, strict=True)]
+    )
+
+
+def cosine(a, b):
+    return dot(a, b) / length(a) / length(b)
+
+
+def ctm(test, fit):
+    means = class_mean_rows(array(fit.train.embedding), labels_of(fit.train))
+    return np.array([-max(cosine(u, m) for m in means.values()) for u in array(test.embedding)])
+
+
+def proto_fusion(test, fit):
+    total = np.zeros(len(test))
+    for name in stages(fit.train):
+        train, rows = (array(f.layers[name].mean) for f in (fit.train, test))
+        prototypes = class_mean_rows(unit_rows(train), labels_of(fit.train))
+        total += [max(cosine(x, p) for p in prototypes.values()) for x in rows]
+    return -total / len(stages(fit.train))
+
+
+def nnguide(test, fit):
+    """A tenth of the rows, all of which are stored."""
+    train = fit.train
+    bank = unit_rows(array(train.embedding)) * positive_energy(train)[:, None]
+    k = max(1, len(bank) // 10)
+    found = []
+    for energy, u in zip(positive_energy(test), array(test.embedding), strict=True):
+        guidance = sorted(dot(u, v) / length(u) for v in bank)[-k:]
+        found.append(-energy * np.mean(guidance))
+    return np.array(found)
+
+
+def residual(test, fit):
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    origin = -np.linalg.pinv(weight) @ bias
+    train, rows = (array(f.embedding) - origin for f in (fit.train, test))
+    off = np.linalg.svd(train)[2][train.shape[1] // 2 :]
+    return np.array([length(off @ x) for x in rows])
+
+
+def neco(test, fit, share=0.9):
+    train = array(fit.train.embedding)
+    spread = np.where(train.std(0) > 0, train.std(0), 1)
+    train, rows = ((array(f.embedding) - train.mean(0)) / spread for f in (fit.train, test))
+    _, values, directions = np.linalg.svd(train)
+    held = np.cumsum(values**2) / sum(values**2)
+    kept = directions[: next(i for i, part in enumerate(held) if part >= share) + 1]
+    return np.array([-length(kept @ x) / length(x) for x in rows])
+
+
+def reconstruction(train, rows, share=0.9):
+    """Distances from the principal space that holds a share of the variance."""
+    mean = train.mean(0)
+    _, values, directions = np.linalg.svd(train - mean, full_matrices=False)
+    held = np.cumsum(values**2) / sum(values**2)
+    kept = directions[: next(i for i, part in enumerate(held) if part >= share) + 1]
+    return np.array([length(x - mean - kept.T @ (kept @ (x - mean))) for x in rows])
+
+
+def cop(test, fit):
+    return reconstruction(*(unit_rows(array(f.embedding)) for f in (fit.train, test)))
+
+
+def corp(test, fit, gamma=2.0):
+    train, rows = (unit_rows(array(f.embedding)) for f in (fit.train, test))
+    width = train.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    draw = {"generator": generator, "dtype": torch.float64}
+    frequency = array(torch.randn(width, 4 * width, **draw)) * math.sqrt(2 * gamma)
+    phase = array(torch.rand(4 * width, **draw)) * 2 * math.pi
+
+    def features(u):
+        angles = [dot(u, column) for column in frequency.T] + phase
+        return [math.cos(angle) * math.sqrt(2 / len(phase)) for angle in angles]
+
+    return reconstruction(*(np.array([features(u) for u in part]) for part in (train, rows)))
+
+
+def relation(test, fit):
+    bank = [(u / length(u), softmax(z)) for z, u in each(fit.train)]
+    found = []
+    for z, u in each(test):
+        edges = [max(0, dot(u, v) / length(u)) * dot(softmax(z), q) for v, q in bank]
+        found.append(-sum(e for e in edges if e > 0.03) / len(bank))
+    return np.array(found)
+
+
+def nac(test, fit, alpha=100.0, bins=50, share=0.05):
+    weight = array(test.head.weight)
+
+    def states(rows):
+        for z, u in each(rows):
+            gradient = weight.T @ (softmax(z) - 1 / len(z))
+            yield [
+                min(int(bins / (1 + math.exp(-alpha * a * g)) + 1e-9), bins - 1)
+                for a, g in zip(u, gradient, strict=True)
+            ]
+
+    train = list(states(fit.train))
+    found = []
+    for row in states(test):
+        alike = [sum(other[i] == bin_ for other in train) for i, bin_ in enumerate(row)]
+        found.append(-np.mean([min(n / (share * len(train)), 1) for n in alike]))
+    return np.array(found)
 
 
 def stages(rows: Features) -> list[str]:
@@ -595,6 +1086,9 @@ NAIVE = {
     "msp": msp,
     "entropy": entropy,
     "t1000": t1000,
+    "temp-scaling": temp_scaling,
+    "gen": gen,
+    "doctor": doctor,
     "mls": mls,
     "energy": energy,
     "odin": odin,
@@ -627,11 +1121,44 @@ NAIVE = {
     "rg-add": rg_add,
     "energy-norm": energy_norm,
     "react": react,
+    "scale": scale,
+    "lts": lts,
+    "ash-p": ash("p"),
+    "ash-b": ash("b"),
+    "ash-s": ash("s"),
+    "dice": dice,
+    "vra": vra,
+    "ras": ras,
+    "optfs": optfs,
+    "fdbd-norm": fdbd_norm,
+    "fdbd": fdbd,
+    "ora": ora,
+    "nci": nci,
+    "caref": caref,
+    "cadref": cadref,
+    "nac": nac,
     "klm": klm,
+    "openmax": openmax,
     "mds": mds,
+    "mds++": mds_on_directions,
+    "gmm": gmm,
+    "rmds": rmds,
+    "rmds++": lambda test, fit: rmds(test, fit, directions=True),
     "mds-sum": mds_sum,
+    "she": she,
+    "ctm": ctm,
+    "proto-fusion": proto_fusion,
     "knn": knn,
+    "nnguide": nnguide,
+    "relation": relation,
+    "residual": residual,
     "vim": vim,
+    "pnml": pnml,
+    "actsub": actsub,
+    "weiper": weiper,
+    "neco": neco,
+    "cop": cop,
+    "corp": corp,
     "gram": gram,
     "1d": one_dimensional,
     "lsgm": lsgm,
@@ -639,6 +1166,9 @@ NAIVE = {
     "c2ir-z": c2ir_z,
     "peak": peak,
     "peak-energy": peak_energy,
+    "davis": davis,
+    "catalyst": catalyst,
+    "feature-norm": feature_norm,
     "c2ir-peak": c2ir_peak,
     "duo": summed("c2ir-z", "1c-sum"),
     "trio": summed("c2ir-z", "1c-sum", "peak"),

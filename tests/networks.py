@@ -70,7 +70,7 @@ class Shared(nn.Module):
 
 
 class Plain(nn.Module):
-    """No BatchNorm; the head can be a convolution."""
+    """No BatchNorm; without ``linear``, the logits are no linear function of features."""
 
     def __init__(self, classes: int = 3, linear: bool = True) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Plain(nn.Module):
         return (
             self.head(x.flatten(1))
             if isinstance(self.head, nn.Linear)
-            else self.head(x).mean((2, 3))
+            else self.head(x).tanh().mean((2, 3))
         )
 
 

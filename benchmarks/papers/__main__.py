@@ -6,9 +6,9 @@
 The first step runs the tables (without TABLE, all of them) of every network in CONFIG and puts
 their figures into benchmarks/papers/results.json; figures of other tables and networks stay. Paths
 in CONFIG are relative to the folder DATA. Commands that ran before in the WORK folder are not run
-again. The second step writes docs/research/results.md, claims.csv and tables.csv from
-results.json; with --check it only fails where they differ. here.toml is the configuration of that
-page, public.toml one of the papers' own data sets.
+again. The second step writes docs/research/results.md, claims.csv and tables.csv from results.json;
+with --check it only fails where they differ. here.toml is the configuration of that page,
+public.toml one of the papers' own data sets.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ from oodcli.cli import (
     interrupts,
     invert,
     merge,
+    prepare,
     score,
+    show,
     versions,
 )
 from oodcli.errors import OodcliError
@@ -37,6 +39,10 @@ EXAMPLES = {
     "inspect": """\
 oodcli inspect ckpt.pt
 oodcli inspect --verify v.features.h5 ckpt.pt
+""",
+    "prepare": """\
+oodcli prepare ckpt.pt --accuracy 0.917
+oodcli prepare ckpt.pt --images known/ --dry-run
 """,
     "invert": """\
 oodcli invert ckpt.pt --per-class 50 -o v.h5
@@ -61,12 +67,17 @@ oodcli evaluate --id id.csv --ood far=far.csv --min-auroc 0.9
 oodcli evaluate --layers id.h5 --ood far=far.h5 --virtual v.features.h5 \\
     --images v.h5 -o figures
 """,
+    "show": """\
+oodcli show scores.csv
+oodcli show scores.csv --images /mnt/photos -o page.html
+""",
     "merge": """\
 oodcli merge v1.h5 v2.h5 v3.h5 -o v.h5
 oodcli merge parts/*.csv -o scores.csv --max-ood-fraction 0.05
 """,
     "detectors": """\
 oodcli detectors knn c2ir-peak
+oodcli detectors --needs virtual --search energy
 oodcli detectors --json
 """,
     "demo": """\
@@ -128,7 +139,10 @@ app = typer.Typer(
         "default_map": {"help": False, "install_completion": False, "show_completion": False},
     },
 )
-for module in (inspect, invert, extract, fit, score, merge, evaluate, detectors, demo):
+for module in (
+    *(inspect, prepare, invert, extract, fit, score, show, merge, evaluate, detectors),
+    demo,
+):
     # As a short_help, the docstring is not cut where the list of commands is narrow.
     app.command(module.__name__.rpartition(".")[2], cls=Command, short_help=module.command.__doc__)(
         module.command

@@ -151,10 +151,17 @@ def width() -> int:
 
 
 def emit_table(table: Table) -> None:
-    """Print a table fitted to the terminal; plain characters in a pipe."""
+    """Print a table fitted to the terminal; plain characters without trailing spaces in a pipe."""
     from rich.console import Console
 
-    Console(width=width(), no_color=None if sys.stdout.isatty() else True).print(table)
+    if sys.stdout.isatty():
+        Console(width=width()).print(table)
+        return
+    console = Console(width=width(), no_color=True)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 def command_line() -> str:

@@ -31,12 +31,31 @@ def command(
             show_default=False,
         ),
     ] = None,
+    needs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only detectors for which you need this: checkpoint (alone), virtual, real or ood "
+            "images. Repeatable.",
+            autocompletion=completions.words("checkpoint", "virtual", "real", "ood"),
+            show_default=False,
+        ),
+    ] = None,
+    search: Annotated[
+        str,
+        typer.Option(
+            metavar="WORD",
+            help="Only detectors with this text in their name, explanation or source.",
+            show_default=False,
+        ),
+    ] = "",
     json: Json = False,
 ) -> None:
-    """List every detector with its source and its needs."""
+    """List every detector with its source, by the images that you need for it."""
     from oodcli import detectors
+    from oodcli.detectors import facts
 
-    kinds = [detectors.find(name) for name in names or detectors.names()]
+    listed = [detectors.find(name) for name in names or detectors.names()]
+    kinds = facts.selected(listed, needs or (), search)
     if json:
         console.emit_json([_as_json(kind) for kind in kinds])
     elif names:
@@ -57,6 +76,7 @@ def _as_json(kind: type[Detector]) -> dict[str, Any]:
         "needs": facts.records(kind),
         "fitted": kind.fitted,
         "fitted_on": facts.fitted_on(kind),
+        "group": facts.group(kind),
         "about": kind.about,
         "explanation": facts.explanation(kind),
         "formula": facts.equations(kind),
@@ -69,14 +89,19 @@ def _list(kinds: list[type[Detector]]) -> None:
 
     from oodcli.detectors import facts
 
-    table = Table(box=None, pad_edge=False)
-    for column, width in (("name", None), ("fitted on", 10), ("needs", 17), ("about", None)):
-        table.add_column(column, overflow="fold", width=width)
-    for kind in kinds:
-        needs = " ".join(facts.records(kind))
-        source = f" ({kind.source})" if kind.source else ""
-        table.add_row(kind.name, facts.fitted_on(kind), needs, f"{kind.about}{source}")
-    console.emit_table(table)
+    width = max(len(kind.name) for kind in kinds)
+    groups = {key: [kind for kind in kinds if facts.group(kind) == key] for key in facts.GROUPS}
+    for index, (key, members) in enumerate((k, m) for k, m in groups.items() if m):
+        if index:
+            print()
+        print(f"{facts.GROUPS[key]} ({key})")
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(width=width + 2)
+        table.add_column(overflow="fold")
+        for kind in members:
+            source = f" ({kind.source})" if kind.source else ""
+            table.add_row(f"  {kind.name}", f"{kind.about}{source}")
+        console.emit_table(table)
 
 
 def _describe(kind: type[Detector]) -> None:

@@ -107,13 +107,14 @@ def command(
         console.say(
             f"{each['detector']} is not fitted: {each['reason']}"
             if each["file"] is None
-            else _sentence(each)
+            else sentence(each)
         )
     if any(each["file"] is None for each in fitted.artefacts):
         raise typer.Exit(3)
 
 
-def _sentence(artefact: Mapping[str, Any]) -> str:
+def sentence(artefact: Mapping[str, Any]) -> str:
+    """What is in an artefact, by an item of ``Fitted.artefacts``."""
     fitted_on = artefact["fitted_on"]
     words = [f"wrote {artefact['file']}"]
     if "rows" in fitted_on:

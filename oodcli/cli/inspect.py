@@ -11,6 +11,8 @@ from oodcli.cli import console
 from oodcli.cli.options import Force, Json, ModelOptions, Quiet, Verbose, takes_model
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from oodcli.files.describe import Kind
 
 
@@ -101,11 +103,10 @@ def _print(found: dict[str, Any]) -> None:
 
     from oodcli.cli.facts import facts_table, input_of, mean_std
 
-    kinds = [tap["kind"] for tap in found["taps"]]
-    others = ", ".join(
-        f"{kinds.count(kind)} {kind}s" for kind in ("block", "stage", "other") if kind in kinds
-    )
-    head = found["head"]
+    head, embedding = found["head"], found["embedding"]
+    no_head = "none: the last layer is not linear"
+    if embedding and not found["retrained_head"]:
+        no_head += f"; the embedding is the input of {embedding}"
     names = found["class_names"]
     shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
     facts = {
@@ -116,13 +117,16 @@ def _print(found: dict[str, Any]) -> None:
         "input": input_of(found["preprocessing"]),
         "mean, std": mean_std(found["preprocessing"]),
         "BatchNorm": f"{len(found['batchnorm_layers'])} layers with running statistics",
-        "other taps": others or "none",
         "head": f"{head['name']}, {head['width']} features"
         if head
-        else found["retrained_head"] or "none: the last layer is not linear",
+        else found["retrained_head"] or no_head,
         "sha256": found["sha256"],
     }
     console.emit_table(facts_table(facts))
+    layers = _layers(found["taps"])
+    if layers.row_count:
+        console.emit("")
+        console.emit_table(layers)
     verdicts = Table(box=None, pad_edge=False)
     for column in ("detector", "possible", "how"):
         verdicts.add_column(column, overflow="fold")
@@ -133,3 +137,22 @@ def _print(found: dict[str, Any]) -> None:
         verdicts.add_row(detector["name"], "yes" if detector["allowed"] else "no", how)
     console.emit("")
     console.emit_table(verdicts)
+
+
+def _layers(taps: list[dict[str, Any]]) -> Table:
+    """The layers but BatchNorm, of which some networks have hundreds."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind")
+    table.add_column("channels", justify="right")
+    table.add_column("positions", justify="right")
+    table.add_column("records")
+    for tap in taps:
+        if tap["kind"] != "batchnorm":
+            records = ", ".join(word.removeprefix("layers.") for word in tap["records"])
+            numbers = (str(tap["channels"]), str(tap["positions"]))
+            table.add_row(Text(console.harmless(tap["name"])), tap["kind"], *numbers, records)
+    return table

@@ -294,6 +294,7 @@ class ModelOptions:
             card=self.card,
             state_key=self.state_key,
             multi_label=self.multi_label,
+            names_file=_file(self.class_names),
         )
         return Checkpoint(path, overrides, self.ema, self.trust_pickle)
 
@@ -381,13 +382,19 @@ def _range(text: str | None) -> tuple[float, float] | None:
     return numbers[0], numbers[1]
 
 
+def _file(text: str | None) -> Path | None:
+    """The file that an option names; None for a list of names, which may be longer than a path."""
+    return Path(text) if text is not None and os.path.isfile(text) else None
+
+
 def _names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
-    if os.path.isfile(text):  # False for a list of names that is longer than a path
+    file = _file(text)
+    if file is not None:
         from oodcli.api import read_class_names
 
-        return read_class_names(Path(text))
+        return read_class_names(file)
     names = tuple(name.strip() for name in text.split(","))
     if len(names) == 1:
         raise OodcliError(

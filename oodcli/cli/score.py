@@ -133,6 +133,14 @@ def command(
             show_default=False,
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PAGE.html",
+            help="Also write the page of 'oodcli show'.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     *,
@@ -145,6 +153,8 @@ def command(
         raise OodcliError(
             "--json prints the summary on standard output: write the scores to a file with -o"
         )
+    if html is not None and output is None:
+        raise OodcliError("--html shows a scores file: write one with -o")
     decides = fpr is not None or bool(threshold) or contamination is not None
     if max_ood_fraction is not None and not decides:
         raise OodcliError(
@@ -167,6 +177,7 @@ def command(
             timeout=timeout,
             shard=shard,
             engine=engine,
+            html=html,
             **model.running(),
             progress=progress,
             command=console.command_line(),
@@ -176,6 +187,8 @@ def command(
     if json:
         console.emit_json(_summary(scored))
     _say(scored)
+    if html is not None:
+        console.say(f"wrote {html}: open it in a browser")
     if verdicts.gate_failed(scored.doubts, max_ood_fraction):
         raise typer.Exit(4)
     if scored.unreadable and not console.who:  # torchrun reports it as a crash

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Self
 
@@ -35,6 +35,9 @@ class Detector(ABC):
     """Records that ``_score`` reads, such as logits, embedding, head: records.KNOWN_RECORDS."""
 
     fitted: ClassVar[bool] = False
+    later: ClassVar[Mapping[str, Any]] = {}
+    """Fields that artefacts of an earlier version lack, with the values that they had."""
+
     heavy: ClassVar[bool] = False
     """Slow enough to score on the GPU, if there is one."""
 
@@ -50,6 +53,10 @@ class Detector(ABC):
 
     reference_images: ClassVar[str | None] = None
     """IMAGES to fit on by default: the detector needs no data of the user's."""
+
+    better_on_real: ClassVar[bool] = False
+    """It reads spreads, tails or neighbours, which virtual images do not share with real ones, or
+    labels that the network may get wrong."""
 
     explains: ClassVar[bool] = False
     """``contributions`` lists the terms of a score."""

@@ -53,6 +53,21 @@ def finite_rows(train: Blocks, needs: Iterable[str], who: str) -> Iterator[Featu
         raise DetectorError(f"{who}: no rows to fit on")
 
 
+def drawn_rows(blocks: Callable[[], Iterable[Tensor]], most: int, seed: int) -> Tensor:
+    """All rows if there are no more than ``most``, else so many of them, drawn at random without
+    replacement, in their order. blocks: (N, D) each, called for two passes. Returns (M, D)."""
+    count = sum(len(rows) for rows in blocks())
+    drawn = torch.ones(count, dtype=torch.bool)
+    if count > most:
+        generator = torch.Generator().manual_seed(seed)
+        drawn[torch.randperm(count, generator=generator)[most:]] = False
+    parts, start = [], 0
+    for rows in blocks():
+        parts.append(rows[drawn[start : start + len(rows)]])
+        start += len(rows)
+    return torch.cat(parts)
+
+
 def score_in_halves(score: Callable[[Features], Tensor], test: Features, who: str) -> Tensor:
     """``score(test)``, in smaller blocks where memory runs out, which is a GPU's. Raises
     DetectorError when one row does not fit, or when a fitted detector cannot score these rows."""

@@ -87,6 +87,21 @@ class Calibration:
         first = torch.searchsorted(self.scores, scores.double(), side="left")
         return (self.unit + after[first]) / self.mass
 
+    def threshold(self, rate: float) -> float:
+        """The score t for which p ≤ rate exactly where the score exceeds t. +inf if no finite score
+        has so small a p-value, −inf if all have."""
+        if self.resolution > rate:
+            return torch.inf
+        accepted = self.scores[self.p_value(self.scores) > rate]
+        return float(accepted[-1]) if len(accepted) else -torch.inf
+
+    def quantiles(self, most: int = 200) -> Tensor:
+        """Scores below which equal shares of the weight lie, from the smallest score to the
+        largest. Returns (min(n, most) + 1,)."""
+        levels = torch.linspace(0, 1, min(len(self.scores), most) + 1, dtype=torch.float64)
+        share = self.weights.double().cumsum(0) / self.weights.double().sum()
+        return self.scores[torch.searchsorted(share, levels - 1e-12).clamp(max=len(share) - 1)]
+
     def achieved(self, rate: float, level: float = 0.9) -> tuple[float, float]:
         """Interval of the false-alarm rate that a nominal ``rate`` achieves on new images like the
         calibration rows, given their sampling error: quantiles of a Beta distribution with

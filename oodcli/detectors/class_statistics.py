@@ -25,6 +25,40 @@ def predicted_among(logits: Tensor, present: Tensor) -> Tensor:
     return logits.masked_fill(~present, -torch.inf).argmax(1)
 
 
+def predicted_class(block: Features) -> Tensor:
+    """(N,) the class with the largest logit, the first on a tie."""
+    return recorded(block.logits).argmax(1)
+
+
+def mean_of_rows(rows: Iterable[Tensor]) -> Tensor:
+    """(D,) float64: the mean of all rows of some blocks (N, D) of finite rows, at least one."""
+    count, total = 0, torch.zeros((), dtype=torch.float64)
+    for block in rows:
+        count += len(block)
+        total = total + block.double().sum(0)
+    return total / count
+
+
+def class_means(
+    blocks: Iterable[Features],
+    rows: Callable[[Features], Tensor],
+    label: Callable[[Features], Tensor] = class_of,
+) -> tuple[Tensor, Tensor]:
+    """Rows of each class and their mean: (K,) and (K, C) float64, zeros for a class without rows.
+    rows: (N, C) finite rows of a block. label: (N,) the class of each; −1 leaves the row out."""
+    count = total = torch.zeros(0, dtype=torch.float64)
+    for block in blocks:
+        classes, values, of = recorded(block.logits).shape[1], rows(block).double(), label(block)
+        if (of < 0).any():
+            values, of = values[of >= 0], of[of >= 0]
+        if not len(count):
+            count = values.new_zeros(classes)
+            total = values.new_zeros(classes, values.shape[1])
+        count = count + torch.bincount(of, minlength=classes)
+        total.index_add_(0, of, values)
+    return count, total / count.clamp_min(1)[:, None]
+
+
 @dataclass(frozen=True)
 class ClassMoments:
     """Float64 sums by class. count: (K,); total, square: name → (K, C)."""

@@ -10,13 +10,19 @@ from torch import Tensor
 
 from oodcli.detectors.base import Detector
 from oodcli.detectors.hyperparameters import require_positive
-from oodcli.features import Features, recorded
+from oodcli.features import Features, LinearHead, recorded
 
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Free energy −T·logsumexp(z/T) (Liu et al. 2020, eq. 4). logits: (N, K). Returns (N,) float64,
     higher = more OOD."""
     return -temperature * torch.logsumexp(logits.double() / temperature, 1)
+
+
+def head_energy(embedding: Tensor, head: LinearHead) -> Tensor:
+    """Free energy of the logits that the head gives to an embedding. embedding: (N, D). Returns
+    (N,) float64, higher = more OOD."""
+    return energy(embedding.double() @ head.weight.double().T + head.bias.double())
 
 
 @dataclass(frozen=True)

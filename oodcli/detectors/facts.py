@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from oodcli.detectors.hyperparameters import hyperparameters
+from oodcli.errors import DetectorError
 
 if TYPE_CHECKING:
     from oodcli.detectors.base import Detector
@@ -30,6 +31,47 @@ def fitted_on(kind: type[Detector]) -> str:
     if "layers.sensitivity" in kind.fit_needs():  # measured while images are inverted
         return "virtual images"
     return "virtual or real images" + (", OOD if given" if kind.uses_ood else "")
+
+
+GROUPS: Mapping[str, str] = {
+    "checkpoint": "With a checkpoint alone",
+    "virtual": "With virtual images: oodcli invert makes them",
+    "real": "With real in-distribution images: virtual ones usually do worse",
+    "ood": "With in-distribution and OOD images",
+}
+"""What one must have for a detector → heading of the listing."""
+
+
+def group(kind: type[Detector]) -> str:
+    """The key of ``GROUPS``: what one must have to use a detector well."""
+    if not kind.fitted or kind.reference_images is not None:
+        return "checkpoint"
+    if kind.needs_ood:
+        return "ood"
+    return "real" if kind.better_on_real else "virtual"
+
+
+def selected(
+    kinds: Iterable[type[Detector]], needs: Collection[str] = (), search: str = ""
+) -> list[type[Detector]]:
+    """Detectors of some groups, by default of all, with a word in their name, explanation or
+    source. Raises DetectorError for an unknown group, or where none is left."""
+    unknown = sorted(set(needs) - set(GROUPS))
+    if unknown:
+        raise DetectorError(f"--needs {unknown[0]}: expected one of {', '.join(GROUPS)}")
+    found = [
+        kind
+        for kind in kinds
+        if (not needs or group(kind) in needs) and search.casefold() in _text(kind).casefold()
+    ]
+    if not found:
+        asked = [f"--needs {each}" for each in needs] + ([f"--search {search}"] if search else [])
+        raise DetectorError(f"no detector matches {' '.join(asked)}: leave out one of them")
+    return found
+
+
+def _text(kind: type[Detector]) -> str:
+    return " ".join((kind.name, kind.about, explanation(kind), kind.source))
 
 
 def explanation(kind: type[Detector]) -> str:

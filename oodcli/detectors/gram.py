@@ -74,6 +74,7 @@ class Gram(Detector):
     """
     needs = frozenset({"logits", "layers.gram"})
     fitted = True
+    better_on_real = True
 
     low: Mapping[str, Tensor]
     high: Mapping[str, Tensor]

@@ -84,3 +84,31 @@ def require_positive(detector: str, **values: float) -> None:
     for key, value in values.items():
         if not value > 0:
             raise DetectorError(f"{detector}.{key}={value:g} must be positive")
+
+
+def require_between(detector: str, low: float, high: float, **values: float) -> None:
+    """Raises DetectorError for a hyper-parameter outside low … high."""
+    for key, value in values.items():
+        if not low <= value <= high:
+            raise DetectorError(f"{detector}.{key}={value:g} must be in {low:g} … {high:g}")
+
+
+def require_fraction(detector: str, **values: float) -> None:
+    """Raises DetectorError for a hyper-parameter that is not a fraction, which a percentage may
+    have been taken for."""
+    for key, value in values.items():
+        if not 0 <= value <= 1:
+            raise DetectorError(
+                f"{detector}.{key}={value:g} must be in 0 … 1, a fraction and not a percentage"
+            )
+
+
+def require_percent(detector: str, ends: tuple[float, float] = (1, 99), /, **values: float) -> None:
+    """Raises DetectorError for a percentile that is not in percent, between two ends."""
+    low, high = ends
+    for key, value in values.items():
+        if not low <= value <= high:
+            raise DetectorError(
+                f"{detector}.{key}={value:g} must be in {low:g} … {high:g}: a percentage, not a "
+                "fraction"
+            )

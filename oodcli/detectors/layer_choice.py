@@ -7,7 +7,7 @@ import re
 from torch import Tensor
 
 from oodcli.errors import DetectorError
-from oodcli.features import Features, recorded
+from oodcli.features import Features, Layer, recorded
 
 EMBEDDING = "embedding"
 
@@ -36,6 +36,17 @@ def chosen_layers(block: Features, which: str, who: str) -> list[str]:
             f"recorded are {', '.join(means)}"
         )
     return found
+
+
+def last_map(test: Features, who: str) -> Layer:
+    """The last layer with several positions, the one that has peaks. Raises DetectorError where
+    not one layer alone has them."""
+    found = [layer for layer in test.layers.values() if layer.peak is not None]
+    if len(found) != 1:
+        raise DetectorError(
+            f"{who}: {len(found)} layers have peaks, expected the last one alone: extract again"
+        )
+    return found[0]
 
 
 def layer_rows(block: Features, name: str) -> Tensor:

@@ -192,6 +192,7 @@ class LSGM(Detector):
     """
     needs = frozenset({"layers.mean"})
     fitted = True
+    better_on_real = True
     heavy = True
     explains = True
 

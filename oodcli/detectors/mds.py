@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 
+import torch
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks
+from oodcli.detectors.class_statistics import class_of
+from oodcli.detectors.hyperparameters import require_between
 from oodcli.detectors.layer_choice import EMBEDDING, LAYER, layer_rows
-from oodcli.detectors.tied_gaussians import mahalanobis, tied_gaussians
+from oodcli.detectors.tied_gaussians import (
+    NORMALIZE,
+    WhiteMeans,
+    mahalanobis,
+    scatters,
+    shortened,
+    tied_gaussians,
+    white_means,
+    whitened,
+)
 from oodcli.features import Features
 
 
@@ -29,6 +42,7 @@ class MDS(Detector):
     formula = r"s = \min_c \, (u - \mu_c)^\top \Sigma^{-1} (u - \mu_c)"
     needs = frozenset({"embedding"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     layer: str
@@ -49,8 +63,63 @@ class MDS(Detector):
     def score_needs(self) -> frozenset[str]:
         return _needed(self.layer)
 
+    @cached_property
+    def _white(self) -> WhiteMeans:
+        return white_means(self.mean, self.whitening)
+
     def _score(self, test: Features) -> Tensor:
-        return mahalanobis(layer_rows(test, self.layer), self.mean, self.whitening)
+        return mahalanobis(layer_rows(test, self.layer), self.mean, self.whitening, self._white)
+
+
+@dataclass(frozen=True)
+class MDSPlusPlus(MDS):
+    """Squared Mahalanobis distance of u/‖u‖^β to the nearest class mean, with the covariance that
+    all classes share. β = 1 makes it the one of the direction alone. ``classes=none``: to the mean
+    of all rows, whatever their class (SSD).
+    """
+
+    name = "mds++"
+    source = "Müller & Hein 2025 (ICML), arXiv 2505.18032"
+    about = "mds, on embeddings of length 1"
+    formula = r"""
+        s = \min_c \, (x - \mu_c)^\top \Sigma^{-1} (x - \mu_c), \qquad
+        x = \frac{u}{\lVert u \rVert^\beta}
+    """
+
+    normalize: float
+
+    @classmethod
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        layer: Annotated[str, LAYER] = EMBEDDING,
+        normalize: Annotated[float, NORMALIZE] = 1.0,
+        classes: Annotated[
+            Literal["labels", "none"], "none: one mean for all classes; by default the paper's"
+        ] = "labels",
+    ) -> Self:
+        """One pass; a (D, D) and a (K, D) sum are kept. Raises DetectorError for a β outside
+        0 … 1, and when there is no row."""
+        require_between(cls.name, 0, 1, normalize=normalize)
+        found = scatters(
+            train,
+            cls.fit_needs(layer=layer),
+            [layer],
+            cls.name,
+            normalize=normalize,
+            label=class_of if classes == "labels" else _one_class,
+        )[layer]
+        whitening = whitened(found.within, f"{cls.name} at {layer}")
+        return cls(layer, found.means, whitening, normalize)
+
+    def _score(self, test: Features) -> Tensor:
+        rows = shortened(layer_rows(test, self.layer), self.normalize)
+        return mahalanobis(rows, self.mean, self.whitening, self._white)
+
+
+def _one_class(block: Features) -> Tensor:
+    return torch.zeros(len(block), dtype=torch.int64)
 
 
 def _needed(layer: str) -> frozenset[str]:

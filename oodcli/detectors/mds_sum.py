@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.layer_choice import LAYERS, chosen_layers, layer_rows
-from oodcli.detectors.tied_gaussians import mahalanobis, tied_gaussians
+from oodcli.detectors.tied_gaussians import WhiteMeans, mahalanobis, tied_gaussians, white_means
 from oodcli.errors import DetectorError
 from oodcli.features import Features
 
@@ -38,6 +39,7 @@ class MDSSum(Detector):
     """
     needs = frozenset({"layers.mean"})
     fitted = True
+    better_on_real = True
     heavy = True
     uses_ood = True
     explains = True
@@ -94,11 +96,17 @@ class MDSSum(Detector):
         log.info(f"{self.name}: weights learnt from {len(groups[1])} OOD rows: {listed}")
         return type(self)(self.layers, self.mean, self.whitening, weight)
 
+    @cached_property
+    def _white(self) -> Mapping[str, WhiteMeans]:
+        return {name: white_means(self.mean[name], self.whitening[name]) for name in self.layers}
+
     def _distances(self, test: Features) -> Tensor:
         """(N, L) squared distances."""
         return torch.stack(
             [
-                mahalanobis(layer_rows(test, name), self.mean[name], self.whitening[name])
+                mahalanobis(
+                    layer_rows(test, name), self.mean[name], self.whitening[name], self._white[name]
+                )
                 for name in self.layers
             ],
             1,

@@ -39,6 +39,7 @@ class OneDimensional(Detector):
     formula = r"s = \min_c \arccos \frac{\lvert u^\top v_c \rvert}{\lVert u \rVert}"
     needs = frozenset({"embedding"})
     fitted = True
+    better_on_real = True
 
     direction: Tensor
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
-from oodcli.errors import DetectorError
-from oodcli.features import Features
+from oodcli.detectors.layer_choice import last_map
+from oodcli.features import Features, recorded
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,4 @@ class Peak(Detector):
 
 def squared_length(test: Features, who: str) -> Tensor:
     """‖p‖², (N,) float64. Raises DetectorError where not one layer alone has peaks."""
-    found = [layer.peak for layer in test.layers.values() if layer.peak is not None]
-    if len(found) != 1:
-        raise DetectorError(
-            f"{who}: {len(found)} layers have peaks, expected the last one alone: extract again"
-        )
-    return found[0].double().square().sum(1)
+    return recorded(last_map(test, who).peak).double().square().sum(1)

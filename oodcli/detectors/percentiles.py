@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +26,77 @@ def percentile_of(blocks: Callable[[], Iterable[Tensor]], percent: float) -> flo
             inside = bits[bits >> 16 == half] & 0xFFFF
             counts += torch.bincount(inside, minlength=1 << 16).cpu()
     low, high = (
-        _from_ordered_bits((half << 16) + _place(lower[half], rank)[0]) for half, rank in places
+        float(_from_ordered_bits(torch.tensor((half << 16) + _place(lower[half], rank)[0])))
+        for half, rank in places
     )
+    return low + (high - low) * (position % 1)
+
+
+DIGITS = (11, 11, 10)
+"""Bits that a pass over columns counts by; all of them are those of a float32."""
+
+
+def percentiles_by_column(
+    blocks: Callable[[], Iterable[Tensor]], percents: Sequence[float]
+) -> Tensor:
+    """Percentiles of each column of some float32 rows, exactly, interpolated as numpy does. blocks:
+    (N, D) each, called for three passes. P percentiles take 32·P·D·2¹¹ bytes at most. Returns
+    (P, D) float64."""
+    # Each pass counts by a digit the entries that agree with a rank's in the digits before.
+    left = 32 - DIGITS[0]
+    rows, counts = _counted(blocks(), None, left, DIGITS[0])
+    positions = [(rows - 1) * percent / 100 for percent in percents]
+    ranks = sorted({end(each) for each in positions for end in (math.floor, math.ceil)})
+    counts = counts.expand(len(ranks), -1, -1)
+    rest = torch.tensor(ranks)[:, None].expand(counts.shape[:2])  # (ranks, D)
+    found, rest = _next_digit(counts, torch.zeros_like(rest), rest)
+    for width in DIGITS[1:]:
+        left -= width
+        counts = _counted(blocks(), found, left, width)[1]
+        found, rest = _next_digit(counts, found, rest)
+    values = _from_ordered_bits(found)
+    return torch.stack([_between(values, ranks, position) for position in positions])
+
+
+def _counted(
+    blocks: Iterable[Tensor], found: Tensor | None, left: int, width: int
+) -> tuple[int, Tensor]:
+    """How many rows there are, and for each rank and column how many entries have each value of
+    the next digit, of those whose digits before are the rank's. found: those, (ranks, D), None for
+    the first digit; left: bits after this digit. Returns (ranks or 1, D, 2^width)."""
+    bins, rows = 1 << width, 0
+    counts: Tensor | None = None
+    which = torch.tensor([0])
+    if found is not None:  # neighbours mostly agree
+        found, which = torch.unique(found, dim=0, return_inverse=True)
+    for block in blocks:
+        bits = _in_order(block)
+        columns, rows = bits.shape[1], rows + len(bits)
+        starts = torch.arange(columns, dtype=torch.int32) * bins
+        place = (bits >> left).bitwise_and_(bins - 1).add_(starts)
+        groups = [place.flatten()]
+        if found is not None:
+            before = (bits >> left + width).bitwise_and_((1 << 32 - left - width) - 1)
+            groups = [place[before == each] for each in found]
+        new = torch.stack([torch.bincount(each, minlength=columns * bins) for each in groups])
+        counts = new if counts is None else counts.add_(new)
+    if counts is None:
+        raise ValueError("no rows")
+    return rows, counts.view(len(counts), -1, bins)[which]
+
+
+def _next_digit(counts: Tensor, found: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """The digits found with one more, and the rank among the entries that agree in all of them.
+    counts: (ranks, D, bins); found, rest: (ranks, D)."""
+    sums = counts.cumsum(2)
+    digit = (sums <= rest[..., None]).sum(2)
+    before = sums.gather(2, (digit[..., None] - 1).clamp_min(0))[..., 0]
+    return found * counts.shape[2] + digit, rest - torch.where(digit > 0, before, 0)
+
+
+def _between(values: Tensor, ranks: Sequence[int], position: float) -> Tensor:
+    """(D,) the entries at a position between two ranks. values: (ranks, D)."""
+    low, high = (values[ranks.index(end(position))] for end in (math.floor, math.ceil))
     return low + (high - low) * (position % 1)
 
 
@@ -37,12 +106,19 @@ def _place(counts: Tensor, rank: int) -> tuple[int, int]:
     return bin_, rank - int(counts[:bin_].sum())
 
 
+def _in_order(entries: Tensor) -> Tensor:
+    """``_ordered_bits`` as the bits of int32, which take half the time. Returns the same shape."""
+    bits = entries.float().cpu().view(torch.int32)
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).bitwise_xor_(-(1 << 31))
+
+
 def _ordered_bits(entries: Tensor) -> Tensor:
     """Integers in 0 … 2³² − 1 in the order of the numbers. entries: any shape. Returns (n,)."""
     bits = entries.float().flatten().view(torch.int32).long()
     return torch.where(bits < 0, -1 - bits, bits + (1 << 31))
 
 
-def _from_ordered_bits(ordered: int) -> float:
-    bits = ordered - (1 << 31) if ordered >= 1 << 31 else -1 - ordered
-    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+def _from_ordered_bits(ordered: Tensor) -> Tensor:
+    """float64, of the same shape."""
+    bits = torch.where(ordered >= 1 << 31, ordered - (1 << 31), -1 - ordered)
+    return bits.to(torch.int32).view(torch.float32).double()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
-from oodcli.detectors.energy import energy
+from oodcli.detectors.energy import head_energy
 from oodcli.detectors.hyperparameters import require_positive
 from oodcli.detectors.percentiles import percentile_of
 from oodcli.errors import DetectorError
@@ -21,8 +21,7 @@ def react(embedding: Tensor, head: LinearHead, c: float) -> Tensor:
 
     embedding: (N, D), head: weight (K, D). Returns (N,) float64, higher = more OOD.
     """
-    clipped = embedding.double().clamp_max(c)
-    return energy(clipped @ head.weight.double().T + head.bias.double())
+    return head_energy(embedding.double().clamp_max(c), head)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ def restore(
             elif not _is_kind(value, hint):
                 raise DetectorError(f"{kind.name}: '{field.name}' is of the wrong type")
             values[field.name] = tuple(value) if isinstance(value, list) else value
+        elif field.name in kind.later:
+            values[field.name] = kind.later[field.name]
         else:
             raise DetectorError(f"{kind.name}: '{field.name}' is missing from the artefact")
     superfluous = sorted(left | (settings.keys() - {field.name for field in fields(kind)}))  # type: ignore[arg-type]

@@ -33,6 +33,31 @@ def residual_norm(embedding: Tensor, origin: Tensor, basis: Tensor) -> Tensor:
     return residual
 
 
+def null_space(
+    train: Blocks, needs: frozenset[str], who: str, dim: int | None
+) -> tuple[Tensor, Tensor]:
+    """o, (D,), and R, (D, D − dim): the eigenvectors of Σ (u − o)(u − o)ᵀ but for the ``dim`` with
+    the largest eigenvalues. One pass; one (D, D) sum is kept. Raises DetectorError for a dim that
+    is not in 1 … D − 1, and when there is no row."""
+    first = next(iter(finite_rows(train, needs, who)))
+    origin = head_origin(recorded(first.head))
+    width = len(origin)
+    dim = default_dim(width) if dim is None else dim
+    if not 0 < dim < width:
+        raise DetectorError(
+            f"{who}.dim={dim} must be at least 1 and below {width}, the width of the embedding"
+        )
+    square = torch.zeros(width, width, dtype=torch.float64)
+    for block in finite_rows(train, needs, who):
+        rows = recorded(block.embedding).double() - origin
+        square.addmm_(rows.T, rows)
+    return origin, torch.linalg.eigh(square).eigenvectors[:, : width - dim].contiguous()
+
+
+DIM = "dimensions of the principal space, below D; by default D/2, at most 1000"
+"""Meaning of a setting."""
+
+
 @dataclass(frozen=True)
 class ViM(Detector):
     """Distance of u from the principal space, scaled to a logit, minus logsumexp z. The principal
@@ -48,6 +73,7 @@ class ViM(Detector):
     formula = r"s = \alpha \lVert R^\top (u - o) \rVert - \log \sum_c e^{z_c}"
     needs = frozenset({"logits", "embedding", "head"})
     fitted = True
+    better_on_real = True
     heavy = True
 
     origin: Tensor
@@ -59,34 +85,20 @@ class ViM(Detector):
         cls,
         train: Blocks,
         *,
-        dim: Annotated[
-            int | None, "dimensions of the principal space, below D; by default D/2, at most 1000"
-        ] = None,
+        dim: Annotated[int | None, DIM] = None,
     ) -> Self:
         """Two passes; one (D, D) sum is kept. dim: half the width, at most 1,000, where it is not
         given. Raises DetectorError when it is not in 1 … D − 1, or nothing lies off that space."""
-        first = next(iter(finite_rows(train, cls.needs, cls.name)))
-        origin = head_origin(recorded(first.head))
-        width = len(origin)
-        dim = default_dim(width) if dim is None else dim
-        if not 0 < dim < width:
-            raise DetectorError(
-                f"{cls.name}.dim={dim} must be at least 1 and below {width}, the width of the "
-                "embedding"
-            )
-        square = torch.zeros(width, width, dtype=torch.float64)
-        for block in finite_rows(train, cls.needs, cls.name):
-            rows = recorded(block.embedding).double() - origin
-            square.addmm_(rows.T, rows)
-        basis = torch.linalg.eigh(square).eigenvectors[:, : width - dim].contiguous()
+        origin, basis = null_space(train, cls.needs, cls.name, dim)
         largest = residual = 0.0
         for block in finite_rows(train, cls.needs, cls.name):
             largest += float(recorded(block.logits).double().amax(1).sum())
             residual += float(residual_norm(recorded(block.embedding), origin, basis).sum())
         if not residual > 0:
             raise DetectorError(
-                f"{cls.name}: no row fitted on leaves the space of its first {dim} principal "
-                f"directions, so there is no residual to scale: choose a smaller -p {cls.name}.dim"
+                f"{cls.name}: no row fitted on leaves the space of its first "
+                f"{len(basis) - basis.shape[1]} principal directions, so there is no residual to "
+                f"scale: choose a smaller -p {cls.name}.dim"
             )
         return cls(origin, basis, torch.tensor(largest / residual, dtype=torch.float64))
 

@@ -45,6 +45,9 @@ LOGITS_LEVEL = "logits_level"
 MULTI_LABEL = "multi_label"
 """Root attribute, True if each label has its own sigmoid; otherwise absent."""
 
+POOLED = "pooled"
+"""Root attribute, True if /embedding is the mean of the last map; otherwise absent."""
+
 BLOCK_BYTES = 1 << 26
 BLOCK_ROWS = 8192
 
@@ -134,6 +137,8 @@ class CacheWriter:
             self._file.attrs[LOGITS_LEVEL] = False
         if features.multi_label:
             self._file.attrs[MULTI_LABEL] = True
+        if features.pooled:
+            self._file.attrs[POOLED] = True
         if features.mirror is not None:
             self._file.require_group("mirror")
         if features.odin_step is not None:
@@ -225,6 +230,7 @@ class FeatureCache:
             odin_step=step,
             logits_level=bool(file.attrs.get(LOGITS_LEVEL, True)),
             multi_label=bool(file.attrs.get(MULTI_LABEL, False)),
+            pooled=bool(file.attrs.get(POOLED, False)),
             head=head,
             mirror=self._read_constants("mirror/") if not view and "mirror" in file else None,
         )

@@ -21,6 +21,12 @@ BY_SUFFIX = {
 }
 """What a file of TensorFlow is, and the option of tf2onnx for it."""
 
+DISTCP = ".distcp"
+DISTRIBUTED = (
+    "a checkpoint in parts of torch.distributed: put them together with python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER net.pt"
+)
+
 SAVED_MODEL = "saved_model.pb"
 
 
@@ -30,6 +36,9 @@ def foreign(path: Path) -> str | None:
     folder = path.parent if path.name == SAVED_MODEL else path
     if (folder / SAVED_MODEL).is_file():
         return TENSORFLOW % ("SavedModel", "--saved-model", folder)
+    distributed = path.parent if path.suffix == DISTCP or path.name == ".metadata" else path
+    if (distributed / ".metadata").is_file() and any(distributed.glob(f"*{DISTCP}")):
+        return DISTRIBUTED.replace("FOLDER", str(distributed))
     try:
         with open(path, "rb") as file:
             head = file.read(4096)

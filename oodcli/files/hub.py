@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Usual names of the weights, the preferred one first; ``NAME.index.json`` lists their parts."""
+
+ONNX_DATA = (".data", "_data")
+"""What torch and Hugging Face append to the name of an ONNX file for that of its weights."""
 
 CARD = "oodcli.toml"
 
@@ -82,10 +86,21 @@ def _parts(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
+def onnx_data(path: Path) -> tuple[Path, ...]:
+    """The file beside an ONNX file that has its weights, under the names that torch and Hugging
+    Face give it, if the ONNX file names it. Raises OSError when a file cannot be read."""
+    if path.suffix != ".onnx" or not path.is_file() or not path.stat().st_size:
+        return ()
+    beside = [path.with_name(path.name + ending) for ending in ONNX_DATA]
+    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        found = [e for e in beside if e.is_file() and content.find(e.name.encode()) >= 0]
+    return tuple(found)
+
+
 def checkpoint_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a checkpoint's weights, file after file. Raises CheckpointError as
     ``weights_of`` does, OSError when a file cannot be read."""
-    return file_sha256(*weights_of(path))
+    return file_sha256(*weights_of(path), *onnx_data(path))
 
 
 def card_path(path: Path) -> Path:
@@ -116,7 +131,7 @@ def companions(path: Path) -> dict[str, Path]:
     """The files that a checkpoint is made of, by their names relative to what it lies in."""
     folder = folder_of(path)
     if folder is None:
-        return {path.name: path}
+        return {each.name: each for each in (path, *onnx_data(path))}
     configs = [folder / name for name in (CONFIG, *PROCESSORS)]
     indices = [folder / f"{name}.index.json" for name in WEIGHTS] if folder == path else []
     files = (*weights_of(path), *(each for each in (*configs, *indices) if each.is_file()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, cast
@@ -55,10 +57,14 @@ def read_made(scores: Path) -> dict[str, Any] | None:
             f"{path} has format version {found.get('version')}, this oodcli reads {VERSION}: use a "
             "newer oodcli, or score again"
         )
+    found.setdefault("calibration", {})
     wrong = [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]
-    if wrong or not _is_preprocessing(found["preprocessing"]):
-        what = wrong[0] if wrong else "preprocessing"
-        raise FileError(f"{path} is damaged ({what}): score again, or remove it")
+    if not wrong and not _is_preprocessing(found["preprocessing"]):
+        wrong = ["preprocessing"]
+    if not wrong and not all(map(_is_distribution, found["calibration"].values())):
+        wrong = ["calibration"]
+    if wrong:
+        raise FileError(f"{path} is damaged ({wrong[0]}): score again, or remove it")
     found["preprocessing"] = {**_ADDED_LATER, **found["preprocessing"]}
     return found
 
@@ -76,7 +82,7 @@ _KINDS: Mapping[str, type | UnionType] = {
         str,
     ),
     **dict.fromkeys(("seed", "rows"), int),
-    **dict.fromkeys(("detectors", "verdicts", "preprocessing"), dict),
+    **dict.fromkeys(("detectors", "verdicts", "preprocessing", "calibration"), dict),
     "averaged": bool | NoneType,
     "extracted_by": str | NoneType,
     "shard": dict | NoneType,
@@ -92,6 +98,23 @@ def _is_preprocessing(found: Mapping[str, Any]) -> bool:
         and (isinstance(resize, int | NoneType) or _are_numbers(resize, 2))
         and (limits is None or _are_numbers(limits, 2))
     )
+
+
+def _is_distribution(found: object) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("images"), str):
+        return False
+    try:
+        threshold = float(found["threshold"])
+        rising = [float(found["rate"]), 1.0], [-math.inf, *map(float, found["quantiles"])]
+    except (KeyError, TypeError, ValueError):
+        return False
+    return threshold == threshold and all(a <= b for each in rising for a, b in pairwise(each))
+
+
+def json_number(value: float) -> float | str:
+    """A number with the 9 significant digits of a scores file; an infinite one as a string, which
+    ``float`` reads."""
+    return float(f"{value:.9g}") if math.isfinite(value) else str(value)
 
 
 def _are_numbers(found: object, count: int | None = None) -> bool:

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TextIO, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TextIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -416,24 +416,135 @@ class Scores:
 
 
 def read_scores(path: Path, kind: Format | None = None) -> Scores:
-    """Reads a .csv, .jsonl or .parquet scores file; the columns may come in any order. kind: where
+    """Reads a scores file whole. Raises FileError as ``score_rows`` does, and when the file has no
+    row."""
+    return _collect(score_rows(path, kind))
+
+
+class ScoreRow(NamedTuple):
+    """A row of a scores file. scores, verdicts, p_values, words: in the order of the names in
+    ``ScoreRows``, NaN or empty where there is none; all empty in a row with an error."""
+
+    path: str
+    label: str
+    predicted: str
+    error: str
+    confidence: float
+    scores: Sequence[float] = ()
+    verdicts: Sequence[float] = ()
+    p_values: Sequence[float] = ()
+    words: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ScoreRows:
+    """A scores file, read row by row. columns: the file's header. detectors: its detectors.
+    verdicts, p_values: those that have a column ``.ood`` or ``.p``. words: columns of text that
+    belong to a detector, such as ``energy.why``. rows: can be read once."""
+
+    path: Path
+    columns: Sequence[str]
+    detectors: Sequence[str]
+    verdicts: Sequence[str]
+    p_values: Sequence[str]
+    words: Sequence[str]
+    rows: Iterator[ScoreRow]
+
+
+def score_rows(path: Path, kind: Format | None = None) -> ScoreRows:
+    """Opens a .csv, .jsonl or .parquet scores file; the columns may come in any order. kind: where
     the suffix does not say it.
 
-    Raises FileError, naming file and line, when the file is missing, cut off or without a row, when
-    a column is missing, doubled or when there is none of a detector, and when a score of a row
-    without an error is no number, NaN or −inf.
+    Raises FileError, naming file and line, here or from ``rows``, when the file is missing or cut
+    off, when a column is missing, doubled or when there is none of a detector, and when a score of
+    a row without an error is no number, NaN or −inf.
     """
     kind = kind or format_of(path)
     if not path.exists():
         raise FileError(f"{path} does not exist: write it with oodcli score -o")
     if path.is_dir():
         raise FileError(f"{path} is a folder, expected a scores file")
+    cells = _read_cells(path, kind)
+    where, header = next(cells, ("", ()))
+    if not header:
+        raise FileError(f"{path} is empty: expected a scores file, as oodcli score writes it")
+    doubled = sorted({name for name in header if list(header).count(name) > 1})
+    if doubled:
+        raise FileError(f"{path}, {where}: column {doubled[0]!r} occurs more than once")
+    if "" in header:
+        raise FileError(f"{path}, {where}: a column has no name: remove it")
+    missing = [name for name in LEADING + TRAILING if name not in header]
+    if missing:
+        raise FileError(
+            f"{path}, {where}: no column {', '.join(missing)}: "
+            "expected path,label,predicted,confidence,<detector>…,error"
+        )
+    detectors = [name for name in header if is_detector(name)]
+    if not detectors:
+        raise FileError(f"{path}, {where}: no column of a detector's scores: score with -d NAME")
+    columns = {
+        ending: [name for name in detectors if f"{name}{ending}" in header] for ending in DERIVED
+    }
+    words = [f"{name}{ending}" for ending in WORDS for name in columns[ending]]
+    opened = ScoreRows(
+        path, tuple(header), detectors, columns[".ood"], columns[".p"], words, iter(())
+    )
+    return replace(opened, rows=_score_rows(opened, cells))
+
+
+def _read_cells(path: Path, kind: Format) -> Iterator[_Numbered]:
+    """First the header, then the rows."""
     try:
-        return _collect(path, _READERS[kind](path))
+        yield from _READERS[kind](path)
     except UnicodeDecodeError:
         raise FileError(f"{path} is not UTF-8 text: expected a scores file ({kind})") from None
     except OSError as error:
         raise FileError(f"{path} could not be read: {error.strerror or error}") from error
+
+
+def _score_rows(opened: ScoreRows, rows: Iterator[_Numbered]) -> Iterator[ScoreRow]:
+    path = opened.path
+    place = {name: index for index, name in enumerate(opened.columns)}
+    texts = [place[name] for name in ("path", "label", "predicted", "error")]
+    detectors = [(name, place[name]) for name in opened.detectors]
+    verdicts = [(f"{name}.ood", place[f"{name}.ood"]) for name in opened.verdicts]
+    p_values = [(f"{name}.p", place[f"{name}.p"]) for name in opened.p_values]
+    words = [place[name] for name in opened.words]
+
+    def numbers(
+        where: str, cells: Sequence[Any], columns: Sequence[tuple[str, int]]
+    ) -> list[float]:
+        return [
+            math.nan
+            if (cell := cells[index]) is None or cell == ""
+            else _number(path, where, name, cell)
+            for name, index in columns
+        ]
+
+    for where, cells in rows:
+        name, label, predicted, error = [_text(cells[index]) for index in texts]
+        [confidence] = numbers(where, cells, [("confidence", place["confidence"])])
+        if error:
+            yield ScoreRow(name, label, predicted, error, confidence)
+            continue
+        scores = [_number(path, where, column, cells[index]) for column, index in detectors]
+        if not all(-math.inf < score for score in scores):
+            column, score = next(
+                pair
+                for pair in zip(opened.detectors, scores, strict=True)
+                if not -math.inf < pair[1]
+            )
+            raise FileError(
+                f"{path}, {where}: {column} is {score}: a score is a number or inf; "
+                "score the row again, or give the reason in the column error"
+            )
+        flags = numbers(where, cells, verdicts)
+        chances = numbers(where, cells, p_values)
+        for chance, (column, index) in zip(chances, p_values, strict=True):
+            if not (0 <= chance <= 1 or cells[index] is None or cells[index] == ""):
+                raise FileError(f"{path}, {where}: {column} is {chance:g}, expected 0 to 1")
+        told = [_text(cells[index]) for index in words]
+        yield ScoreRow(name, label, predicted, error, confidence, scores, flags, chances, told)
 
 
 def join_scores(parts: Sequence[Path], target: Path, kind: Format) -> str:
@@ -484,77 +595,50 @@ _Numbered: TypeAlias = tuple[str, Sequence[Any]]
 """Where a row stands ("line 7"), and its cells in the order of the header."""
 
 
-def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
-    """rows: first the header, then the rest."""
-    where, header = next(rows, ("", ()))
-    if not header:
-        raise FileError(f"{path} is empty: expected a scores file, as oodcli score writes it")
-    doubled = sorted({name for name in header if list(header).count(name) > 1})
-    if doubled:
-        raise FileError(f"{path}, {where}: column {doubled[0]!r} occurs more than once")
-    if "" in header:
-        raise FileError(f"{path}, {where}: a column has no name: remove it")
-    missing = [name for name in LEADING + TRAILING if name not in header]
-    if missing:
-        raise FileError(
-            f"{path}, {where}: no column {', '.join(missing)}: "
-            "expected path,label,predicted,confidence,<detector>…,error"
-        )
-    place = {name: header.index(name) for name in header}
-    detectors: dict[str, array[float]] = {n: array("d") for n in header if is_detector(n)}
-    if not detectors:
-        raise FileError(f"{path}, {where}: no column of a detector's scores: score with -d NAME")
-
-    flags: dict[str, array[float]] = {n: array("d") for n in detectors if f"{n}.ood" in place}
-    basis = dict.fromkeys(flags, "")
-    chances: dict[str, array[float]] = {n: array("d") for n in detectors if f"{n}.p" in place}
-    saw: dict[str, dict[str, None]] = {n: {} for n in detectors if f"{n}.saw" in place}
-    texts: dict[str, list[str]] = {name: [] for name in ("path", "label", "predicted", "error")}
+def _collect(opened: ScoreRows) -> Scores:
+    path = opened.path
+    paths, labels, predicted, errors = [], [], [], []
     confidence = array("d")
-    for where, cells in rows:
-        for name, column in texts.items():
-            column.append(_text(cells[place[name]]))
-        cell = cells[place["confidence"]]
-        blank = cell is None or cell == ""
-        confidence.append(math.nan if blank else _number(path, where, "confidence", cell))
-        if not texts["error"][-1]:
-            for name, scores in detectors.items():
-                score = _number(path, where, name, cells[place[name]])
-                if math.isnan(score) or score == -math.inf:
-                    raise FileError(
-                        f"{path}, {where}: {name} is {score}: a score is a number or inf; "
-                        "score the row again, or give the reason in the column error"
-                    )
-                scores.append(score)
-            for name, verdicts in flags.items():
-                cell = cells[place[f"{name}.ood"]]
-                blank = cell is None or cell == ""
-                verdicts.append(math.nan if blank else _number(path, where, f"{name}.ood", cell))
-                if f"{name}.basis" in place:
-                    basis[name] = _text(cells[place[f"{name}.basis"]])
-            for name, p_values in chances.items():
-                cell = cells[place[f"{name}.p"]]
-                blank = cell is None or cell == ""
-                chance = math.nan if blank else _number(path, where, f"{name}.p", cell)
-                if not (blank or 0 <= chance <= 1):
-                    raise FileError(f"{path}, {where}: {name}.p is {chance:g}, expected 0 to 1")
-                p_values.append(chance)
-            for name, found in saw.items():
-                if text := _text(cells[place[f"{name}.saw"]]):
-                    found[text] = None
+    detectors, flags, chances = (
+        {name: array("d") for name in names}
+        for names in (opened.detectors, opened.verdicts, opened.p_values)
+    )
+    appends = [column.append for column in detectors.values()]
+    words: dict[str, dict[str, None]] = {name: {} for name in opened.words}
+    # An explanation is a different one in each row.
+    told = [place for place, name in enumerate(opened.words) if not name.endswith(".why")]
+    for row in opened.rows:
+        paths.append(row.path)
+        labels.append(row.label)
+        predicted.append(row.predicted)
+        errors.append(row.error)
+        confidence.append(row.confidence)
+        for append, score in zip(appends, row.scores, strict=False):
+            append(score)
+        for name, flag in zip(opened.verdicts, row.verdicts, strict=False):
+            flags[name].append(flag)
+        for name, chance in zip(opened.p_values, row.p_values, strict=False):
+            chances[name].append(chance)
+        for place in told if row.words else ():
+            words[opened.words[place]][row.words[place]] = None
     made = read_made(path)
-    if not texts["path"] and not (made or {}).get("shard"):  # of which some are empty
+    if not paths and not (made or {}).get("shard"):  # of which some are empty
         raise FileError(f"{path} has no row below its header: was anything scored?")
+    saw = {name: [*filter(None, words.get(f"{name}.saw", ()))] for name in detectors}
     return Scores(
         source=str(path),
-        paths=tuple(texts["path"]),
-        labels=tuple(texts["label"]),
-        predicted=tuple(texts["predicted"]),
+        paths=tuple(paths),
+        labels=tuple(labels),
+        predicted=tuple(predicted),
         confidence=np.array(confidence, dtype=np.float64),
         detectors={name: np.array(scores, dtype=np.float64) for name, scores in detectors.items()},
-        errors=tuple(texts["error"]),
+        errors=tuple(errors),
         verdicts={
-            name: (sum(flag > 0 for flag in column), basis[name]) for name, column in flags.items()
+            name: (
+                sum(flag > 0 for flag in column),
+                next(reversed(words.get(f"{name}.basis") or {"": None})),
+            )
+            for name, column in flags.items()
         },
         unjudged={
             name: np.isnan(np.array(column))
@@ -563,7 +647,7 @@ def _collect(path: Path, rows: Iterator[_Numbered]) -> Scores:
         },
         p_values={name: np.array(column, dtype=np.float64) for name, column in chances.items()},
         saw={name: " | ".join(found) for name, found in saw.items() if found},
-        columns=tuple(header),
+        columns=tuple(opened.columns),
         made=made,
     )
 

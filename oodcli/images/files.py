@@ -41,6 +41,9 @@ LARGEST_MEMBER = 1 << 28
 MAC_SHADOWS = "__MACOSX"
 """A folder that macOS adds to archives, with files named as the images."""
 
+PREPARED = ".oodcli"
+"""End of the name of a folder that prepare makes: its contact sheet is no image to score."""
+
 LONGEST_NAME = 1 << 20
 """Bytes of an entry of a tar that holds a name or other words about the next one."""
 
@@ -127,7 +130,7 @@ def _walk(
         if name.startswith("."):
             continue
         if is_folder:
-            if name != MAC_SHADOWS:
+            if name != MAC_SHADOWS and not name.endswith(PREPARED):
                 yield from _walk(root, f"{below}{name}/", (*above, identity), left_out)
         elif is_picture(name):
             yield below + name

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +32,20 @@ PATIENCE = 600.0
 
 POLL = 0.1
 """Seconds between two looks at the store; signals are heard in between."""
+
+
+_stage: ContextVar[str] = ContextVar("_stage", default="")
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """While open, what a team says is about the stage of this name: for jobs of several stages,
+    whose processes stay the same."""
+    token = _stage.set(f"{name}/")
+    try:
+        yield
+    finally:
+        _stage.reset(token)
 
 
 def launched() -> bool:
@@ -88,7 +104,7 @@ class Team:
         """Raises OodcliError when the others do not come: a process of another program may have
         started this one, with torchrun's variables in its environment."""
         self.say(f"here/{self.rank}", True)
-        keys = [f"oodcli/here/{rank}" for rank in range(self.size)]
+        keys = [_key(f"here/{rank}") for rank in range(self.size)]
         last = time.monotonic() + PATIENCE
         while not self.store.check(keys):
             if time.monotonic() > last:
@@ -129,15 +145,19 @@ class Team:
 
     def say(self, name: str, value: Any) -> None:
         """value: what JSON can hold."""
-        self.store.set(f"oodcli/{name}", json.dumps(value))
+        self.store.set(_key(name), json.dumps(value))
 
     def hear(self, name: str, listen: Listen = _nobody) -> Any:
         """What a process has said, once it has."""
-        key = f"oodcli/{name}"
+        key = _key(name)
         while not self.store.check([key]):
             listen(0)
             time.sleep(POLL)
         return json.loads(self.store.get(key))
+
+
+def _key(name: str) -> str:
+    return f"oodcli/{_stage.get()}{name}"
 
 
 def part_of(shard: str | None, images: str | None = None) -> tuple[Share, Team | None]:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from oodcli.errors import CheckpointError, OodcliError, first_line
 from oodcli.features import LinearHead
 from oodcli.networks.classifier import Classifier, Tap
+from oodcli.networks.conv_head import find_conv_head
+from oodcli.networks.frozen_norms import thaw
 from oodcli.networks.heads import RetrainedHead
 from oodcli.networks.joint_head import NAME, find_joint_head
 from oodcli.networks.outputs import (
@@ -55,6 +58,7 @@ def assemble(
     that image.
     """
     network = network.eval().requires_grad_(False)
+    thaw(network)
     height, width = preprocessing.input_size
     parameter = next(network.parameters(), None)
     image = torch.randn(
@@ -103,14 +107,23 @@ def assemble(
         joint.join(network)
         head_name, head = NAME, joint.linear()
         notes.append("the logits are the mean of two heads; the embedding is the input of both")
-    taps = _find_taps(network, calls, layers, preprocessing.input_size)
+    elif head_name is None:
+        with torch.no_grad():
+            head_name, head = find_conv_head(network, image, calls, logits)
+    final = {
+        call.name
+        for call in calls
+        if f"{head_name}.".startswith(f"{call.name}.")
+        or (call.output is not None and torch.equal(call.output, logits))
+    }
+    taps = _find_taps(network, calls, layers, preprocessing.input_size, final)
     with _one_sentence(
         image,
         f"{arch} runs on one image, but not on a batch of two (%s): give an --arch whose code "
         "takes batches of any size",
     ):
         taps = _image_by_image(network, image, calls, taps)
-    return Classifier(
+    classifier = Classifier(
         network=network,
         arch=arch,
         num_classes=found,
@@ -124,6 +137,7 @@ def assemble(
         logits_level=reading.level,
         named=class_names is not None,
     )
+    return replace(classifier, pooled=_is_pooled(classifier, calls))
 
 
 FAILURES = (
@@ -158,7 +172,8 @@ def _trial(network: nn.Module, image: Tensor) -> tuple[list[Call], Any]:
             first = first_tensor(output)
             if first is not None:
                 given = args[0] if args and isinstance(args[0], Tensor) else None
-                calls.append(Call(name, module, first.shape, copied(first), copied(given)))
+                mean = first.detach().mean((0, 2, 3)) if first.ndim == 4 else None
+                calls.append(Call(name, module, first.shape, copied(first), copied(given), mean))
 
         return hook
 
@@ -216,6 +231,21 @@ def _find_head(calls: Sequence[Call], logits: Tensor) -> tuple[str | None, Linea
     return None, None
 
 
+def _is_pooled(classifier: Classifier, calls: Sequence[Call]) -> bool:
+    """Whether the head's input is the mean of the last map over its positions."""
+    tap = classifier.last_map
+    if tap is None or classifier.head_name is None or tap.channel_dim != 1:
+        return False
+    means = [call.mean for call in calls if call.name == tap.module]
+    given = [call.given for call in calls if call.name == classifier.head_name]
+    if not means or not given or means[-1] is None or given[-1] is None:
+        return False
+    mean, embedding = means[-1].float(), given[-1].float().flatten()
+    if mean.shape != embedding.shape:
+        return False
+    return bool((mean - embedding).abs().max() <= 1e-4 * embedding.abs().max())
+
+
 def _two_logits(network: nn.Module, calls: Sequence[Call], logits: Tensor) -> bool:
     """Give a linear head of one row w a row of zeros before it; softmax(0, z) is sigmoid(z).
     False where the head is not linear."""
@@ -232,15 +262,22 @@ def _two_logits(network: nn.Module, calls: Sequence[Call], logits: Tensor) -> bo
 
 
 def _find_taps(
-    network: nn.Module, calls: Sequence[Call], layers: str | None, input_size: tuple[int, int]
+    network: nn.Module,
+    calls: Sequence[Call],
+    layers: str | None,
+    input_size: tuple[int, int],
+    final: set[str],
 ) -> tuple[Tap, ...]:
+    """final: modules that return logits or hold the head, and so are no blocks."""
     height, width = input_size
     modules = dict(network.named_modules())
     for head in [name for name, module in modules.items() if isinstance(module, RetrainedHead)]:
         # Its layers are no features: neither its two linear ones a block, nor its BatchNorm.
         modules = {n: m for n, m in modules.items() if not f"{n}.".startswith(f"{head}.")}
         calls = [call for call in calls if call.name in modules]
-    blocks = _blocks(modules, {call.name for call in calls}) or _plain_layers(calls)
+    blocks = _blocks(modules, {call.name for call in calls} - final)
+    if all(call.shape[2:].numel() == 1 for call in calls if call.name in blocks):
+        blocks = _plain_layers(calls) or blocks
     stages = _stages(modules, blocks, calls)
     seen: dict[str, int] = {}
     taps: list[Tap] = []
@@ -390,17 +427,31 @@ def _is_trunk(module: nn.Module) -> bool:
 
 def _stages(modules: dict[str, nn.Module], blocks: set[str], calls: Sequence[Call]) -> set[str]:
     """The last block before each change of resolution, and the last of all. Where that block ends
-    a plain sequence, the sequence's name is taken (layer1, not layer1.2)."""
-    shapes = [(call.name, call.shape) for call in calls if call.name in blocks]
+    a plain sequence, the sequence's name is taken (layer1, not layer1.2); where a module around the
+    stage's blocks alone changes the number of channels after them, that module's."""
+    places = [(place, call) for place, call in enumerate(calls) if call.name in blocks]
     called = {call.name for call in calls}
     found: set[str] = set()
-    for index, (name, shape) in enumerate(shapes):
-        following = shapes[index + 1][1] if index + 1 < len(shapes) else None
-        if following is not None and shape[2:] == following[2:]:
+    own: set[str] = set()  # blocks of this stage
+    for index, (place, call) in enumerate(places):
+        end, following = places[index + 1] if index + 1 < len(places) else (len(calls), None)
+        name, shape = call.name, call.shape
+        own.add(name)
+        if following is not None and shape[2:] == following.shape[2:]:
             continue
+        around = [
+            each.name
+            for each in calls[place:end]
+            if name.startswith(f"{each.name}.")
+            and len(shape) == len(each.shape) == 4
+            and shape[2:] == each.shape[2:]
+            and shape[1] != each.shape[1]
+            and all(block in own for block in blocks if block.startswith(f"{each.name}."))
+        ]
+        own = set()
         parent = name.rpartition(".")[0]
         last = isinstance(modules.get(parent), nn.Sequential) and name == f"{parent}." + str(
             list(dict(modules[parent].named_children()))[-1]
         )
-        found.add(parent if parent in called and last else name)
+        found.add(around[-1] if around else parent if parent in called and last else name)
     return found

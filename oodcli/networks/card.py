@@ -22,7 +22,8 @@ LARGEST_CARD = 1 << 22
 
 @dataclass(frozen=True)
 class Overrides:
-    """Values from the command line; None = not given."""
+    """Values from the command line; None = not given. names_file: the file that class_names were
+    read from."""
 
     arch: str | None = None
     num_classes: int | None = None
@@ -39,6 +40,7 @@ class Overrides:
     card: Path | None = None
     state_key: str | None = None
     multi_label: bool = False
+    names_file: Path | None = None
 
 
 NOTHING = Overrides()

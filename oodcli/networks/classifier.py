@@ -41,7 +41,8 @@ class Classifier:
     taps: in the order of the forward pass. averaged: whether these are the averaged (EMA) weights
     of a checkpoint that has plain ones, too. logits_level: False where the network returns
     log-probabilities, which are logits up to a constant for each image.
-    multi_label: whether each label has its own sigmoid, instead of one softmax.
+    multi_label: whether each label has its own sigmoid, instead of one softmax. pooled: whether the
+    embedding is the mean of the last map over its positions.
     """
 
     network: nn.Module
@@ -58,6 +59,7 @@ class Classifier:
     logits_level: bool = True
     named: bool = False
     multi_label: bool = False
+    pooled: bool = False
 
     @property
     def device(self) -> torch.device:

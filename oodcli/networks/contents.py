@@ -77,6 +77,8 @@ def read_torch(path: Path, trust_pickle: bool) -> Any:
         if trust_pickle:
             return torch.load(path, map_location="cpu", weights_only=False)
         return load_inert(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged pickle can raise almost anything
         text = str(error)
         refused = re.search(r"GLOBAL ([\w.]+)|(?:unrecognized function|but got) ([^\n]+)", text)

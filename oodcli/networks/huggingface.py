@@ -44,6 +44,14 @@ LEFT_OUT = frozenset(
 )
 """Keys of a configuration that choose other code or outputs, not another network."""
 
+NO_IMAGES = {
+    "ImageGPTForImageClassification": "reads each pixel as one of a few colours, not as numbers: "
+    "oodcli cannot use it",
+    "Siglip2ForImageClassification": "takes patches of pictures in their own shape (NaFlex): give "
+    "a SigLIP 2 checkpoint of a fixed size, whose model_type is siglip",
+}
+"""Classifiers that take no batch of images (N, C, H, W), and what they take."""
+
 PICTURES = (103, 150), (159, 120), (131, 131)
 """Height and width of the pictures by which preparations are compared."""
 
@@ -73,6 +81,8 @@ def network_of_transformers(
             f"{folder / CONFIG} describes {head or 'no architecture'}, which is no classifier of "
             "images in transformers (…ForImageClassification): oodcli needs one"
         )
+    if head in NO_IMAGES:
+        raise CheckpointError(f"{folder / CONFIG} describes {head}, which {NO_IMAGES[head]}")
     with _apart():
         network, notes = _load(transformers, head, config, state, folder)
         inputs, reverse = _inputs(transformers, network, folder)
@@ -185,9 +195,10 @@ def _inputs(transformers: Any, network: nn.Module, folder: Path) -> tuple[Inputs
 def _of_config(network: nn.Module) -> Inputs:
     """Without a processor: the size that the configuration names, the rest guessed."""
     size = getattr(getattr(network.config, "vision_config", network.config), "image_size", None)
-    side = size if isinstance(size, int) and size > 0 else None
-    found = guess_inputs(network, None if side is None else (side, side))
-    return found if side is None else replace(found, size_source="from config.json")
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        return guess_inputs(network, None)
+    return replace(guess_inputs(network, sides), size_source="from config.json")
 
 
 def _sides(value: Any) -> set[int]:
@@ -215,20 +226,30 @@ def _measured(
     mean, std, reverse = _normalisation(processor, channels)
     pictures = [_noise(height, width, channels) for height, width in PICTURES]
     theirs = [_run(processor, picture) for picture in pictures]
-    size = (theirs[0].shape[1], theirs[0].shape[2])
+    size = (theirs[-1].shape[1], theirs[-1].shape[2])
     method = getattr(processor, "resample", None)
     kinds = [kind for kind, value in INTERPOLATION.items() if method is None or value == method]
     shares = {1.0, share, 224 / 256}  # the last by LeViT's own rule
     lengths = sorted({math.floor(side / each) for side in sides for each in shares})
     resizes: list[Resize] = [None, *lengths, *product(lengths, lengths)]
     found = Inputs(
-        size, mean, std, size_source=f"from {name}", normalisation_source=f"from {name},"
+        *(size, mean, std),
+        interpolation=kinds[0] if len(kinds) == 1 else "bilinear",
+        size_source=f"from {name}",
+        normalisation_source=f"from {name},",
     )
     for resize, kind, rounding in product(resizes, kinds, ("down", "even")):
         prep = Preprocessing(size, mean, std, resize, kind, crop_rounding=rounding)
         if all(_alike(prep, *pair, reverse) for pair in zip(pictures, theirs, strict=True)):
             found = replace(found, resize=resize, interpolation=kind, crop_rounding=rounding)
             return found, reverse
+    if any(each.shape != theirs[0].shape for each in theirs):
+        sentence = (
+            f"{_kind(processor)} gives pictures of other shapes other sizes, and oodcli needs one: "
+            f"give --crop center or --crop squash, for images of {size[0]}x{size[1]}, or another "
+            "--input-size"
+        )
+        return replace(found, cannot={"resize": sentence}), reverse
     sentence = (
         f"{_kind(processor)} prepares images for this network in a way that oodcli cannot: say how "
         "with --resize and --interpolation"

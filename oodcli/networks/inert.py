@@ -90,6 +90,13 @@ def load_inert(path: Path) -> Any:
     names: list[str] = []
     with suppress(ValueError):  # of a file of torch before 1.6: its names come one by one
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if any(name.endswith(".DTensor") for name in names):
+        raise CheckpointError(
+            f"{path} holds one part of weights that are spread over several processes (DTensor, of "
+            "FSDP): save what get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
+            "torch.distributed.checkpoint.state_dict returns"
+        )
     stubs: dict[str, Callable[..., Any]] = {name: _stub(name) for name in names} | dict(_KNOWN)
     while len(stubs) <= MOST_STUBS:
         try:

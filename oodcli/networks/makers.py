@@ -74,6 +74,13 @@ class TimmMaker(Maker):
                 f"--arch {arch}: {what} is not the name of a model of timm or of an argument of "
                 "its layers: write timm:NAME, or timm:NAME?img_size=64&in_chans=1"
             )
+        side = self.arguments.get("img_size")
+        if (
+            cfg is None
+            and isinstance(side, int)
+            and not {"img_size", "input_size"} & set(self.given)
+        ):
+            self.given["img_size"] = side
         self.configured = cfg is not None
         if cfg is not None:
             known = timm.models.PretrainedCfg.__dataclass_fields__.keys() - _FETCHED

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.errors import CheckpointError, first_line
+from oodcli.files.hub import ONNX_DATA
 from oodcli.networks.layers import Flat, batch_norm, convolution, linear
 
 LARGEST = 1 << 28
@@ -38,8 +40,8 @@ def load_onnx(path: Path) -> tuple[nn.Module, tuple[int, int] | None, str]:
     and a note on what the file does not tell.
 
     Raises CheckpointError when the package onnx is missing, when the file is damaged, keeps its
-    weights elsewhere, is no classifier of one batch of images, has an operation that is not known
-    here, or works on a batch of its own size only.
+    weights in a file of another name, is no classifier of one batch of images, has an operation
+    that is not known here, or works on a batch of its own size only.
     """
     model = _read(path)
     name, shape = _image(model, path)
@@ -96,13 +98,39 @@ def _read(path: Path) -> Any:
     tensors = [*model.graph.initializer]
     tensors += [a.t for node in model.graph.node for a in node.attribute if a.HasField("t")]
     outside = [t for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL]
-    if outside:
-        named = {entry.key: entry.value for entry in outside[0].external_data}
-        raise CheckpointError(
-            f"{path} keeps its weights in another file ({named.get('location', '')[:80]!r}): store "
-            "them in one, as in onnx.save(onnx.load('net.onnx'), 'whole.onnx')"
-        )
+    _read_outside(outside, path)
     return model
+
+
+def _read_outside(tensors: Sequence[Any], path: Path) -> None:
+    """Reads tensors from the file beside the ONNX file. No other file is opened: a graph could name
+    any. Raises CheckpointError."""
+    usual = [path.name + ending for ending in ONNX_DATA]
+    read = 0
+    for tensor in tensors:
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        name = said.get("location", "")
+        if name not in usual or not path.with_name(name).is_file():
+            what = "is missing" if name in usual else f"is not {' or '.join(usual)}"
+            raise CheckpointError(
+                f"{path} keeps its weights in another file ({name[:80]!r}), which {what}: store "
+                "them in one, as in onnx.save(onnx.load('net.onnx'), 'whole.onnx')"
+            )
+        try:
+            with open(path.with_name(name), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                offset = int(said.get("offset", 0))
+                length = int(said.get("length", size - offset))
+                read += length
+                # Two tensors may be one; a thousand would only fill the memory.
+                if min(offset, length) < 0 or offset + length > size or read > 2 * size:
+                    raise ValueError(f"{tensor.name[:80]} is not within {name}")
+                file.seek(offset)
+                tensor.raw_data = file.read(length)
+        except (ValueError, OSError) as error:
+            raise _damaged(path, error) from error
+        tensor.data_location = 0
+        del tensor.external_data[:]
 
 
 def _image(model: Any, path: Path) -> tuple[str, tuple[int | None, ...]]:

@@ -36,13 +36,15 @@ SMALL = 1 << 16
 @dataclass(frozen=True)
 class Call:
     """One call of a module in the trial pass. shape: of its output. output, given: copies of the
-    output and of the first argument; None where they are large."""
+    output and of the first argument; None where they are large. mean: that of each channel of a map
+    (1, C, H, W), (C,); None for other outputs."""
 
     name: str
     module: nn.Module
     shape: torch.Size
     output: Tensor | None
     given: Tensor | None
+    mean: Tensor | None = None
 
 
 @dataclass(frozen=True)

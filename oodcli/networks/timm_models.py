@@ -4,6 +4,7 @@ beside the weights, and which of its models fit a bare state dict."""
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import time
 from collections import Counter
@@ -95,6 +96,7 @@ def likely(state: Mapping[str, Tensor], hint: str = "") -> tuple[list[str], list
         return [], []
     end = time.monotonic() + SECONDS
     arguments = _arguments(state)
+    sized = ""  # a vision transformer for images of another size
     best: tuple[list[str], list[str]] = ([], ["nothing in common"] * min(FAR, len(state) // 2))
     for name in _ordered(timm, state, hint):
         if time.monotonic() > end:
@@ -105,14 +107,30 @@ def likely(state: Mapping[str, Tensor], hint: str = "") -> tuple[list[str], list
         except Exception:  # too far, or a model that has no such argument
             continue
         differing = architectures.compare(network.state_dict(), state)
+        more = {"in_chans": arguments["in_chans"]} if "in_chans" in arguments else {}
+        side = _side(network, state)
+        if side and [line.split(" is ")[0] for line in differing] == ["pos_embed"]:
+            sized = sized or timm_name(name, more | {"img_size": side})
         if len(differing) < len(best[1]):
-            best = [name], differing
+            best = [timm_name(name, more)], differing
         elif not differing and best[0]:
-            best[0].append(name)
-    if not best[0]:
-        return [], []
-    grey = {"in_chans": arguments["in_chans"]} if "in_chans" in arguments else {}
-    return [timm_name(name, grey) for name in best[0]], best[1]
+            best[0].append(timm_name(name, more))
+    if sized and best[1]:
+        return [sized], []
+    return best if best[0] else ([], [])
+
+
+def _side(network: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """The side of the images of a vision transformer, by the number of its positions; None where
+    that is the network's own, or nothing tells."""
+    own, theirs = network.state_dict().get("pos_embed"), state.get("pos_embed")
+    patch: Any = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    if own is None or theirs is None or theirs.ndim != 3 or not patch or own.shape == theirs.shape:
+        return None
+    special = getattr(network, "num_prefix_tokens", 0)
+    special = 0 if getattr(network, "no_embed_class", False) else special
+    side = math.isqrt(max(theirs.shape[1] - special, 0))
+    return side * patch[0] if side * side + special == theirs.shape[1] else None
 
 
 def _arguments(state: Mapping[str, Tensor]) -> dict[str, int]:

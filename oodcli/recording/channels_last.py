@@ -6,7 +6,6 @@ import copy
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.classifier import Classifier
@@ -14,13 +13,27 @@ from oodcli.networks.classifier import Classifier
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class _Float32Linear(nn.Linear):
+class _Float32(nn.Module):
     """A head that autocast leaves alone: bfloat16 has eight bits, so that many images would share
     a logit, and their scores would tie."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight, self.bias)
+            return super().forward(x.float())  # type: ignore[no-any-return]
+
+
+class _Float32Linear(_Float32, nn.Linear):
+    pass
+
+
+class _Float32Conv(_Float32, nn.Conv2d):
+    pass
+
+
+_IN_FLOAT32: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _Float32Linear,
+    nn.Conv2d: _Float32Conv,
+}
 
 
 def in_channels_last(classifier: Classifier, precision: str) -> Classifier:
@@ -36,21 +49,18 @@ def in_channels_last(classifier: Classifier, precision: str) -> Classifier:
         id(each): each for each in (*classifier.network.parameters(), *classifier.network.buffers())
     }
     network = copy.deepcopy(classifier.network, kept)
+    head = None
+    if half and classifier.head_name is not None:
+        head = network.get_submodule(classifier.head_name)
+        head.__class__ = _IN_FLOAT32.get(type(head), type(head))
     for module in network.modules():
         # A weight that is computed, as by weight normalisation, is no parameter.
         if isinstance(module, CONVOLUTIONS) and "weight" in module._parameters:
             weight = module.weight.detach()
-            weight = weight.to(torch.bfloat16) if half else weight
+            weight = weight.to(torch.bfloat16) if half and module is not head else weight
             if weight.ndim == 4:
                 weight = weight.contiguous(memory_format=torch.channels_last)
             module.weight = nn.Parameter(weight, requires_grad=False)
-    name = classifier.head_name
-    if half and name is not None and type(network.get_submodule(name)) is nn.Linear:
-        head = network.get_submodule(name)
-        assert isinstance(head, nn.Linear)
-        replacement = _Float32Linear(1, 1, device="meta")
-        replacement.weight, replacement.bias = head.weight, head.bias
-        network.set_submodule(name, replacement.eval())
     found = replace(classifier, network=network)
     height, width = classifier.preprocessing.input_size
     trial = torch.zeros(2, classifier.preprocessing.channels, height, width, device=device)

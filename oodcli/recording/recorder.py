@@ -217,7 +217,9 @@ class Recorder:
 
         # What follows may change these in place: copies are as small as the logits.
         def keep_embedding(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            embedding.append(args[0].detach().clone().reshape(len(images), -1).float())
+            given = args[0].detach()
+            given = given.float().mean((2, 3)) if isinstance(module, nn.Conv2d) else given.clone()
+            embedding.append(given.reshape(len(images), -1).float())
 
         def keep_reading(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if retrained is not None:
@@ -258,6 +260,7 @@ class Recorder:
             odin_step=None if odin is None else self.odin,
             logits_level=self.classifier.logits_level,
             multi_label=self.classifier.multi_label,
+            pooled=self.classifier.pooled,
             deconf_h=readings.get("deconf.h"),
             mos_others=readings.get("mos.others"),
             head=None if self.classifier.head is None else self.classifier.head.to(device),
@@ -369,11 +372,25 @@ def recordable(classifier: Classifier) -> frozenset[str]:
         words |= {"layers.mean", "layers.std", "layers.gradient"}
     if any(tap.kind == "stage" for tap in classifier.taps):
         words |= {"layers.gram"}
+    if classifier.pooled:
+        words |= {"pooled"}
     if classifier.last_map is not None:
         words |= {"layers.peak"}
     if classifier.batchnorms:
         words |= {"batchnorm.running", "layers.sensitivity"}
     return frozenset(words)
+
+
+def records_of(classifier: Classifier, tap: Tap) -> list[str]:
+    """Which words of ``ROW_RECORDS`` a tap gives."""
+    words = {"layers.mean", "layers.std", "layers.gradient"}
+    if tap.kind == "batchnorm":
+        words |= {"batchnorm.mean", "batchnorm.var", "layers.sensitivity"}
+    if tap.kind == "stage":
+        words |= {"layers.gram"}
+    if tap == classifier.last_map:
+        words |= {"layers.peak"}
+    return [word for word in ROW_RECORDS if word in words]
 
 
 def why_not(classifier: Classifier, words: list[str]) -> str:

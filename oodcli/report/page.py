@@ -1,33 +1,23 @@
-"""The report as one page that needs nothing else: no network, no framework, no script to be read.
-
-The page is ``page.html.jinja``, with the style and the script beside it. Everything that comes from
-a file is escaped. A browser is told, besides, to load nothing and to run no script but ours
-(``Content-Security-Policy``).
-"""
+"""The report of ``evaluate`` as one page: ``page.html.jinja``."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from oodcli._version import __version__
 from oodcli.files.scores import Scores
 from oodcli.metrics import CONVENTIONS, MEAN, Estimate
-from oodcli.report import figures
+from oodcli.report import figures, html
 from oodcli.report.evaluation import ID, Evaluation
+from oodcli.report.html import Cell, Shown, TableRows
 from oodcli.report.tables import accuracy_line, title
 from oodcli.report.thresholds import accepting_threshold, flagged_shares, verdict_threshold
-from oodcli.report.thumbnails import SIDE, read_thumbnails
+from oodcli.report.thumbnails import noise_of, read_thumbnails
 
 SHOWN = 8
 """So many images of each kind."""
@@ -47,25 +37,12 @@ def page(
     thumbnails: whether images are opened."""
     files = {ID: id_scores, **ood_scores}
     best = figures.ranked(evaluation)[0]
-    folder = Path(__file__).parent
-    script = (folder / "page.js").read_text(encoding="utf-8")
-    digest = _base64(hashlib.sha256(script.encode()).digest())
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        finalize=_utf8,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     calibrated = "calibration" in drawn
-    return templates.get_template("page.html.jinja").render(
+    return html.render(
+        "page.html.jinja",
+        ("base.css", "page.css"),
+        ("tables.js",),
         sets=", ".join(evaluation.sets),
-        policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{digest}'",
-        style=(folder / "page.css").read_text(encoding="utf-8"),
-        script=script,
         drawn={name: _drawing(svg) for name, svg in drawn.items()},
         best=evaluation.marked(best),
         summary=_summary(evaluation, best),
@@ -75,38 +52,13 @@ def page(
         detectors=_detectors(evaluation, files),
         calibration=_calibration(evaluation, id_scores) if calibrated else None,
         strips=_strips(evaluation, files, best, thumbnails),
-        side=SIDE,
         made=_made(evaluation, files),
     )
 
 
-def _utf8(value: object) -> object:
-    """What is no UTF-8 is spelt out."""
-    if type(value) is not str:  # HTML, or a number
-        return value
-    return value.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
-
-
 def _drawing(svg: str) -> str:
     """As an image, which keeps the ids in one drawing from those in another, and scripts out."""
-    return f"data:image/svg+xml;base64,{_base64(svg[svg.index('<svg') :].encode('utf-8'))}"
-
-
-class _Cell(NamedTuple):
-    """value: what a number is sorted by; a cell without it is sorted as text."""
-
-    text: object
-    value: str = ""
-    interval: str = ""
-    best: bool = False
-
-
-_Rows = list[tuple[str, list[_Cell]]]
-"""Rows of a table, each with its heading."""
+    return f"data:image/svg+xml;base64,{html.encoded(svg[svg.index('<svg') :].encode('utf-8'))}"
 
 
 def _summary(evaluation: Evaluation, best: str) -> dict[str, object]:
@@ -120,7 +72,7 @@ def _summary(evaluation: Evaluation, best: str) -> dict[str, object]:
         (
             f"Best by {mean}AUROC",
             evaluation.marked(best),
-            f"of {_count(evaluation.detectors, 'detector')}",
+            f"of {html.counted(len(evaluation.detectors), 'detector')}",
         ),
         ("Mean AUROC" if several else "AUROC", f"{100 * auroc.value:.2f} %", _interval(auroc)),
         ("Mean TNR95" if several else "TNR95", f"{100 * tnr.value:.2f} %", _interval(tnr)),
@@ -170,10 +122,6 @@ def _summary(evaluation: Evaluation, best: str) -> dict[str, object]:
     return {"cards": cards, "rejects": rejects, "sentences": sentences}
 
 
-def _count(things: Sequence[object], word: str) -> str:
-    return f"{len(things)} {word}" + ("s" if len(things) != 1 else "")
-
-
 def _interval(estimate: Estimate) -> str:
     if math.isnan(estimate.low):
         return ""
@@ -193,12 +141,12 @@ def _metrics(evaluation: Evaluation) -> dict[str, object]:
     }
 
 
-def _metrics_of(evaluation: Evaluation, name: str) -> _Rows:
+def _metrics_of(evaluation: Evaluation, name: str) -> TableRows:
     best = {metric: evaluation.best(name, metric) for metric in CONVENTIONS}
 
-    def cell(detector: str, metric: str) -> _Cell:
+    def cell(detector: str, metric: str) -> Cell:
         estimate = evaluation.get(detector, name, metric)
-        return _Cell(
+        return Cell(
             f"{100 * estimate.value:.2f}",
             f"{estimate.value:.6g}",
             _interval(estimate),
@@ -248,11 +196,11 @@ def _thresholds(detector: str, files: Mapping[str, Scores]) -> str:
 
 def _calibration(evaluation: Evaluation, id_scores: Scores) -> dict[str, object]:
     rates = np.array(RATES)
-    rows: _Rows = []
+    rows: TableRows = []
     for detector in evaluation.detectors:
         if detector in id_scores.p_values:
             shares = flagged_shares(id_scores, detector, rates).tolist()
-            cells = [_Cell(f"{100 * share:.2f}", f"{share:.6g}") for share in shares]
+            cells = [Cell(f"{100 * share:.2f}", f"{share:.6g}") for share in shares]
             rows.append((evaluation.marked(detector), cells))
     return {
         "rows": int(id_scores.readable.sum()),
@@ -262,51 +210,47 @@ def _calibration(evaluation: Evaluation, id_scores: Scores) -> dict[str, object]
     }
 
 
-class _Shown(NamedTuple):
-    """One image. score: of the best detector. picture: a data URL, or empty."""
-
-    path: str
-    predicted: str
-    score: float
-    picture: str = ""
-
-
 def _strips(
     evaluation: Evaluation, files: Mapping[str, Scores], best: str, thumbnails: bool
 ) -> list[dict[str, object]]:
-    chosen = [("ID: the highest scores", _extremes(files[ID], best)[0])]
-    for name in evaluation.sets:
+    strips = []
+    for name in (ID, *evaluation.sets):
         most, least = _extremes(files[name], best)
-        chosen += [(f"{name}: the most OOD", most), (f"{name}: the least OOD", least)]
-    found = read_thumbnails(one.path for _, group in chosen for one in group) if thumbnails else {}
-    return [_strip(heading, group, found) for heading, group in chosen if group]
+        groups = {"the most OOD": most, "the least OOD": least}
+        if name == ID:
+            groups = {"the highest scores": most}
+        found: Mapping[str, bytes] = {}
+        if thumbnails:
+            paths = [one.path for group in groups.values() for one in group]
+            found = read_thumbnails(paths, *noise_of(files[name].made))
+        strips += [
+            _strip(f"{name}: {words}", group, found) for words, group in groups.items() if group
+        ]
+    return strips
 
 
-def _extremes(scores: Scores, detector: str) -> tuple[list[_Shown], list[_Shown]]:
+def _extremes(scores: Scores, detector: str) -> tuple[list[Shown], list[Shown]]:
     """The highest scores, highest first, and the lowest of the others, lowest first."""
     rows = np.flatnonzero(scores.readable)
     column = scores.detectors[detector]
     order = np.argsort(-column, kind="stable")
 
-    def shown(places: Iterable[int]) -> list[_Shown]:
+    def shown(places: Iterable[int]) -> list[Shown]:
         return [
-            _Shown(scores.paths[rows[k]], scores.predicted[rows[k]], float(column[k]))
+            Shown(scores.paths[rows[k]], scores.predicted[rows[k]], float(column[k]))
             for k in places
         ]
 
     return shown(order[:SHOWN]), shown(order[SHOWN:][: -SHOWN - 1 : -1])
 
 
-def _strip(heading: str, group: Sequence[_Shown], found: Mapping[str, bytes]) -> dict[str, object]:
-    # Long folders in common are said once.
-    prefix = os.path.commonprefix([one.path for one in group])  # noqa: RUF071, cut at a slash below
-    prefix = prefix[: prefix.rfind("/") + 1] if len(group) > 1 else ""
+def _strip(heading: str, group: Sequence[Shown], found: Mapping[str, bytes]) -> dict[str, object]:
     images = [
-        one._replace(picture=f"data:image/jpeg;base64,{_base64(found[one.path])}")
-        if one.path in found
-        else one
+        one._replace(picture=html.jpeg(found[one.path])) if one.path in found else one
         for one in group
     ]
+    # Long folders in common are said once.
+    prefix = html.shared_folder([one.path for one in group])
     return {"heading": heading, "prefix": prefix, "images": images}
 
 
@@ -320,31 +264,17 @@ def _made(evaluation: Evaluation, files: Mapping[str, Scores]) -> dict[str, obje
         if evaluation.resamples
         else f"none (0 resamples, seed {evaluation.seed})",
     }
-    rows: _Rows = []
+    rows: TableRows = []
     for count in evaluation.counts:
         numbers = (count.rows, count.unreadable, sum(count.infinite.values()))
-        rows.append((count.set, [_Cell(count.source), *(_Cell(n, str(n)) for n in numbers)]))
+        rows.append((count.set, [Cell(count.source), *(Cell(n, str(n)) for n in numbers)]))
     return {
         "facts": list(facts.items()),
         "header": ["Set", "Scores", "Rows", "Unreadable", "Infinite scores"],
         "files": rows,
         "scores": [
-            (name, _origin(scores.made))
+            (name, html.origin(scores.made))
             for name, scores in files.items()
             if scores.made is not None
         ],
     }
-
-
-def _origin(made: Mapping[str, Any]) -> str:
-    """What is beside a scores file, as far as a reader of the report needs it."""
-    words = {
-        "command": "",
-        "source": "images",
-        "arch": "architecture",
-        "checkpoint_sha256": "checkpoint SHA-256",
-        "oodcli_version": "oodcli",
-        "torch_version": "torch",
-        "seed": "seed",
-    }
-    return "; ".join(f"{word} {made[key]}".strip() for key, word in words.items() if key in made)

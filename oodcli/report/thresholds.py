@@ -16,6 +16,10 @@ _WORDS = re.compile(r"score above ([^\s;]+)(?:;.*)?", re.DOTALL)
 """The basis of a verdict without a calibration (``stages.verdict.Rule``)."""
 
 
+_RATE = re.compile(r"; nominal ([^\s;]+)")
+"""The same of one with a calibration."""
+
+
 class Threshold(NamedTuple):
     """Scores up to low are accepted, those from high on are flagged; between them nothing is
     known. Both are the same where a file states the threshold."""
@@ -56,13 +60,30 @@ def verdict_threshold(detector: str, files: Iterable[Scores]) -> Threshold | Non
                 high = min(high, float(column[kept]))
     if len(bases) != 1:
         return None
-    if stated := _WORDS.fullmatch(bases.pop()):
-        try:
-            low = high = float(stated[1])
-        except ValueError:
-            return None
-        return Threshold(low, high) if math.isfinite(low) else None
+    basis = bases.pop()
+    if (stated := stated_threshold(basis)) is not None:
+        return Threshold(stated, stated)
+    if _WORDS.fullmatch(basis):
+        return None
     return Threshold(low, high) if -math.inf < low < high < math.inf else None
+
+
+def stated_threshold(basis: str) -> float | None:
+    """The number in the basis of verdicts without a calibration; None in that of others."""
+    return _finite(_WORDS.fullmatch(basis))
+
+
+def stated_rate(basis: str) -> float | None:
+    """The nominal false-alarm rate in the basis of verdicts with a calibration."""
+    return _finite(_RATE.search(basis))
+
+
+def _finite(found: re.Match[str] | None) -> float | None:
+    try:
+        number = float(found[1]) if found else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def flagged_shares(

@@ -62,7 +62,9 @@ def train(
     for _ in range(EPOCHS):
         order = torch.randperm(len(x), generator=generator)
         for index in torch.split(order[: batches * 60], 60):
-            loss = F.cross_entropy(network(_shifted(x[index], generator)), y[index])
+            loss = F.cross_entropy(
+                network(_shifted(x[index], generator)), y[index], label_smoothing=0.1
+            )
             adam.zero_grad()
             torch.autograd.backward(loss)
             adam.step()

@@ -26,7 +26,7 @@ from oodcli.jobs.torchrun import Team, part_of
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import INPUTS
 from oodcli.recording.recorder import Recorder, recordable
-from oodcli.records import CHEAP, KNOWN_RECORDS
+from oodcli.records import CHEAP, KNOWN_RECORDS, impossible
 from oodcli.stages.chosen import odin_step
 from oodcli.stages.extract import degrading, extract_to_file
 from oodcli.stages.model import Model
@@ -94,7 +94,7 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
     source, reading = open_source(request.images, classifier, timeout=request.timeout)
     if request.virtual:
         _require_same_network(request, classifier)
-    what, odin = _what(request, classifier)
+    what, odin = records_of(request, classifier)
     precision = request.model.precision(fast=False)
     batch_size = request.model.batch_size(classifier)
     if request.match_accuracy is not None and not isinstance(source, VirtualImages):
@@ -155,7 +155,7 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
     return Extracted(**{**summary, "file": path}, left_out=dict(made.left_out))
 
 
-def _what(
+def records_of(
     request: ExtractRequest, classifier: Classifier
 ) -> tuple[frozenset[str], OdinStep | None]:
     """Records to store, and ODIN's perturbation. Raises OodcliError for an unknown record, and for
@@ -185,12 +185,12 @@ def _records(request: ExtractRequest, classifier: Classifier, *, for_kinds: bool
     recorded."""
     possible = recordable(classifier)
     if request.record is None and not for_kinds:
-        if classifier.head_name is None:
-            raise OodcliError(
-                f"{classifier.arch} does not end in a linear layer, so it has no embedding",
-                hint="choose other records, such as --record logits,layers.mean",
-            )
-        return (CHEAP | ({"layers.gradient"} if request.virtual else set())) & possible
+        usual = CHEAP | ({"layers.gradient"} if request.virtual else set())
+        missing = sorted(usual - possible - {"deconf.h", "mos.others"})
+        if missing:
+            why = impossible(missing, tapped=bool(classifier.taps))
+            notes.say(log, f"not recorded: {', '.join(missing)}, as {classifier.arch}: {why}")
+        return usual & possible
     if list(request.record or ()) == ["all"]:
         return possible
     what = frozenset(request.record or ())

@@ -11,7 +11,8 @@ from oodcli.errors import FileError
 from oodcli.files.atomic import atomic
 from oodcli.networks.card import write_card
 from oodcli.networks.classifier import Classifier
-from oodcli.recording.recorder import recordable
+from oodcli.recording.recorder import recordable, records_of
+from oodcli.records import ROW_RECORDS
 from oodcli.stages.model import Model
 
 
@@ -39,10 +40,23 @@ def _facts(classifier: Classifier) -> dict[str, Any]:
         "preprocessing": classifier.preprocessing.to_dict(),
         "assumptions": list(classifier.assumptions),
         "batchnorm_layers": [tap.name for tap in taps if tap.kind == "batchnorm"],
-        "taps": [{"name": tap.name, "kind": tap.kind, "channels": tap.channels} for tap in taps],
+        "taps": [
+            {
+                "name": tap.name,
+                "module": tap.module,
+                "kind": tap.kind,
+                "channels": tap.channels,
+                "channel_dim": tap.channel_dim,
+                "positions": tap.spatial_size,
+                "records": records_of(classifier, tap),
+            }
+            for tap in taps
+        ],
         "head": None
         if head is None
         else {"name": classifier.head_name, "width": head.weight.shape[1]},
+        "embedding": classifier.head_name,
+        "records": [word for word in ROW_RECORDS if word in recordable(classifier)],
         "retrained_head": None if classifier.retrained is None else classifier.retrained.suffix,
     }
 

@@ -104,6 +104,12 @@ def estimate(request: InvertRequest) -> InvertEstimate:
     return InvertEstimate(mine, seconds * mine / (len(plan.classes) * plan.per_class))
 
 
+def seconds_of(request: InvertRequest) -> float:
+    """The estimate for all images, wherever the output will be."""
+    classifier, plan = _plan(request)
+    return prepare(classifier, plan, compiled=request.compiled)[2]
+
+
 def invert(request: InvertRequest, watch: Watch | None = None) -> Inverted | None:
     """Write virtual images to a file; None in a process of torchrun that writes no file."""
     share, team = part_of(request.shard)
@@ -157,6 +163,11 @@ def _planned(request: InvertRequest) -> tuple[Path, Classifier, Plan]:
     refuse_suffix(path, ".h5", ".hdf5")
     refuse_output(path, force=request.force)
     refuse_existing(path.with_suffix(".png"), force=request.force or is_complete(path))
+    return path, *_plan(request)
+
+
+def _plan(request: InvertRequest) -> tuple[Classifier, Plan]:
+    """The network to invert, and the plan of the images."""
     if request.objective not in OBJECTIVES:
         raise OodcliError(
             f"--objective {request.objective}: expected one of {', '.join(OBJECTIVES)}"
@@ -189,7 +200,7 @@ def _planned(request: InvertRequest) -> tuple[Path, Classifier, Plan]:
             f"batches hold only {len(plan.classes)} of {classifier.num_classes} classes, so their "
             "statistics match the network's less closely",
         )
-    return path, classifier, plan
+    return classifier, plan
 
 
 def _job(request: InvertRequest, plan: Plan, made: Provenance) -> dict[str, Any]:

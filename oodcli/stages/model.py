@@ -12,9 +12,9 @@ import torch
 
 from oodcli import notes
 from oodcli.errors import OodcliError, first_line
-from oodcli.files.hub import card_path
+from oodcli.files.hub import CONFIG, PROCESSORS, card_path, folder_of
 from oodcli.jobs.torchrun import launched, local_rank
-from oodcli.networks import load
+from oodcli.networks import hub, load
 from oodcli.networks.architectures import resizing
 from oodcli.networks.card import NOTHING, Overrides, read_card
 from oodcli.networks.classifier import Classifier
@@ -46,10 +46,12 @@ class Running:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, or a loaded classifier, and how its network runs."""
+    """A checkpoint, or a loaded classifier, and how its network runs. loaded: the network of the
+    checkpoint, for jobs of several stages."""
 
     checkpoint: Checkpoint | Classifier
     running: Running = field(default_factory=Running)
+    loaded: Classifier | None = None
 
     @property
     def name(self) -> str:
@@ -68,6 +70,8 @@ class Model:
         given = self.checkpoint
         if isinstance(given, Classifier):
             return given
+        if self.loaded is not None:
+            return self.loaded
         classifier = load.load_classifier(
             given.path,
             given.overrides,
@@ -142,6 +146,7 @@ def _log_origins(given: Checkpoint, running: Running, classifier: Classifier) ->
     log.debug(f"model card: {path}" if path.is_file() else f"no model card: {path} is missing")
     prep = classifier.preprocessing
     bilinear = prep.interpolation == "bilinear"
+    described = _described(given.path, classifier.arch)
     for key, what, fallback in (
         ("arch", f"architecture {classifier.arch}", "recognition"),
         ("num_classes", f"{classifier.num_classes} classes", "recognition"),
@@ -163,6 +168,9 @@ def _log_origins(given: Checkpoint, running: Running, classifier: Classifier) ->
             origin = "--" + key.replace("_", "-")
         elif key == "resize" and given.overrides.crop is not None:
             origin = "--crop"
+        elif key in described and key not in card:
+            log.debug("%s, from %s", what, described[key])
+            continue
         else:
             origin = path.name if key in card else fallback
         log.debug("%s, by %s", what, origin)
@@ -170,6 +178,19 @@ def _log_origins(given: Checkpoint, running: Running, classifier: Classifier) ->
         "device %s, by --device %s; threads of torch: %d; seed %d",
         *(classifier.device, running.device, torch.get_num_threads(), running.seed),
     )
+
+
+def _described(path: Path, arch: str) -> dict[str, str]:
+    """The file of a model hub's folder that describes each fact; empty for other checkpoints."""
+    config, folder = hub.config_of(path), folder_of(path)
+    if config is None or folder is None or hub.arch_of(config, path) != arch:
+        return {}
+    found = dict.fromkeys(("arch", "num_classes"), CONFIG)
+    if hub.class_names(config):
+        found["class_names"] = CONFIG
+    files = [CONFIG] if hub.is_timm(config) else [n for n in PROCESSORS if (folder / n).is_file()]
+    keys = ("input_size", "mean", "std", "resize", "interpolation")
+    return found | (dict.fromkeys(keys, files[0]) if files else {})
 
 
 def _range(limits: tuple[float, float] | None) -> str:

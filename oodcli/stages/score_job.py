@@ -28,6 +28,7 @@ from oodcli.stages.chosen import (
 from oodcli.stages.default_detector import default_detector
 from oodcli.stages.model import Model
 from oodcli.stages.opened import Opened, from_cache, from_images
+from oodcli.stages.prepared import with_prepared
 from oodcli.stages.record import Work, file_state, job_of, shard_of
 from oodcli.stages.score import Doubts, ScoreSummary, Scoring, doubts, score_to_file
 from oodcli.stages.sources import log_kept
@@ -186,13 +187,12 @@ def _opened(request: ScoreRequest, stack: ExitStack) -> Opened:
 
 def _chosen(request: ScoreRequest, opened: Opened) -> list[Chosen]:
     made = opened.made
-    wanted = request.detectors
-    if not wanted:
-        checkpoint = None if request.images is None else request.model.path
-        wanted = [default_detector(opened, checkpoint)]
+    given = request.parameters or {}
+    checkpoint = None if request.images is None else request.model.path
+    wanted = with_prepared(request.detectors, given, opened, checkpoint)
     chosen = choose_detectors(
-        wanted,
-        request.parameters or {},
+        wanted or [default_detector(opened, checkpoint)],
+        given,
         opened.available,
         made.checkpoint_sha256,
         opened.fit_reference,
@@ -281,6 +281,9 @@ def _about(
         "extracted_by": opened.extracted_by,
         "detectors": dict(fingerprints),
         "verdicts": {name: rule.basis for name, rule in rules.items()},
+        "calibration": {
+            name: rule.distribution for name, rule in rules.items() if rule.calibration is not None
+        },
         "mirror": request.mirror,
     }
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from oodcli import notes
 from oodcli.detectors.calibration import Calibration, contamination_threshold, split_threshold
 from oodcli.errors import DetectorError, OodcliError
+from oodcli.files.made import json_number
 from oodcli.images.words import printable
 from oodcli.stages.chosen import Chosen
 
@@ -81,7 +83,9 @@ def _at_rate(
     virtual = [
         each
         for each in chosen
-        if (calibration := rules[each.name].calibration) is not None and calibration.virtual
+        if each.name in rules
+        and (calibration := rules[each.name].calibration) is not None
+        and calibration.virtual
     ]
     strict = [each.name for each in virtual if each.detector.strict_on_virtual]
     if len(virtual) > len(strict):
@@ -146,6 +150,19 @@ class Rule:
         if self.calibration is None:
             return f"score above {self.threshold:.6g}{self.more}"
         return f"{self.calibration.words}; nominal {self.rate:g}{self.more}"
+
+    @property
+    def distribution(self) -> dict[str, Any] | None:
+        """The calibration in numbers that JSON can hold, with the digits of a scores file; None
+        without one."""
+        if self.calibration is None:
+            return None
+        return {
+            "images": self.calibration.words,
+            "rate": self.rate,
+            "threshold": json_number(self.calibration.threshold(self.rate)),
+            "quantiles": [json_number(each) for each in self.calibration.quantiles().tolist()],
+        }
 
     def columns(
         self, name: str, scores: Tensor, predicted: Tensor | None = None
@@ -218,23 +235,36 @@ def rule_of(
 def calibrated_rules(
     chosen: Sequence[Chosen], rate: float, class_names: Sequence[str], *, mirror: bool
 ) -> dict[str, Rule]:
-    """Rules with a nominal false-alarm rate. Raises DetectorError for an artefact without a
-    calibration."""
-    rules = {}
+    """Rules with a nominal false-alarm rate, of the detectors that have a calibration; a note lists
+    the others. Raises DetectorError if none has one."""
+    rules, without = {}, []
     view = "mirror" if mirror else "plain"
     for each in chosen:
         calibration = each.calibrations.get(view)
         if calibration is None:
-            how = "record both views of the calibration rows with 'oodcli extract … --mirror'"
-            if not mirror or not each.calibrations:
-                how = (
-                    f"calibrate it with 'oodcli fit … -d {each.detector.name} --calibrate FILE.h5' "
-                    "on real images or accuracy-matched virtual ones (oodcli extract … "
-                    "--match-accuracy)"
-                )
-            raise DetectorError(f"{each.name} has no calibration for --fpr", hint=how)
-        rules[each.name] = rule_of(each, class_names, calibration=calibration, rate=rate)
+            without.append(each)
+        else:
+            rules[each.name] = rule_of(each, class_names, calibration=calibration, rate=rate)
+    if rules and without:
+        names = ", ".join(each.name for each in without)
+        notes.say(log, f"no verdicts of {names}: without a calibration for --fpr")
+    elif without:
+        raise _uncalibrated(without, mirror=mirror)
     return rules
+
+
+def _uncalibrated(without: Sequence[Chosen], *, mirror: bool) -> DetectorError:
+    """The error if no detector has a calibration."""
+    names = [each.name for each in without]
+    have = "has" if len(names) == 1 else "have"
+    how = "record both views of the calibration rows with 'oodcli extract … --mirror'"
+    if not mirror or not any(each.calibrations for each in without):
+        how = (
+            f"calibrate with 'oodcli fit … -d {without[0].detector.name} --calibrate FILE.h5' on "
+            "real images or accuracy-matched virtual ones, or run 'oodcli prepare' with --accuracy "
+            "or --images"
+        )
+    return DetectorError(f"{', '.join(names)} {have} no calibration for --fpr", hint=how)
 
 
 StreamRule = Callable[[Tensor], float]

@@ -33,7 +33,8 @@ from oodcli.files.scores import read_scores
 from oodcli.networks.load import load_classifier
 
 COMMANDS = (
-    *("inspect", "invert", "extract", "fit", "score", "merge", "evaluate", "detectors", "demo"),
+    *("inspect", "prepare", "invert", "extract", "fit", "score", "show", "merge", "evaluate"),
+    *("detectors", "demo"),
 )
 BASH = {"_OODCLI_COMPLETE": "complete_bash"}
 ZSH = {"_OODCLI_COMPLETE": "complete_zsh"}
@@ -55,7 +56,7 @@ def rows(text):
 
 @pytest.fixture
 def plain(tmp_path):
-    """A checkpoint without BatchNorm, made by a factory, and one whose head is a convolution."""
+    """A checkpoint without BatchNorm, made by a factory, and one whose head is not linear."""
     (tmp_path / "nets.py").write_text(
         f"sys.path.insert(0, {os.path.dirname(networks.__file__)!r})\n"
         "from networks import Plain\n"
@@ -957,8 +958,13 @@ def test_columns_that_share_a_detector_have_their_own_verdicts(both):
     for kind in ("virtual", "real"):
         part = sum(row[f"klm[{kind}].ood"] == "1" for row in found) / len(found)
         assert part == pytest.approx(0.1, abs=0.01)
-    fails("klm[virtual] has no calibration for --fpr", *score, "--fpr", "0.1")
-    fails("-d klm --calibrate", *score, "--fpr", "0.1")
+    partly = oodcli(*score, "--fpr", "0.1")
+    assert "no verdicts of klm[virtual]: without a calibration for --fpr" in partly.err
+    assert {"klm[real].ood", "klm[real].p"} < set(rows(partly.out)[0])
+    assert "klm[virtual].ood" not in rows(partly.out)[0]
+    virtual = ("score", both / "id.h5", *artefact_of(both, "virtual", "klm"), "-d", "energy")
+    fails("klm, energy have no calibration for --fpr", *virtual, "--fpr", "0.1")
+    fails("-d klm --calibrate", *virtual, "--fpr", "0.1")
     fails(
         "klm is not scored; the detectors are klm[virtual], klm[real]",
         *score,
@@ -1082,6 +1088,12 @@ def test_inspect(fitted):
     allowed = [detector["name"] for detector in found["detectors"] if detector["allowed"]]
     assert allowed == ORDINARY
     assert {tap["kind"] for tap in found["taps"]} == {"batchnorm", "block", "stage"}
+    assert found["taps"][-1]["positions"] == 4
+    assert "layers.peak" in found["taps"][-1]["records"]
+    assert {"embedding", "layers.peak"} <= set(found["records"])
+    assert not any(line.endswith(" ") for line in shown.out.splitlines())
+    last = next(line for line in shown.out.splitlines() if line.startswith("layer3 "))
+    assert last.split()[:4] == ["layer3", "stage", "64", "4"]
 
 
 def test_inspect_writes_a_card_that_is_read_back(fitted, tmp_path):
@@ -1116,12 +1128,31 @@ def test_list_of_detectors():
     assert [row["name"] for row in found] == list(detectors.names())
     for row in found:
         assert set(row) == {
-            *("name", "source", "needs", "fitted", "fitted_on", "about"),
+            *("name", "source", "needs", "fitted", "fitted_on", "group", "about"),
             *("explanation", "formula", "settings"),
         }
     shown = oodcli("detectors").out
     assert all(name in shown for name in detectors.names())
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_detectors_by_what_you_have():
+    shown = oodcli("detectors").out.splitlines()
+    headings = [line.rpartition("(")[2].strip(")") for line in shown if re.match("With ", line)]
+    assert headings == ["checkpoint", "virtual", "real", "ood"]
+    found = json.loads(oodcli("detectors", "--json", "--needs", "ood").out)
+    assert [row["name"] for row in found] == ["supervised"]
+    names = oodcli("detectors", "--needs", "real", "--needs", "ood", "--search", "GUO").out
+    assert names.splitlines()[1].split()[0] == "temp-scaling"
+    assert len([line for line in names.splitlines() if re.match("  [a-z]", line)]) == 1
+    fails(
+        "--needs photos: expected one of checkpoint, virtual, real, ood",
+        "detectors",
+        "--needs=photos",
+    )
+    fails(
+        "no detector matches --needs ood --search knn", "detectors", "--needs=ood", "--search=knn"
+    )
 
 
 def test_detectors_in_full():
@@ -1173,9 +1204,9 @@ def test_faults_of_checkpoints(fitted, tmp_path, plain):
     batchless, headless = plain
     fails("no BatchNorm layer", "invert", *batchless, *output, leaves=tmp_path)
     images = "noise:uniform?n=2"
-    fails("does not end in a linear layer", "extract", *headless, images, *output, leaves=tmp_path)
-    made = oodcli("extract", *headless, images, *output, "--record", "logits")
+    made = oodcli("extract", *headless, images, *output)
     assert made.status == 0, made.err
+    assert "not recorded: embedding" in made.err
     os.remove(tmp_path / "out.h5")
     fails(
         "last layer is not linear",

@@ -54,16 +54,15 @@ FILES = {
     "digits.safetensors",
     "digits.toml",
     "digits-test.npz",
-    "digits.virtual.h5",
-    "digits.virtual.png",
-    "digits.features.h5",
-    "detectors",
+    "digits.safetensors.oodcli",
     "photographs",
     "report",
     *(f"{name}.csv" for name in ("digits", "photographs", "noise", "blobs")),
     *(f"{name}.csv.json" for name in ("digits", "photographs", "noise", "blobs")),
 }
-COMMANDS = ("inspect", "invert", "extract", "fit", *["score"] * 4, "evaluate")
+PREPARED = ("invert", "extract", "invert", "extract", "extract", "fit", "score")
+"""What prepare prints: its steps, and the next command."""
+COMMANDS = ("inspect", "prepare", *PREPARED, *["score"] * 4, "evaluate")
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -78,12 +77,12 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Files in which no command line stands: that has --force the second time."""
-    without = (".h5", ".json", ".html")
+    """Files in which no time or command line stands: that has --force the second time."""
+    without = (".json", ".html")
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix not in without and path.parent.name != "detectors"
+        if path.is_file() and path.suffix not in without
     }
 
 
@@ -94,7 +93,7 @@ def test_all_of_it(tmp_path):
     folder = tmp_path / "oodcli-demo"
     assert os.listdir(tmp_path) == ["oodcli-demo"]
     assert set(os.listdir(folder)) == FILES
-    assert set(os.listdir(folder / "detectors")) == {"c2ir.safetensors", "c2ir-z.safetensors"}
+    assert (folder / "digits.safetensors.oodcli" / "prepared.json").exists()
     assert {"report.html", "metrics.csv", "roc.png"} <= set(os.listdir(folder / "report"))
     assert len(list((folder / "photographs").glob("*/*.png"))) == 120
 
@@ -110,14 +109,16 @@ def test_all_of_it(tmp_path):
     assert lines[0].split() == ["checkpoint", "oodcli-demo/digits.safetensors"]
     table = lines[next(k for k, line in enumerate(lines) if line.startswith("percent")) :]
     means = {words[0]: float(words[-2]) for words in map(str.split, table[4:9])}
-    assert list(means) == ["c2ir", "c2ir-z", "msp", "energy", "odin"]
-    assert min(means["c2ir"], means["c2ir-z"]) > 85 > max(means["msp"], means["energy"])
+    assert list(means) == list(demo.DETECTORS)
+    assert min(means["c2ir-peak"], means["c2ir-z"]) > 85 > max(means["msp"], means["energy"])
     assert re.match(r"Accuracy on the 597 labelled ID rows: 9[5-9]\.\d\d %\.", table[9])
     for name, count in (("digits", 597), ("photographs", 120), ("noise", 500), ("blobs", 500)):
         with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
         assert len(rows) == count
         assert not any(row["error"] for row in rows)
+        flagged = sum(row["c2ir-peak.ood"] == "1" for row in rows) / count
+        assert (flagged < 0.15) == (name == "digits")
 
     # In the same place it refuses, and with --force makes the same again.
     before = contents(folder)

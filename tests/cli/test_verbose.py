@@ -39,6 +39,7 @@ def test_nothing_and_everything_is_wrong_usage(command, tmp_path, monkeypatch):
         "invert": ["x.pt"],
         "extract": ["x.pt", "y"],
         "score": ["x.pt"],
+        "show": ["x.csv"],
         "merge": ["x.h5", "-o", "y.h5"],
         "evaluate": ["--ood", "far=x.csv"],
     }

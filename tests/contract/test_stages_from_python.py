@@ -36,6 +36,13 @@ class Stage:
 
 
 STAGES = {
+    "prepare": Stage(
+        "prepare digits.pt --images test.npz -o x",
+        lambda **more: oodcli.prepare("digits.pt", Path("x"), images="test.npz", **more),
+        ("x/images.features.h5", "x/c2ir-z.safetensors", "x/knn.safetensors"),
+        lambda **more: oodcli.prepare("digits.pt", "y", accuracy=91.7, **more),
+        "accuracy 91.7",
+    ),
     "invert": Stage(
         "invert digits.pt --per-class 2 --steps 3 --classes 0,3-4 --no-mirror -o x.h5",
         lambda **more: oodcli.invert(
@@ -92,6 +99,13 @@ STAGES = {
         ("x/metrics.csv", "x/metrics.json", "x/metrics.tex", "x/report.html"),
         lambda **more: oodcli.evaluate("id.csv", {"mean": "far.csv"}, **more),
         "mean",
+    ),
+    "show": Stage(
+        "show id.csv -d msp -o x.html",
+        lambda **more: oodcli.show("id.csv", Path("x.html"), detectors=["msp"], **more),
+        ("x.html",),
+        lambda **more: oodcli.show("id.csv", "y.html", "none", **more),
+        "none does not exist",
     ),
     "merge": Stage(
         "merge part-2.csv part-1.csv -o x.csv",

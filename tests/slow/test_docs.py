@@ -499,19 +499,78 @@ def test_what_is_in_a_partial_file_is_on_the_page(desk, folder, monkeypatch):
 # --- continuous integration -------------------------------------------------------------------
 
 
-def test_commands_of_workflows_run(started, folder):
-    """Those of ``run:``, on one line or several, in order."""
+def scripts(configuration: dict) -> list[list[str]]:
+    """The shell lines of each job of GitHub or GitLab, or of each hook of pre-commit."""
+    if "jobs" in configuration:
+        jobs = configuration["jobs"].values()
+        return [[step["run"] for step in job["steps"] if "run" in step] for job in jobs]
+    if "repos" in configuration:
+        hooks = [hook for repo in configuration["repos"] for hook in repo["hooks"]]
+        return [[f"{hook['entry']} photographs/*/*.png"] for hook in hooks]
+    return [job["script"] for job in configuration.values()]
+
+
+def workflows() -> list[Block]:
+    return [block for block in blocks(DOCS / "ci.md") if block.kind == "yaml"]
+
+
+def write_digits(folder: Path) -> None:
+    """Half of the held-out digits as PNG, instead of photographs."""
+    from PIL import Image
+
+    shutil.rmtree(folder / "photographs")
+    with np.load(folder / "digits-test.npz") as file:
+        images = file["images"][::2, :, :, 0]
+    (folder / "photographs" / "digits").mkdir(parents=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / "photographs" / "digits" / f"{number:03d}.png")
+
+
+PREPARE = "oodcli prepare digits.safetensors --accuracy 0.99 --no-mirror"
+
+
+@pytest.fixture(scope="session")
+def prepared(desk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the cache of a runner, with fewer virtual images, and all photographs."""
+    folder = tmp_path_factory.mktemp("prepared")
+    link(desk, folder)
+    shutil.rmtree(folder / "photographs")
+    photograph_crops(folder / "photographs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(f"{PREPARE} --per-class 20", folder)
+    return folder
+
+
+@pytest.mark.parametrize("block", workflows(), ids=lambda block: f"line {block.line}")
+def test_workflows_fail_on_photographs_and_pass_on_digits(block, prepared, folder):
+    """As a runner does it: in a shell that stops at the first line that fails."""
+    yaml = pytest.importorskip("yaml", exc_type=ImportError)
+    link(prepared, folder)
+    (folder / "bin").mkdir()
+    for name, does in (("pip", ":"), ("oodcli", f'{shlex.quote(sys.executable)} -m oodcli "$@"')):
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{does}\n", encoding="utf-8")
+        (folder / "bin" / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    [lines] = scripts(yaml.safe_load(block.text))
+    assert PREPARE in lines or "bash -c" in lines[0]  # pre-commit expects it on the computer
+    script = "\n".join(["set -eo pipefail", *lines]).replace(PREPARE, f"{PREPARE} --per-class 20")
+
+    def ends() -> int:
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True)
+        assert b"Traceback" not in done.stderr
+        return done.returncode
+
+    assert ends() == 4
+    write_digits(folder)
+    for path in folder.glob("scores.*"):
+        path.unlink()
+    assert ends() == 0
+
+
+def test_the_commands_of_the_page_on_ci_run(started, folder):
     link(started, folder)
     run_page(DOCS / "ci.md", folder)
-    for block in blocks(DOCS / "ci.md"):
-        if block.kind != "yaml":
-            continue
-        yaml = pytest.importorskip("yaml", exc_type=ImportError)
-        for job in yaml.safe_load(block.text)["jobs"].values():
-            for step in job["steps"]:
-                for line in lines_of(step.get("run", "")):
-                    if line.startswith("oodcli"):
-                        run(smaller(line) + "  # exit status 4 when it fails", folder)
 
 
 # --- checkpoints as other libraries write them --------------------------------------------------

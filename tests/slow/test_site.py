@@ -159,6 +159,24 @@ def test_a_detector_without_figures_is_not_measured():
     assert row.count("not measured") == 2
 
 
+def test_the_losses_are_differences_to_real_rows(monkeypatch):
+    def network(real: float, virtual: float, matched: float) -> dict[str, object]:
+        values = {"knn[real]": real, "knn[virtual]": virtual, "knn[matched]": matched, "msp": 1.0}
+        rows = {way: {"a": [value, 10.0], "noise": [0, 0]} for way, value in values.items()}
+        rows |= {f"vim[{way}]": {"a": [50.0, 9.0]} for way in ("real", "virtual")}
+        return {"auroc and tnr95": rows}
+
+    networks = {"one": network(90.0, 80.0, 85.0), "two": network(80.0, 78.0, 83.0)}
+    monkeypatch.setattr(hooks, "FIGURES", {"networks": networks})
+    _, _, vim, knn = hooks.losses()
+    assert vim.startswith("| [`vim`](vim.md) | 50.0\u00a0/\u00a09.0 |")
+    assert vim.endswith("| +0.0 | not measured |  |")
+    pairs = [f"{area}\u00a0/\u00a010.0" for area in ("85.0", "79.0", "84.0")]
+    assert (
+        knn == f"| [`knn`](knn.md) | {pairs[0]} | {pairs[1]} | \u22126.0 | {pairs[2]} | \u22121.0 |"
+    )
+
+
 def test_figures_measured_later_are_dated(monkeypatch):
     later = {
         "detectors": ["knn", "vim"],

@@ -54,7 +54,11 @@ def score(name, block, **hyperparameters):
 
 
 HEAD = frozenset({"logits", "logits.level", "embedding", "head"})
-OF_THE_HEAD = [name for name in detectors.names() if detectors.get(name).needs <= HEAD]
+OF_THE_HEAD = [
+    name
+    for name in detectors.names()
+    if detectors.get(name).needs | detectors.get(name).fit_needs() <= HEAD
+]
 
 
 @pytest.mark.parametrize("name", OF_THE_HEAD)

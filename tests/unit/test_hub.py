@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import oodcli as oodcli_command
 from hub_folders import (
     LABELS,
     PICTURES,
@@ -174,6 +175,11 @@ HOSTILE: list[tuple[str, dict[str, Any]]] = [
     ("no classifier of images", {"architectures": ["ViTModel"]}),
     ("no classifier of images", {"architectures": ["os.system"]}),
     ("no classifier of images", {"architectures": [["a"]]}),
+    (
+        "patches of pictures in their own shape",
+        {"architectures": ["Siglip2ForImageClassification"]},
+    ),
+    ("one of a few colours", {"architectures": ["ImageGPTForImageClassification"]}),
     ("make no ViTForImageClassification", {"model_type": "no-such-type"}),
     ("make no ViTForImageClassification", {"model_type": ["vit"]}),
     ("make no ViTForImageClassification", {"hidden_size": "eight"}),
@@ -206,6 +212,17 @@ def test_a_processor_that_cannot_be_followed_needs_a_resize(vit: Path, tmp_path:
     with pytest.raises(CheckpointError, match="in a way that oodcli cannot: say how"):
         oodcli.load_classifier(folder)
     assert oodcli.load_classifier(folder, resize=48).preprocessing.input_size == (32, 32)
+
+
+@needs_transformers
+def test_a_processor_that_leaves_sizes_open_needs_a_crop(vit: Path, tmp_path: Path) -> None:
+    """As TextNet's, which resizes the shorter side and crops nothing."""
+    folder = Path(shutil.copytree(vit, tmp_path / "network"))
+    said = {"image_processor_type": "TextNetImageProcessor", "size": {"shortest_edge": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"other shapes other sizes.*images of 32x32"):
+        oodcli.load_classifier(folder)
+    assert oodcli.load_classifier(folder, crop="center").preprocessing.resize == 32
 
 
 @pytest.fixture(scope="module")
@@ -342,3 +359,12 @@ def test_a_configuration_of_several_labels_is_recognised(vit: Path, tmp_path: Pa
     classifier = oodcli.load_classifier(folder)
     assert classifier.multi_label
     assert any("several labels an image" in each for each in classifier.assumptions)
+
+
+@needs_transformers
+def test_details_name_the_files_of_the_folder(vit: Path) -> None:
+    details = oodcli_command("inspect", vit, "-v").err.splitlines()
+    assert "detail: 2 classes, from config.json" in details
+    assert "detail: input size 32x32, from preprocessor_config.json" in details
+    given = oodcli_command("inspect", vit, "-v", "--arch", "transformers:ViTForImageClassification")
+    assert "by --arch" in given.err

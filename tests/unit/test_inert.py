@@ -28,6 +28,7 @@ from torch import nn
 from oodcli.errors import CheckpointError
 from oodcli.networks.architectures import build
 from oodcli.networks.card import Overrides
+from oodcli.networks.class_names import names_in
 from oodcli.networks.inert import Stub, is_module, load_inert, state_of
 from oodcli.networks.load import load_classifier
 
@@ -268,3 +269,76 @@ def test_a_module_of_odd_parts(odd: dict[str, Any], tmp_path: Path) -> None:
     torch.save({"a": network, (1, 2): network}, tmp_path / "net.pt")
     with pytest.raises(CheckpointError, match="pickled"):
         load_classifier(tmp_path / "net.pt")
+
+
+class CategoryMap:
+    """As fastai's: the names are in a list of fastai within."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.items = Names(names)
+        self.o2i = {name: number for number, name in enumerate(names)}
+
+
+class Names:
+    def __init__(self, names: list[str]) -> None:
+        self.items = names
+
+
+class Loaders:
+    def __init__(self, vocab: CategoryMap) -> None:
+        self.loaders = [{"dataset": Transform(vocab)}]
+
+
+class Transform:
+    def __init__(self, vocab: CategoryMap) -> None:
+        self.vocab = vocab
+
+
+PETS = ["cat", "dog", "köter"]
+ENCODED = {
+    "unicode": np.array(PETS),
+    "big-endian": np.array(PETS).astype(">U5"),
+    "objects": np.array(PETS, dtype=object),
+    "scalars": list(np.array(PETS)),
+    "numbers": {name: np.int64(number) for number, name in enumerate(PETS)},
+    "fastai": CategoryMap(PETS),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODED)
+def test_class_names_in_arrays_and_objects(kind: str, tmp_path: Path) -> None:
+    torch.save({"classes": ENCODED[kind], "n": np.arange(3)}, tmp_path / "x.pt")
+    assert names_in(load_inert(tmp_path / "x.pt")) == ("classes", tuple(PETS))
+    if kind != "fastai":
+        trusted = torch.load(tmp_path / "x.pt", weights_only=False)
+        assert names_in(trusted) == ("classes", tuple(PETS))
+
+
+def test_the_vocabulary_of_a_learner(tmp_path: Path) -> None:
+    learner = Learner(nn.Linear(2, 3))
+    learner.dls = Loaders(CategoryMap(PETS))  # type: ignore[attr-defined]
+    torch.save(learner, tmp_path / "export.pkl")
+    assert names_in(load_inert(tmp_path / "export.pkl")) == ("dls.vocab", tuple(PETS))
+
+
+@pytest.mark.parametrize(
+    "value", [np.array([["a"]]), np.array([1.0, 2.0]), np.array("a"), np.array([], dtype="U1")]
+)
+def test_other_arrays_are_no_class_names(value: Any, tmp_path: Path) -> None:
+    torch.save({"classes": value}, tmp_path / "x.pt")
+    assert names_in(load_inert(tmp_path / "x.pt")) is None
+
+
+class DTensor:
+    """As FSDP saves a part of a weight."""
+
+
+def test_weights_that_are_spread_over_processes(tmp_path: Path) -> None:
+    torch.save({"model": {"fc.weight": DTensor()}}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match="get_model_state_dict"):
+        load_classifier(tmp_path / "net.pt")
+    for name in (".metadata", "__0_0.distcp"):
+        (tmp_path / name).write_bytes(b"x")
+    for path in (tmp_path, tmp_path / ".metadata", tmp_path / "__0_0.distcp"):
+        with pytest.raises(CheckpointError, match="dcp_to_torch"):
+            load_classifier(path)

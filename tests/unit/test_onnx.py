@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from oodcli.errors import CheckpointError
 from oodcli.files.describe import kind_of
+from oodcli.files.hub import companions
 from oodcli.networks.card import Overrides
 from oodcli.networks.load import load_classifier
 
@@ -251,6 +252,51 @@ def test_a_crafted_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     model.graph.initializer[0].dims[0] = 1 << 40
     path.write_bytes(model.SerializeToString())
     fails(path, "net.onnx")
+
+
+def test_weights_beside_the_file(tmp_path: Path) -> None:
+    """As torch stores them, in NAME.onnx.data, and Hugging Face, in NAME.onnx_data."""
+    images = torch.randn(2, 3, 32, 32)
+    whole, path = tmp_path / "whole.onnx", tmp_path / "net.onnx"
+    export(tiny(), whole)
+    expected = load_classifier(whole)
+    hashes = set()
+    for name in ("net.onnx.data", "net.onnx_data"):
+        onnx.save(
+            *(onnx.load(whole), path),
+            save_as_external_data=True,
+            location=name,
+            size_threshold=0,
+        )
+        found = load_classifier(path)
+        torch.testing.assert_close(found.network(images), expected.network(images))
+        assert set(companions(path)) == {"net.onnx", name}
+        hashes.add(found.sha256)
+        content = bytearray((tmp_path / name).read_bytes())
+        content[8] ^= 1
+        (tmp_path / name).write_bytes(content)
+        hashes.add(load_classifier(path).sha256)
+        (tmp_path / name).write_bytes(content[:50])
+        fails(path, "not within")
+        (tmp_path / name).unlink()
+        fails(path, "which is missing")
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize("said", [{"offset": -1}, {"length": 1 << 50}, {"length": "x"}])
+def test_weights_beside_the_file_that_cannot_be(said: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    export(tiny(), path)
+    (tmp_path / "net.onnx.data").write_bytes(bytes(1 << 16))
+    model = onnx.load(path)
+    tensor = model.graph.initializer[0]
+    onnx.external_data_helper.set_external_data(tensor, "net.onnx.data")
+    for key, value in said.items():
+        tensor.external_data.add(key=key, value=str(value))
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    path.write_bytes(model.SerializeToString())
+    fails(path, "net.onnx is not an ONNX file that oodcli can read")
 
 
 def test_padding_and_pooling_as_the_specification_says(tmp_path: Path) -> None:

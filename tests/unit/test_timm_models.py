@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,16 @@ def test_the_nearest_model_is_named_with_what_differs(monkeypatch: pytest.Monkey
     grey = timm.create_model("test_efficientnet", in_chans=1).state_dict()
     assert likely(grey) == (["timm:test_efficientnet?in_chans=1"], [])
     assert likely({"a.weight": torch.zeros(3, 5)}) == ([], [])
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_the_size_of_the_images_of_a_bare_transformer(grey: bool, tmp_path: Path) -> None:
+    channels = {"in_chans": 1} if grey else {}
+    network = timm.create_model("test_vit", num_classes=3, img_size=96, **channels)
+    torch.save(network.state_dict(), tmp_path / "test_vit.pth")
+    words = "in_chans=1&img_size=96" if grey else "img_size=96"
+    arch = f"timm:test_vit?{words}"
+    with pytest.raises(CheckpointError, match=re.escape(arch)):
+        oodcli.load_classifier(tmp_path / "test_vit.pth")
+    found = oodcli.load_classifier(tmp_path / "test_vit.pth", arch=arch)
+    assert found.preprocessing.input_size == (96, 96)
