@@ -95,17 +95,27 @@ def compared() -> Iterator[Compared]:
             yield compare("torchvision", name, Path(place) / f"{name}.pth", theirs, Path(place))
 
 
+def _shown(each: Compared) -> str:
+    parts = (
+        f"{each.name} {each.difference:.0e}" if each.difference else f"{each.name} 0",
+        "" if each.same else " (another class)",
+        "" if each.embedding else " (no embedding)",
+    )
+    return "".join(parts)
+
+
 def table(found: list[Compared]) -> str:
-    lines = [
-        "| library | network | difference | embedding | BatchNorm |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for each in found:
-        said = ("yes" if there else "no" for there in (each.embedding, each.batchnorm))
-        difference = (f"{each.difference:.0e}" if each.difference else "0") + (
-            "" if each.same else ", another class"
+    lines = ["| library | with BatchNorm | without |", "| --- | --- | --- |"]
+    for library in dict.fromkeys(each.library for each in found):
+        cells = (
+            ", ".join(
+                _shown(each)
+                for each in found
+                if each.library == library and each.batchnorm == batchnorm
+            )
+            for batchnorm in (True, False)
         )
-        lines.append(f"| {each.library} | {each.name} | {difference} | {' | '.join(said)} |")
+        lines.append(f"| {library} | {' | '.join(cells)} |")
     import timm
     import transformers
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 WORD = "word"
 """Key of a record's ``extra``: the prefix of the line instead of ``note``; may be empty."""
@@ -38,6 +40,18 @@ def rank(log: logging.Logger, number: int, of: int) -> None:
 def done(log: logging.Logger, step: str) -> None:
     """Log at level DEBUG that a step is done. The command line measures its time."""
     log.debug("done: %s", step, extra={DONE: step})
+
+
+@contextmanager
+def only_from(level: int, name: str) -> Iterator[None]:
+    """While open, the logger called name, of a package, drops lines below the level."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def duration(seconds: float) -> str:

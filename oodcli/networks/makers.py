@@ -9,8 +9,8 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from oodcli.networks.architectures import Inputs
 from oodcli.networks.architectures.weightless import Weightless
 from oodcli.networks.inputs import guess_inputs
 from oodcli.networks.preprocessing import INTERPOLATIONS
+from oodcli.notes import only_from
 
 
 class Maker:
@@ -157,16 +158,9 @@ _FETCHED = frozenset(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename
 """Where timm's configuration says that weights come from."""
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> AbstractContextManager[None]:
     """Within it, timm does not warn: what it warns of is in our own lines."""
-    logger = logging.getLogger("timm")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return only_from(logging.CRITICAL, "timm")
 
 
 def timm_name(name: str, arguments: Mapping[str, Any]) -> str:

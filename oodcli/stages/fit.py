@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from oodcli.files.atomic import atomic, refuse_existing
 from oodcli.files.cache import FeatureCache
 from oodcli.files.hdf5 import Provenance
 from oodcli.files.origin import Words
+from oodcli.notes import only_from
 from oodcli.stages.chosen import (
     further_rows,
     require_multi_label,
@@ -294,7 +295,8 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
                 f"{kind.name}: fitting again without every {every}th row, to calibrate on those: "
                 f"about {seconds:.0f} s more"
             )
-        with _said_once():
+        # The first fit has logged the notes.
+        with only_from(logging.WARNING, "oodcli.detectors"):
             apart = kind.fit(cache.rows(needs, lambda row: row % every != 0), **given)
         rows = cache.rows(everything, lambda row: row % every == 0)
         held_out = [apart.score(block) for block in rows]
@@ -332,18 +334,6 @@ def _kind_of(rows: Provenance) -> str:
     if rows.virtual:
         return "virtual"
     return "noise" if rows.source.startswith("noise:") else "real"
-
-
-@contextmanager
-def _said_once() -> Iterator[None]:
-    """Silence the notes of a second fit: the first fit has logged them."""
-    theirs = logging.getLogger("oodcli.detectors")
-    level = theirs.level
-    theirs.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        theirs.setLevel(level)
 
 
 def _calibrate_one(artefact: Artefact, inputs: FitInputs) -> Artefact:
