@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,15 @@ KEYS = {
     "ArrowRight": 39,
     "ArrowDown": 40,
 }
+
+START = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for number, pipe in zip((3, 4), pipes):
+    os.dup2(pipe, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Starts a program with two pipes where Chromium looks for them."""
 
 
 class Browser:
@@ -120,10 +130,10 @@ def browser(profile: Path) -> Iterator[Browser]:
     theirs, commands = os.pipe()
     answers, also_theirs = os.pipe()
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
-    line = f'exec "$0" "$@" 3<&{theirs} 4>&{also_theirs}'
     process = subprocess.Popen(
         [
-            *("/bin/sh", "-c", line, PROGRAM, *options, "--remote-debugging-pipe"),
+            *(sys.executable, "-c", START, str(theirs), str(also_theirs)),
+            *(PROGRAM, *options, "--remote-debugging-pipe"),
             f"--user-data-dir={profile}",
         ],
         pass_fds=(theirs, also_theirs),

@@ -35,6 +35,8 @@ def mutated(content: bytes, name: str, random: Random) -> bytes:
         changes += [rewritten] * 3
     elif name.endswith(".safetensors"):
         changes += [reheaded] * 3
+    elif name.endswith(".onnx"):
+        changes += [regraphed] * 9
     for _ in range(random.choice((1, 1, 2, 3))):
         changed = random.choice(changes)(content, random)
         content = changed or content  # nothing is changed in what is too damaged for it
@@ -119,7 +121,7 @@ def rezipped(content: bytes, random: Random) -> bytes:
     name, member = members[which]
     kind = random.choice(("damaged", "damaged", "damaged", "name", "without", "twice"))
     if kind == "damaged":
-        change = reworded if name.endswith((".json", "byteorder", "version")) else damaged
+        change = reworded if name.endswith((".json", ".py", "byteorder", "version")) else damaged
         members[which] = (name, change(member, random))
     elif kind == "name":
         hostile = ("../../out.png", "/tmp/out.png", "a\nb,c.png", "", "x" * 5000, "=cmd().png")
@@ -158,6 +160,64 @@ def reheaded(content: bytes, random: Random) -> bytes:
     else:
         header = reworded(header, random)
     return len(header).to_bytes(8, "little") + header + rest
+
+
+OPERATIONS = (
+    *("Add", "Conv", "Gemm", "MatMul", "Reshape", "Expand", "Tile", "Pad", "Slice", "Gather"),
+    *("Concat", "Split", "Range", "ConstantOfShape", "Resize", "Loop", "If", "Cast", "Softmax"),
+    *("MaxPool", "AveragePool", "Pow", "Div", "Mod", "Transpose", "Squeeze", "Where", "Einsum"),
+)
+"""Of ONNX, known and unknown ones."""
+
+
+def regraphed(content: bytes, random: Random) -> bytes:
+    """An ONNX file with other edges, operations, attributes or constants in its graph."""
+    import numpy as np
+    import onnx
+
+    try:
+        model = onnx.load_from_string(content)
+        graph = model.graph
+        node = random.choice(graph.node)
+        constant = random.choice(graph.initializer)
+        kind = random.choice(
+            ("edge", "edge", "operation", "attribute", "constant", "shape", "gone")
+        )
+        if kind == "edge":
+            names = [name for each in graph.node for name in each.output]
+            names += [each.name for each in graph.initializer] + ["", "images", "none"]
+            ends = random.choice((node.input, node.input, node.input, node.output))
+            ends[random.randrange(len(ends))] = random.choice(names)
+        elif kind == "operation":
+            node.op_type = random.choice(OPERATIONS)
+        elif kind == "attribute":
+            values: list[Any] = [random.choice(HUGE[:-1]), -1, float("nan"), float("inf"), "x"]
+            values += [[random.choice(HUGE[:-1]) for _ in range(4)], [], [-1, -1], [0, 0, 0, 0]]
+            names = [each.name for each in node.attribute]
+            names += ["axis", "pads", "strides", "dilations", "group", "axes", "perm", "alpha"]
+            added = onnx.helper.make_attribute(random.choice(names), random.choice(values))
+            kept = [each for each in node.attribute if each.name != added.name]
+            del node.attribute[:]
+            node.attribute.extend([*kept, added])
+        elif kind == "constant":
+            shape = random.choice(((), (1,), (2,), (4,), tuple(constant.dims)))
+            numbers = [random.choice((*HUGE[:-1], -1, -5, 2, 3)) for _ in range(4)]
+            whole = np.resize(np.array(numbers, dtype=random.choice(("int64", "float32"))), shape)
+            constant.CopyFrom(onnx.numpy_helper.from_array(whole, constant.name))
+        elif kind == "shape":
+            dims = random.choice((constant.dims, graph.input[0].type.tensor_type.shape.dim))
+            place = random.randrange(len(dims))
+            number = random.choice(HUGE[:-1])
+            if dims is constant.dims:
+                dims[place] = number
+            else:
+                dims[place].dim_value = number
+        else:
+            graph.node.remove(node)
+        changed: bytes = model.SerializeToString()
+        return changed
+    except Exception:  # damaged already, or nothing of that kind is in it
+        return content
 
 
 def rewritten(content: bytes, random: Random) -> bytes:

@@ -234,7 +234,9 @@ def layout(name: str, classes: int = 10) -> dict[str, Tensor]:
 
 def published(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of a built-in network with those keys."""
-    if "-weiaicunzai" in name and not name.startswith(("vgg", "seresnet")):
+    if "-weiaicunzai" in name and not name.startswith(
+        ("vgg", "seresnet", "squeezenet", "shufflenetv2")
+    ):
         return of_weiaicunzai(name, state)
     if re.fullmatch(r"resnet\d+-kuangliu.*", name):
         return rekeyed(state, (r"^fc\.", "linear."), (r"\.downsample\.", ".shortcut."))

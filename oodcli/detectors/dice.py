@@ -51,14 +51,14 @@ class DICE(Detector):
         train: Blocks,
         *,
         p: Annotated[
-            float, "percentile of all contributions, in percent, 1 to 99; default of the paper"
+            float, "percentile of all contributions, in percent, 1 to 100; the paper's for CIFAR"
         ] = 90.0,
         c: Annotated[
             float | None, "clip u at this bound first, as react does; by default it is not clipped"
         ] = None,
     ) -> Self:
         """One pass; one sum is kept. Raises DetectorError when there is no row."""
-        require_percent(cls.name, p=p)
+        require_percent(cls.name, (1, 100), p=p)
         if c is not None:
             require_positive(cls.name, c=c)
         total = torch.zeros((), dtype=torch.float64)

@@ -66,7 +66,8 @@ def selected(
     ]
     if not found:
         asked = [f"--needs {each}" for each in needs] + ([f"--search {search}"] if search else [])
-        raise DetectorError(f"no detector matches {' '.join(asked)}: leave out one of them")
+        less = "leave out one of them" if asked[1:] else "'oodcli detectors' lists all"
+        raise DetectorError(f"no detector matches {' '.join(asked)}: {less}")
     return found
 
 

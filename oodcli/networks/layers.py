@@ -38,7 +38,17 @@ class Flat:
 
     def network(self, output: Any) -> fx.GraphModule:
         self.graph.output(output)
-        return fx.GraphModule(self.root, self.graph).eval().float()
+        return _Listed(self.root, self.graph).eval().float()
+
+
+class _Listed(fx.GraphModule):
+    """A network that raises its errors without printing a traceback, as torch.fx does."""
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        # Each network has a class of its own.
+        type(self).__call__ = nn.Module.__call__  # type: ignore[method-assign]
+        return code
 
 
 class AnyBatchNorm(_BatchNorm):

@@ -41,7 +41,7 @@ def page(
     return html.render(
         "page.html.jinja",
         ("base.css", "page.css"),
-        ("tables.js",),
+        ("tables.js", "strips.js"),
         sets=", ".join(evaluation.sets),
         drawn={name: _drawing(svg) for name, svg in drawn.items()},
         best=evaluation.marked(best),

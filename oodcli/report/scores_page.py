@@ -71,7 +71,7 @@ def scores_page(
     text = html.render(
         "scores.html.jinja",
         ("base.css", "scores.css"),
-        ("tables.js", "scores.js"),
+        ("tables.js", "strips.js", "scores.js"),
         source=listing.source,
         images=str((listing.made or {}).get("source", "")) or listing.source,
         prefix=prefix,

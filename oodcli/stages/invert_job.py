@@ -105,9 +105,10 @@ def estimate(request: InvertRequest) -> InvertEstimate:
 
 
 def seconds_of(request: InvertRequest) -> float:
-    """The estimate for all images, wherever the output will be."""
+    """The estimate for all images, wherever the output will be. A step is not compiled for it,
+    which takes a minute or more, unless the request asks for that."""
     classifier, plan = _plan(request)
-    return prepare(classifier, plan, compiled=request.compiled)[2]
+    return prepare(classifier, plan, compiled=bool(request.compiled))[2]
 
 
 def invert(request: InvertRequest, watch: Watch | None = None) -> Inverted | None:

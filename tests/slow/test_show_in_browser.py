@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from browser import PROGRAM, Browser, browser
 from PIL import Image
 
 import oodcli
-from oodcli.files.scores import ScoreBlock, ScoresWriter
+from oodcli.files.scores import ScoreBlock, ScoresWriter, score_rows
 from oodcli.report import listing
+from oodcli.report.listing import read_listing
+from oodcli.report.scores_page import overviews, scores_page
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
 
@@ -151,6 +154,10 @@ def test_counts_follow_the_threshold(window: Browser, small) -> None:
     order = np.argsort(-numbers["a"], kind="stable")[:48]
     marked = window.js("document.querySelectorAll('#most-strip .flagged').length")
     assert marked == above[order].sum()
+    focus(window, "#number")
+    window.js("document.querySelector('#number').select()")
+    window.type("6")  # a score that is not above itself
+    assert counted(window) == 2
     focus(window, "#reset")
     window.press("Enter")
     assert counted(window) == flagged(numbers, "a", 1.5).sum()
@@ -323,3 +330,25 @@ def test_of_more_rows_the_counts_are_exact_at_every_step(
     window.type("0.3")  # the nearest step
     nearest = min(steps, key=lambda step: abs(step - 0.3))
     assert counted(window) == flagged(numbers, "a", nearest).sum()
+
+
+def test_the_calibration_says_how_many_false_alarms_to_expect(
+    window: Browser, tmp_path: Path
+) -> None:
+    write(tmp_path / "s.csv", 200)
+    found = read_listing(score_rows(tmp_path / "s.csv"), ["a"], 1000)
+    quantiles = np.linspace(-2, 2, 201).tolist()
+    about = {"images": "9 real images", "rate": 0.05, "threshold": 1.5, "quantiles": quantiles}
+    found = replace(found, made={"calibration": {"a": about}})
+    page, _ = scores_page(found, overviews(found), thumbnails=False)
+    (tmp_path / "p.html").write_text(page, encoding="utf-8")
+    window.open(tmp_path / "p.html")
+    assert "Calibrated on 9 real images." in text(window, "#more")
+    assert "if all were in distribution (9 real images)" in text(window, "#legend")
+    assert window.js("document.querySelectorAll('#histogram path.outline').length") == 1
+    for typed, share in (("1", 25), ("-1.7", 92.5), ("3", 0), ("-3", 100)):
+        focus(window, "#number")
+        window.js("document.querySelector('#number').select()")
+        window.type(typed)
+        words = f", as do about {share:g} % of the calibration’s images."
+        assert text(window, "#sentence").endswith(words)

@@ -364,6 +364,56 @@ def shufflenetv2(s: Layers, x: Tensor, name: str) -> Tensor:
     return s.linear("linear", F.avg_pool2d(x, 4).flatten(1))
 
 
+def squeezenet_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    def layer(key: str, x: Tensor) -> Tensor:
+        return F.relu(s.bn(f"{key}.1", s.conv(f"{key}.0", x)))
+
+    def fire(number: int, x: Tensor) -> Tensor:
+        small = layer(f"fire{number}.squeeze", x)
+        both = [layer(f"fire{number}.expand_{k}", small) for k in ("1x1", "3x3")]
+        return torch.cat(both, 1)
+
+    f2 = fire(2, F.max_pool2d(layer("stem", x), 2, 2))
+    f4 = F.max_pool2d(fire(4, fire(3, f2) + f2), 2, 2)
+    f6 = fire(6, fire(5, f4) + f4)
+    f8 = F.max_pool2d(fire(8, fire(7, f6) + f6), 2, 2)
+    return mean(s.conv("conv10", fire(9, f8)))
+
+
+def shufflenetv2_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = s.bn("pre.1", s.conv("pre.0", x))
+    for stage in ("stage2", "stage3", "stage4"):
+        for block in s.blocks(stage):
+            p, stride = f"{stage}.{block}", 2 if block == 0 else 1
+            left, right = (x, x) if block == 0 else x.split(x.shape[1] // 2, 1)
+            if block == 0:
+                left = s.bn(f"{p}.shortcut.1", s.depthwise(f"{p}.shortcut.0", left, 2))
+                left = F.relu(s.bn(f"{p}.shortcut.3", s.conv(f"{p}.shortcut.2", left)))
+            p += ".residual"
+            right = F.relu(s.bn(f"{p}.1", s.conv(f"{p}.0", right)))
+            right = s.bn(f"{p}.4", s.depthwise(f"{p}.3", right, stride))
+            right = F.relu(s.bn(f"{p}.6", s.conv(f"{p}.5", right)))
+            x = shuffled(torch.cat([left, right], 1), 2)
+    return s.linear("fc", mean(F.relu(s.bn("conv5.1", s.conv("conv5.0", x)))))
+
+
+def preresnet_bearpaw(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = s.conv("conv1", x)
+    for stage in ("layer1", "layer2", "layer3"):
+        for block in s.blocks(stage):
+            p = f"{stage}.{block}"
+            last = 3 if f"{p}.conv3.weight" in s else 2
+            stride = 2 if block == 0 and stage != "layer1" else 1
+            out = x
+            for k in range(1, last + 1):
+                own = stride if k == last - 1 else 1
+                out = s.conv(f"{p}.conv{k}", F.relu(s.bn(f"{p}.bn{k}", out)), own)
+            x = out + (
+                s.conv(f"{p}.downsample.0", x, stride) if f"{p}.downsample.0.weight" in s else x
+            )
+    return s.linear("fc", mean(F.relu(s.bn("bn", x))))
+
+
 def googlenet(s: Layers, x: Tensor, name: str) -> Tensor:
     def layer(key: str, place: int, x: Tensor) -> Tensor:
         return F.relu(s.bn(f"{key}.{place + 1}", s.conv(f"{key}.{place}", x)))
@@ -553,6 +603,9 @@ FAST: dict[str, Reference] = {
     "mobilenetv2-weiaicunzai": mobilenetv2_weiaicunzai,
     "shufflenetg2-kuangliu": shufflenet,
     "shufflenetv2_x0_5-kuangliu": shufflenetv2,
+    "squeezenet-weiaicunzai": squeezenet_weiaicunzai,
+    "shufflenetv2_x0_5-weiaicunzai": shufflenetv2_weiaicunzai,
+    "preresnet20-bearpaw": preresnet_bearpaw,
     "wrn-16-2-weiaicunzai": wrn_weiaicunzai,
     "repvgg_a0-chenyaofo": repvgg,
     "mobilenetv2_x1_0-chenyaofo": mobilenetv2_chenyaofo,
@@ -579,6 +632,8 @@ SLOW: dict[str, Reference] = {
     "regnety_400mf-kuangliu": bottlenecks,
     "dpn92-kuangliu": dpn,
     "shufflenetg3-kuangliu": shufflenet,
+    "shufflenetv2_x2_0-weiaicunzai": shufflenetv2_weiaicunzai,
+    "preresnet56-bearpaw": preresnet_bearpaw,
     "shufflenetv2_x2_0-kuangliu": shufflenetv2,
     "pnasnetb-kuangliu": pnasnet,
     "repvgg_a2-chenyaofo": repvgg,

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +373,11 @@ def test_images_that_have_moved(tmp_path: Path, monkeypatch) -> None:
     # A name alone may be that of another image.
     write(Path("t.csv"), {"a": [1, 2]}, paths=["old/1.png", "old/2.png"])
     assert package.show("t.csv", images="elsewhere").thumbnails == 0
+    Image.new("RGB", (9, 9)).save(tmp_path / "elsewhere" / "1.png")
+    assert package.show("s.csv", images="elsewhere", force=True).thumbnails == 3
+    # In a list, 1.png is the name of two images, and 2.png of one.
+    Path("list.txt").write_text("".join(f"elsewhere/{name}\n" for name in names))
+    assert package.show("t.csv", images="list.txt", force=True).thumbnails == 1
 
 
 # --- score ------------------------------------------------------------------------------------
@@ -434,3 +440,20 @@ def test_noise_is_drawn_again() -> None:
         assert image.size == (8, 8)
     for other in (None, {"source": "noise:none"}, {**made, "source": "photos"}):
         assert noise_of(other)[0] is None
+
+
+def test_as_many_images_are_expected_as_there_are(tmp_path: Path) -> None:
+    """Also where scores of the calibration lie beyond the axis."""
+    path = write(tmp_path / "s.csv", {"a": range(50)}, flags={"a": [0] * 50})
+    quantiles = [-1e9, *range(10, 30), 1e9, math.inf]
+    about = {"images": "i", "rate": 0.1, "threshold": 60, "quantiles": quantiles}
+    found = replace(listed(path), made={"calibration": {"a": about}})
+    [one] = overviews(found)
+    assert sum(one.expected) == pytest.approx(50, abs=0.1)
+    assert (one.low, one.high) == pytest.approx((-27.75, 66.75))
+    assert one.expected[0] > 0
+    assert one.calibration is not None
+    np.testing.assert_allclose(
+        one.calibration.below(np.array([-2e9, 10, 10.5, 29, 2e9])),
+        np.array([0, 1, 1.5, 20, 21]) / 22,
+    )

@@ -267,7 +267,7 @@ def test_a_fraction_is_no_percentile(name):
 
 
 def test_settings_out_of_range():
-    with pytest.raises(DetectorError, match=r"dice\.p=0\.9 must be in 1 … 99"):
+    with pytest.raises(DetectorError, match=r"dice\.p=0\.9 must be in 1 … 100"):
         made("dice", some(), p=0.9)
     with pytest.raises(DetectorError, match=r"vra\.low=95 must be below high=60"):
         made("vra", some(), low=95.0, high=60.0)

@@ -68,6 +68,11 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         *(f"shufflenetg{n}-kuangliu" for n in (2, 3)),
         *(f"shufflenetv2_x{size}-kuangliu" for size in ("0_5", "1_0", "1_5", "2_0")),
     ),
+    "cifar_shuffle_v2": tuple(
+        f"shufflenetv2_x{size}-weiaicunzai" for size in ("0_5", "1_0", "1_5", "2_0")
+    ),
+    "cifar_squeeze": ("squeezenet-weiaicunzai",),
+    "cifar_preresnet": tuple(f"preresnet{n}-bearpaw" for n in (20, 32, 56, 110, 164)),
     "cifar_inception": ("googlenet-kuangliu", "googlenet-weiaicunzai"),
     "cifar_dla": ("dla-kuangliu", "simpledla-kuangliu"),
     "cifar_pnasnet": ("pnasneta-kuangliu", "pnasnetb-kuangliu"),
