@@ -58,6 +58,7 @@ def rows(text):
 def plain(tmp_path):
     """A checkpoint without BatchNorm, made by a factory, and one whose head is not linear."""
     (tmp_path / "nets.py").write_text(
+        "import sys\n"
         f"sys.path.insert(0, {os.path.dirname(networks.__file__)!r})\n"
         "from networks import Plain\n"
         "def plain():\n    return Plain()\n"
@@ -79,6 +80,7 @@ def plain(tmp_path):
 def start(words, environment):
     """What is printed, and which modules it took that one can start without."""
     code = (
+        "import sys\n"
         "from oodcli.cli import main\n"
         f"sys.argv = ['oodcli', *{words!r}]\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"

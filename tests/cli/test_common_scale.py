@@ -393,6 +393,7 @@ def test_noise_beside_other_rows_is_noise_alone(place, tmp_path):
     assert read_artefact(tmp_path / "1c-sum.safetensors").fitted_on["kind"] == "virtual"
 
 
+@pytest.mark.slow
 def test_all_that_can_be_fitted(place, tmp_path):
     names = "1c-sum", "c2ir-peak", "duo", "trio"
     for more, expected in (

@@ -168,10 +168,7 @@ def cut(fitted, folder, tmp_path):
 
 @pytest.mark.parametrize(
     "job",
-    [
-        pytest.param(job, marks=pytest.mark.slow) if job in ("invert.h5", "pool.h5") else job
-        for job in JOBS
-    ],
+    [pytest.param(job, marks=pytest.mark.slow) if job.endswith(".h5") else job for job in JOBS],
 )
 def test_merged_shards_are_what_one_process_makes(job, whole, cut, tmp_path):
     shards = cut(job, 3)

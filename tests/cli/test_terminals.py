@@ -43,6 +43,7 @@ def test_no_encoding_ends_in_a_traceback(
             assert ("β" if encoding == "utf-8" else r"\u03b2") in text
 
 
+@pytest.mark.slow
 def test_a_terminal_of_another_encoding_is_written_to() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     run = [sys.executable, "-m", "oodcli", "inspect", "missing→.pt"]

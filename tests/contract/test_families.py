@@ -48,7 +48,7 @@ def with_classes(name: str, classes: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("classes", [1000, 7])
-@pytest.mark.parametrize("name", one_in(8, TORCHVISION))
+@pytest.mark.parametrize("name", one_in(16, TORCHVISION))
 def test_every_torchvision_model_is_recognised(name: str, classes: int) -> None:
     state = skeleton(name, 1000).state_dict() if classes == 1000 else with_classes(name, classes)
     found = recognise(state)

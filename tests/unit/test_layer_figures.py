@@ -288,6 +288,7 @@ def quantile(scores: np.ndarray, share: float) -> float:
 
 
 @blocks_of_rows
+@pytest.mark.slow
 def test_boxes_are_quantiles_of_the_indicators(folder, inputs, monkeypatch, rows):
     monkeypatch.setattr(cache_file, "BLOCK_ROWS", rows)
     boxes, notes = indicator_boxes(inputs)
@@ -529,6 +530,7 @@ def test_a_figure_takes_some_record(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_without_gradients_the_ablation_has_no_mgi(folder, tmp_path):
     command = words(folder, "--virtual", folder / "v.plain.h5", "-o", tmp_path / "a", "--json")
     result = oodcli(*command)

@@ -378,6 +378,7 @@ def drawings(
     ("sets", "detectors"),
     [(1, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((5, 6), (2, 14)))],
 )
+@pytest.mark.slow
 def test_figures_cut_nothing_off(sets: int, detectors: int, marked: bool) -> None:
     """All that is drawn lies on the page, and no panel with its labels on another."""
     id_scores, ood = sample(sets, detectors)
@@ -397,6 +398,7 @@ def test_figures_cut_nothing_off(sets: int, detectors: int, marked: bool) -> Non
             assert not any(one.overlaps(other) for other in panels[k + 1 :])
 
 
+@pytest.mark.slow
 def test_figures_of_awkward_scores(tmp_path: Path) -> None:
     """Infinite, constant, or huge scores, and names that matplotlib reads as something else."""
     columns = {

@@ -209,6 +209,7 @@ def test_cosines_of_short_vectors():
     assert found[:, 0].tolist() == pytest.approx([0.25, 0])
 
 
+@pytest.mark.slow
 def test_faults_of_deconf(backbone, tmp_path):
     state = deconf_state(backbone, "cosine")
     path = saved(tmp_path, state)
