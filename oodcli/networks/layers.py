@@ -21,13 +21,14 @@ class Flat:
     def __init__(self) -> None:
         self.root = nn.Module()
         self.graph = fx.Graph()
+        self._taken: dict[str, int] = {}
 
     def add(self, name: str, layer: nn.Module, value: fx.Node) -> fx.Node:
         """Append a layer; the node of its output."""
         free = base = re.sub(r"\W", "_", name, flags=re.ASCII).lstrip("_") or "layer"
-        count = 1
         while hasattr(self.root, free):
-            free, count = f"{base}_{count}", count + 1
+            self._taken[base] = self._taken.get(base, 0) + 1
+            free = f"{base}_{self._taken[base]}"
         self.root.add_module(free, layer.eval())
         return self.graph.call_module(free, (value,))
 

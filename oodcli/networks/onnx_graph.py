@@ -24,9 +24,9 @@ from oodcli.files.hub import ONNX_DATA
 from oodcli.networks.layers import Flat, batch_norm, convolution, linear
 
 LARGEST = 1 << 28
-"""Numbers in a tensor that a graph makes from sizes, and in a batch of images."""
+"""Numbers in a tensor that a graph makes of one image, or from sizes, and in a batch of images."""
 
-WIDEST = 1 << 12
+WIDEST = 1 << 9
 """Pixels of padding, and size of a kernel."""
 
 REEXPORT = (
@@ -220,7 +220,9 @@ class _Graph:
                 raise _UnknownError(f"{node.domain}.{node.op_type}")
             self._append(node)
         outputs = [self.values[each.name] for each in self.proto.output]
-        return self.flat.network(outputs[0] if len(outputs) == 1 else tuple(outputs))
+        network = self.flat.network(outputs[0] if len(outputs) == 1 else tuple(outputs))
+        network.register_forward_pre_hook(_allow)
+        return network
 
     def _append(self, node: Any) -> None:
         given = {each.name: self._attribute(node, each) for each in node.attribute}
@@ -383,10 +385,28 @@ def _ints(value: Any) -> list[int]:
     return [int(each) for each in (found if isinstance(found, list) else [found])]
 
 
+class _Most:
+    """The limit of the pass that is running."""
+
+    numbers = LARGEST
+
+
+def _allow(network: nn.Module, args: tuple[Any, ...]) -> None:
+    """A pre-hook: a batch of images may have as many numbers as each of them alone."""
+    _Most.numbers = LARGEST * max(1, len(args[0]))
+
+
 def _limited(sizes: Sequence[int]) -> list[int]:
-    if math.prod(max(size, 1) for size in sizes) > LARGEST:
+    """Raises ValueError for a tensor that is too large; a small graph could square its sizes."""
+    if math.prod(max(size, 1) for size in sizes) > _Most.numbers:
         raise ValueError(f"a tensor of {'x'.join(map(str, sizes))} numbers")
     return list(sizes)
+
+
+def _broadcast(*tensors: Tensor) -> Sequence[int]:
+    """The shape of what an operation makes of tensors, element by element."""
+    shapes = (tensor.shape for tensor in tensors)
+    return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _together(*tensors: Any) -> list[Any]:
@@ -397,6 +417,7 @@ def _together(*tensors: Any) -> list[Any]:
 
 def _pointwise(function: Any) -> Callable[..., Any]:
     def call(given: Mapping[str, Any], *tensors: Tensor) -> Any:
+        _limited(_broadcast(*tensors))
         return function(*_together(*tensors))
 
     call.__name__ = f"pointwise_{getattr(function, '__name__', 'function')}"
@@ -408,11 +429,19 @@ def _folded(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tenso
 
     def call(given: Mapping[str, Any], first: Tensor, *others: Tensor) -> Tensor:
         for other in others:
+            _limited(_broadcast(first, other))
             first = function(*_together(first, other))
         return first
 
     call.__name__ = f"folded_{function.__name__}"
     return call
+
+
+def _matmul(given: Mapping[str, Any], a: Tensor, b: Tensor) -> Tensor:
+    batch = _broadcast(a[..., :1, :1], b[..., :1, :1]) if min(a.ndim, b.ndim) > 1 else ()
+    _limited([*batch[:-2], *a.shape[-2:-1], *(b.shape[-1:] if b.ndim > 1 else ())])
+    first, second = _together(a, b)
+    return torch.matmul(first, second)
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
@@ -460,6 +489,7 @@ def _concat(given: Mapping[str, Any], *tensors: Tensor) -> Tensor:
     if axis % parts[0].ndim != 0:
         count = max(len(part) for part in parts)
         parts = [p.expand(count, *p.shape[1:]) if len(p) == 1 else p for p in parts]
+    _limited([sum(part.numel() for part in parts)])
     return torch.cat(parts, axis)
 
 
@@ -494,6 +524,7 @@ def _slice(
 def _gather(given: Mapping[str, Any], x: Tensor, indices: Tensor) -> Tensor:
     axis = given.get("axis", 0) % x.ndim
     places = torch.where(indices < 0, indices + x.shape[axis], indices).to(x.device)
+    _limited([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
     taken = x.index_select(axis, places.reshape(-1).long())
     return torch.reshape(taken, (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
@@ -548,6 +579,7 @@ def _cast(given: Mapping[str, Any], x: Tensor) -> Tensor:
 
 
 def _where(given: Mapping[str, Any], condition: Tensor, a: Tensor, b: Tensor) -> Any:
+    _limited(_broadcast(condition, a, b))
     return torch.where(*_together(condition, a, b))
 
 
@@ -603,6 +635,7 @@ def _padded(given: Mapping[str, Any], x: Tensor, value: float) -> Tensor:
     if max(pads, default=0) > WIDEST or max(kernel) > WIDEST:
         raise ValueError(f"padding by {max(pads)} pixels")
     top, left, bottom, right = pads
+    _limited([*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right])
     return F.pad(x, (left, right, top, bottom), value=value) if any(pads) else x
 
 
@@ -649,6 +682,8 @@ def _pad(
     for place, axis in enumerate(which):
         last = 2 * (x.ndim - 1 - axis)
         flat[last : last + 2] = [found[place], found[place + len(which)]]
+    ends = zip(x.shape, flat[-2::-2], flat[::-2], strict=True)
+    _limited([size + before + after for size, before, after in ends])
     mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}[
         given.get("mode", "constant")
     ]
@@ -691,6 +726,7 @@ def _cumulative_sum(given: Mapping[str, Any], x: Tensor, axis: Tensor) -> Tensor
 
 def _gemm(given: Mapping[str, Any], a: Tensor, b: Tensor, c: Any = None) -> Any:
     a, b = (a.T if given.get("transA") else a), (b.T if given.get("transB") else b)
+    _limited([len(a), b.shape[1]])
     product = given.get("alpha", 1.0) * (a @ b)
     return product if c is None else product + given.get("beta", 1.0) * c
 
@@ -728,7 +764,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "Floor": torch.floor,
             "Ceil": torch.ceil,
             "Reciprocal": torch.reciprocal,
-            "MatMul": torch.matmul,
             "Equal": torch.eq,
             "Less": torch.lt,
             "LessOrEqual": torch.le,
@@ -766,6 +801,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "LRN": _lrn,
     "LayerNormalization": _layer_norm,
     "LogSoftmax": _log_softmax,
+    "MatMul": _matmul,
     "MaxPool": _max_pool,
     "PRelu": _prelu,
     "Mod": _modulo,

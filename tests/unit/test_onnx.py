@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from oodcli.errors import CheckpointError
 from oodcli.files.describe import kind_of
 from oodcli.files.hub import companions
+from oodcli.networks import onnx_graph
 from oodcli.networks.card import Overrides
 from oodcli.networks.load import load_classifier
 
@@ -257,6 +258,32 @@ def test_a_crafted_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     model.graph.initializer[0].dims[0] = 1 << 40
     path.write_bytes(model.SerializeToString())
     fails(path, "net.onnx")
+
+
+GROWING = {
+    "doubled": [("Concat", ["x", "x"], {"axis": 2})]
+    + [("Concat", [f"t{n}", f"t{n}"], {"axis": 2}) for n in range(40)],
+    "squared": [("Reshape", ["x", "row"], {}), ("Reshape", ["x", "column"], {})]
+    + [(kind, ["t1", "t0"], {}) for kind in ("MatMul", "Add")],
+}
+
+
+@pytest.mark.parametrize("how", GROWING)
+def test_small_graphs_that_fill_the_memory(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each operation makes more of what the last one made."""
+    monkeypatch.setattr(onnx_graph, "LARGEST", 1 << 20)
+    nodes = [
+        onnx.helper.make_node(kind, inputs, [f"t{place}"], **attributes)
+        for place, (kind, inputs, attributes) in enumerate(GROWING[how])
+    ]
+    last = f"t{len(nodes) - 1}"
+    nodes += [node("ReduceMean", last, to="m"), node("Reshape", "m", "one")]
+    one = {"one": np.array([1, 1]), "row": np.array([1, -1]), "column": np.array([-1, 1])}
+    path = tmp_path / "net.onnx"
+    graph(path, *nodes, shape=["n", 3, 32, 32], **one)
+    fails(path, "a tensor of", "numbers")
 
 
 def test_weights_beside_the_file(tmp_path: Path) -> None:
