@@ -69,6 +69,26 @@ class Shared(nn.Module):
         return self.fc(self.flat(x.mean((2, 3))))
 
 
+class Standardised(nn.Module):
+    """A weight standardised by BatchNorm in training mode, as in NFNet and BiT, positions that are
+    computed from sizes, as in XCiT, and a mask written part by part, as in Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight.reshape(1, 6, -1)
+        weight = F.batch_norm(weight, None, None, training=True, momentum=0.0)
+        x = F.conv2d(x, weight.reshape(self.conv.weight.shape), self.conv.bias).relu()
+        rows = torch.arange(1, x.shape[2] + 1, device=x.device).float().view(1, 1, -1, 1)
+        mask = torch.zeros(1, 1, x.shape[2], x.shape[3])
+        mask[:, :, 2:5, :3] = 1
+        mask[:, :, 5:, 3:] = 2
+        places = torch.ones(1, 1, x.shape[2], x.shape[3]).cumsum(3)
+        return self.fc((x * (rows.sin() + mask + places.cos())).mean((2, 3)))
+
+
 class Plain(nn.Module):
     """No BatchNorm; without ``linear``, the logits are no linear function of features."""
 

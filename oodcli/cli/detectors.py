@@ -50,7 +50,7 @@ def command(
     ] = "",
     json: Json = False,
 ) -> None:
-    """List every detector with its source, by the images that you need for it."""
+    """List every detector with its source, by the images it needs."""
     from oodcli import detectors
     from oodcli.detectors import facts
 

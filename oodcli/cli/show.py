@@ -55,7 +55,7 @@ def command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make one HTML page to look at scores: counts, histogram, thumbnails."""
+    """Show scores on one HTML page, with thumbnails."""
     from oodcli import api
 
     with console.steps("show", "thumbnails") as progress:

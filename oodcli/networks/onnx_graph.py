@@ -239,7 +239,7 @@ class _Graph:
             )
         elif (layer := self._layer(node, given, constant)) is not None:
             self._store(node, self.flat.add(node.name or node.op_type, layer, self.node(inputs[0])))
-        elif node.op_type in FUNCTIONS:
+        elif node.op_type in FUNCTIONS and self._known(node):
             function = FUNCTIONS[node.op_type]
             given |= {"opset": self.opset, "outputs": len(node.output)}
             if isinstance(given.get("value"), Tensor):
@@ -251,6 +251,10 @@ class _Graph:
             self._store(node, self.flat.graph.call_function(function, (given, *arguments)))
         else:
             raise _UnknownError(node.op_type)
+
+    def _known(self, node: Any) -> bool:
+        """Of images, BatchNorm is a layer or unknown: only a weight has its own statistics."""
+        return node.op_type != "BatchNormalization" or node.input[0] in self.constants
 
     def _attribute(self, node: Any, attribute: Any) -> Any:
         import onnx
@@ -663,6 +667,28 @@ def _instance_norm(given: Mapping[str, Any], x: Tensor, scale: Tensor, bias: Ten
     return F.instance_norm(x, weight=scale, bias=bias, eps=given.get("epsilon", 1e-5))
 
 
+def _batch_norm(
+    given: Mapping[str, Any], x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor
+) -> Tensor:
+    """Of a weight, by its own statistics, as networks without BatchNorm standardise theirs."""
+    own = bool(given.get("training_mode"))
+    first, second = (None, None) if own else (mean, var)
+    return F.batch_norm(x, first, second, scale, bias, own, 0.0, given.get("epsilon", 1e-5))
+
+
+def _scatter(given: Mapping[str, Any], x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    if given.get("reduction", "none") != "none":
+        raise ValueError("ScatterND with a reduction")
+    x, indices, updates = _together(x, indices, updates)
+    return x.index_put(tuple(indices.long().unbind(-1)), updates.to(x.dtype))
+
+
+def _cumulative_sum(given: Mapping[str, Any], x: Tensor, axis: Tensor) -> Tensor:
+    if given.get("exclusive") or given.get("reverse"):
+        raise ValueError("CumSum from another end")
+    return x.cumsum(int(axis))
+
+
 def _gemm(given: Mapping[str, Any], a: Tensor, b: Tensor, c: Any = None) -> Any:
     a, b = (a.T if given.get("transA") else a), (b.T if given.get("transB") else b)
     product = given.get("alpha", 1.0) * (a @ b)
@@ -722,11 +748,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceMin": _reduced(torch.amin),
     "ReduceL2": _reduced(torch.linalg.vector_norm),
     "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Clip": _clip,
     "Concat": _concat,
     "ConstantOfShape": _filled,
     "Conv": _conv,
+    "CumSum": _cumulative_sum,
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
@@ -744,6 +772,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
+    "ScatterND": _scatter,
     "Shape": _shape,
     "Slice": _slice,
     "Softmax": _softmax,

@@ -191,11 +191,19 @@ def _device(x: Tensor) -> torch.device:
     return x.device
 
 
+def _arange(*given: Any, **named: Any) -> Tensor:
+    """With bounds that are tensors, as sizes are in a traced program."""
+    bounds = [each.item() if isinstance(each, Tensor) else each for each in given]
+    found: Tensor = torch.ops.aten.arange(*bounds, **named)
+    return found
+
+
 PYTHON: dict[str, Callable[..., Any]] = {
     "torch.__getitem__": operator.getitem,
     "torch.len": len,
     "torch.Int": int,
     "torch.ScalarImplicit": int,
+    "torch.arange": _arange,
     "int": int,
     "bool": bool,
     "float": float,
@@ -410,7 +418,7 @@ class _Program:
             label = weights[0].name.rpartition(".")[0] if weights else short
             return self.flat.add(label, layer, given[0])
         if name in PYTHON:
-            return self._emit(PYTHON[name], *given)
+            return self._emit(PYTHON[name], *given, **named)
         if not name.startswith("torch.") or "." in short or FORBIDDEN.search(short):
             raise UnlistedError(f"a call of {name[:40]}")
         packet = getattr(torch.ops.aten, short, None)
@@ -421,7 +429,7 @@ class _Program:
     def _check_evaluation(self, name: str, given: list[Any]) -> None:
         """Raises CheckpointError when BatchNorm or dropout would do what they do in training."""
         place = {"torch.batch_norm": 5, "torch.dropout": 2, "torch.dropout_": 2}.get(name)
-        if place is not None and given[place] is True:
+        if place is not None and given[place] is True and _of_image(given[0]):
             raise CheckpointError(
                 f"{self.path} was traced in training mode ({name}): call model.eval() before "
                 "torch.jit.trace"
@@ -455,6 +463,21 @@ def _open(value: Any) -> bool:
     return isinstance(value, fx.Node) or (
         isinstance(value, list | tuple) and any(map(_open, value))
     )
+
+
+def _of_image(value: Any) -> bool:
+    """Whether a value depends on the image: some networks standardise their weights by BatchNorm in
+    training mode."""
+    waiting, seen = [value], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        if node.op == "placeholder":
+            return True
+        seen.add(node)
+        waiting += node.all_input_nodes
+    return False
 
 
 def _plain(value: Any) -> bool:

@@ -176,7 +176,7 @@ def team():
 def test_the_processes_of_torchrun_share_every_stage(start, team, tmp_path):
     alone, together = (shutil.copytree(start, tmp_path / name) for name in ("alone", "together"))
     words = ("prepare", "digits.pt", "--accuracy", 0.8, "--images", "ten.npz", "--per-class", 2)
-    words = (*words, "--batch-size", 5, "--device", "cpu")
+    words = (*words, "--steps", 20, "--batch-size", 5, "--device", "cpu")
     [one] = team(1, *words, folder=alone)
     assert one.status == 0, one.err
     two = team(2, *words, folder=together)

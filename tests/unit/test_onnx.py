@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from commands import oodcli
-from networks import randomised
+from networks import Standardised, randomised
 from torch import Tensor, nn
 
 from oodcli.errors import CheckpointError
@@ -42,6 +42,10 @@ def tiny() -> nn.Module:
 
 def transformer() -> nn.Module:
     return randomised(torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=5))
+
+
+def standardised() -> nn.Module:
+    return randomised(Standardised())
 
 
 def export(
@@ -99,6 +103,7 @@ def fails(path: Path, *words: str) -> None:
         ("mobilenet_v2", True, 2),
         ("mobilenet_v2", False, 1),
         ("transformer", True, 2),
+        ("standardised", True, 2),
     ],
 )
 def test_logits_and_embedding(name: str, free: bool, batch: int, tmp_path: Path) -> None:
@@ -106,7 +111,7 @@ def test_logits_and_embedding(name: str, free: bool, batch: int, tmp_path: Path)
     network = (
         randomised(torchvision.models.mobilenet_v2(num_classes=5))
         if name == "mobilenet_v2"
-        else {"tiny": tiny, "transformer": transformer}[name]()
+        else {"tiny": tiny, "transformer": transformer, "standardised": standardised}[name]()
     )
     export(network, tmp_path / "net.onnx", side, batch, free)
     found = load_classifier(tmp_path / "net.onnx")

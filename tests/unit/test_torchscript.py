@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from commands import oodcli
-from networks import randomised
+from networks import Standardised, randomised
 from torch import Tensor, nn
 
 from oodcli.errors import CheckpointError
@@ -80,6 +80,14 @@ def fails(path: Path, *words: str) -> None:
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_weights_that_are_standardised_and_positions_from_sizes(tmp_path: Path) -> None:
+    network = randomised(Standardised())
+    save(network, tmp_path / "net.pt", "trace")
+    images, logits, _ = outputs(tmp_path / "net.pt", 32)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, network(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["script", "trace"])
