@@ -36,6 +36,7 @@ def test_nothing_and_everything_is_wrong_usage(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     needed = {
         "inspect": ["x.pt"],
+        "prepare": ["x.pt"],
         "invert": ["x.pt"],
         "extract": ["x.pt", "y"],
         "score": ["x.pt"],
@@ -138,7 +139,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
     says(
         told.err,
         r"score: .*v\.features\.h5, 20 virtual images of .*v\.h5, with ",
-        r"knn: .*knn\.safetensors, fitted on virtual rows; k=3; needs embedding; no verdicts$",
+        r"knn: .*knn\.safetensors, fitted on virtual rows; k=3, mean=False; needs embedding; no verdicts$",
         r"energy: needs no fitting; T=1\.0; needs logits, logits\.level; verdicts by score above 0",
         r"took .*: detectors .* s, scoring .* s, the rest",
     )
