@@ -56,13 +56,14 @@ FILES = {
     "digits-test.npz",
     "digits.safetensors.oodcli",
     "photographs",
+    "photographs.html",
     "report",
     *(f"{name}.csv" for name in ("digits", "photographs", "noise", "blobs")),
     *(f"{name}.csv.json" for name in ("digits", "photographs", "noise", "blobs")),
 }
 PREPARED = ("invert", "extract", "invert", "extract", "extract", "fit", "score")
 """What prepare prints: its steps, and the next command."""
-COMMANDS = ("inspect", "prepare", *PREPARED, *["score"] * 4, "evaluate")
+COMMANDS = ("inspect", "prepare", *PREPARED, *["score"] * 4, "show", "evaluate")
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

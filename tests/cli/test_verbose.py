@@ -139,7 +139,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
     says(
         told.err,
         r"score: .*v\.features\.h5, 20 virtual images of .*v\.h5, with ",
-        r"knn: .*knn\.safetensors, fitted on virtual rows; k=3, mean=False; needs embedding; no verdicts$",
+        r"knn: .*knn\.safetensors, fitted on virtual rows; k=3, mean=False; needs embedding; no",
         r"energy: needs no fitting; T=1\.0; needs logits, logits\.level; verdicts by score above 0",
         r"took .*: detectors .* s, scoring .* s, the rest",
     )

@@ -299,7 +299,7 @@ def test_commands_run_and_print_what_the_page_says(page, started, folder, monkey
 
 def test_readme_runs_as_it_is_printed(folder):
     run_page(README, folder)
-    assert (folder / "oodcli-demo" / "verdicts.csv").is_file()
+    assert (folder / "oodcli-demo" / "gate.csv").is_file()
 
 
 def test_the_quick_start_runs(started):

@@ -573,7 +573,7 @@ def googlenet_huyvnphan(s: Layers, x: Tensor, name: str) -> Tensor:
 
 def inception_huyvnphan(s: Layers, x: Tensor, name: str) -> Tensor:
     """torchvision's own blocks after the one convolution of the stem."""
-    theirs = models.Inception3(10, aux_logits=False, init_weights=False).eval()
+    theirs = models.Inception3(10, aux_logits=False, init_weights=False).to(x.dtype).eval()
     mixed = {key: tensor for key, tensor in s.state.items() if key.startswith("Mixed_")}
     theirs.load_state_dict(mixed, strict=False)
     s.read.update(mixed)
@@ -668,13 +668,18 @@ def compare(state: dict[str, Tensor], reference: Reference, name: str, rebuilt: 
     found = recognise(state)
     assert found is not None
     arch = rebuilt or found.name
-    network = build(arch, 10).eval()
+    # In float64, because rounding grows in deep networks with random weights.
+    state = {
+        key: value.double() if value.is_floating_point() else value for key, value in state.items()
+    }
+    network = build(arch, 10).double().eval()
     missing = network.load_state_dict(architectures.rename(arch, state), strict=False)
     assert not missing.unexpected_keys
     assert all(key.endswith("num_batches_tracked") for key in missing.missing_keys)
     layers = Layers(state)
     with torch.no_grad():
-        expected, logits = reference(layers, images(), name), network(images())
+        expected = reference(layers, images().double(), name)
+        logits = network(images().double())
     assert expected.shape == (2, 10)
     assert (expected[0] - expected[1]).abs().max() > 5e-3 * expected.abs().max()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
