@@ -108,7 +108,9 @@ class WeiPer(Detector):
         cls,
         train: Blocks,
         *,
-        delta: Annotated[float, "δ, above 0; the paper's for CIFAR-10, as all that follow"] = 1.8,
+        delta: Annotated[
+            float, "δ, above 0; the paper's for CIFAR-10, chosen on OOD images, as all that follow"
+        ] = 1.8,
         copies: Annotated[int, "perturbed heads, above 0"] = 100,
         bins: Annotated[int, "bins of a histogram, above 1"] = 100,
         weight_of_logits: Annotated[float, "λ₁, at least 0"] = 2.5,
