@@ -140,7 +140,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _layers(taps: list[dict[str, Any]]) -> Table:
-    """The layers but BatchNorm, of which some networks have hundreds."""
+    """The recorded layers. BatchNorm layers are left out: some networks have hundreds."""
     from rich.table import Table
     from rich.text import Text
 

@@ -11,13 +11,12 @@ from types import NoneType, UnionType
 from typing import Any, cast
 
 from oodcli.errors import FileError
+from oodcli.files.json_object import read_object
 from oodcli.files.origin import Words, require_same_weights
 
 FORMAT = "oodcli-scores"
 VERSION = 1
 SHA256 = "scores_sha256"
-LARGEST = 1 << 24
-"""Largest size of a metadata file in bytes; the names of a thousand classes take 20 kB."""
 
 
 def made_path(scores: Path) -> Path:
@@ -39,24 +38,10 @@ def read_made(scores: Path) -> dict[str, Any] | None:
     """Metadata of a scores file; None without a file beside it. Raises FileError if that file is
     damaged, or of a newer version."""
     path = made_path(scores)
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
-    except (FileNotFoundError, NotADirectoryError):
+    damaged = f"{path} does not describe {scores.name}: move it away"
+    found = read_object(path, FORMAT, VERSION, damaged=damaged, again="score again")
+    if found is None:
         return None
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        found = json.loads(data) if len(data) <= LARGEST else None
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise FileError(f"{path} does not describe {scores.name}: move it away")
-    if found.get("version") != VERSION:
-        raise FileError(
-            f"{path} has format version {found.get('version')}, this oodcli reads {VERSION}: use a "
-            "newer oodcli, or score again"
-        )
     found.setdefault("calibration", {})
     wrong = [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]
     if not wrong and not _is_preprocessing(found["preprocessing"]):

@@ -15,6 +15,7 @@ from typing import Any
 from oodcli._version import __version__
 from oodcli.errors import FileError, OodcliError
 from oodcli.files.atomic import atomic
+from oodcli.files.json_object import read_object
 from oodcli.files.origin import Origin
 from oodcli.networks.preprocessing import Preprocessing
 
@@ -22,8 +23,6 @@ FORMAT = "oodcli-prepared"
 VERSION = 1
 NAME = "prepared.json"
 STEPS = "steps.json"
-LARGEST = 1 << 24
-"""Largest size of either file in bytes."""
 
 
 @dataclass(frozen=True)
@@ -166,25 +165,8 @@ def _plain(name: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        found = json.loads(data) if len(data) <= LARGEST else None
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise _damaged(path)
-    if found.get("version") != VERSION:
-        raise FileError(
-            f"{path} has format version {found.get('version')}, this oodcli reads {VERSION}: use a "
-            "newer oodcli, or prepare again with --force"
-        )
-    return found
+    again = "prepare again with --force"
+    return read_object(path, FORMAT, VERSION, damaged=_damaged(path).text, again=again)
 
 
 def _damaged(path: Path) -> FileError:
