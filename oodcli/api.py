@@ -50,6 +50,7 @@ from oodcli.networks import load
 from oodcli.networks.card import Overrides
 from oodcli.networks.class_names import read_class_names
 from oodcli.networks.classifier import Classifier
+from oodcli.networks.devices import limit_threads
 from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording.recorder import Recorder, recordable
 from oodcli.records import CHEAP, KNOWN_RECORDS
@@ -111,6 +112,7 @@ __all__ = [
     "inspect",
     "invert",
     "limit_pixels",
+    "limit_threads",
     "listed",
     "load_classifier",
     "load_detector",

@@ -87,6 +87,7 @@ def command(
     """Fit and calibrate detectors on virtual or real images."""
     from oodcli import api
 
+    api.limit_threads()
     with console.steps("fit", "detectors") as progress:
         fitted = api.fit(
             cache,

@@ -273,6 +273,14 @@ class ModelOptions:
         ),
     ] = "auto"
     seed: Annotated[int, typer.Option(min=0, help="Random seed.", rich_help_panel=_RUN)] = 0
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processor threads. Default: as many as this process may use.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None
 
     def checkpoint(self, path: Path) -> GivenCheckpoint:
         """The checkpoint with its overrides. Raises OodcliError for a malformed option."""
@@ -299,7 +307,11 @@ class ModelOptions:
         return Checkpoint(path, overrides, self.ema, self.trust_pickle)
 
     def running(self) -> dict[str, Any]:
-        """Keyword arguments of the functions of ``oodcli.api`` that say how to run."""
+        """Keyword arguments of the functions of ``oodcli.api`` that say how to run. Limits the
+        threads of this process."""
+        from oodcli.api import limit_threads
+
+        limit_threads(self.threads)
         names = ("device", "batch_size", "precision", "seed")
         return {name: getattr(self, name) for name in names}
 

@@ -42,10 +42,13 @@ def installed(package: str) -> str:
 def _devices() -> Iterator[str]:
     import torch
 
-    from oodcli.networks.devices import multiplies_bfloat16
+    from oodcli.networks.devices import limit_threads, multiplies_bfloat16
 
+    limit_threads()
     how = "in hardware" if multiplies_bfloat16("cpu") else "emulated"
-    yield f"cpu: {_processor()}, {torch.get_num_threads()} threads, bfloat16 {how}"
+    count = torch.get_num_threads()
+    threads = f"{count} thread" + "s" * (count != 1)
+    yield f"cpu: {_processor()}, {threads}, bfloat16 {how}"
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}: {found.name}, {found.total_memory / 2**30:.1f} GiB"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from oodcli.images.decoding import LONGEST_TIMEOUT, Crew, Encoded, decode_rows
 from oodcli.images.source import Batch, Decode, Fetch, ImageSource, Rows
+from oodcli.networks.devices import processors
 from oodcli.networks.preprocessing import Preprocessing
 
 log = logging.getLogger(__name__)
@@ -140,13 +140,6 @@ class _Room:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-
-
-def processors() -> int:
-    """Processors that this process may use: in a container fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _submit(

@@ -7,9 +7,10 @@ import logging
 from oodcli import notes
 from oodcli.files.cache import FeatureCache
 from oodcli.images import ImageSource, open_images
-from oodcli.images.reading import MOST_WORKERS, processors
+from oodcli.images.reading import MOST_WORKERS
 from oodcli.jobs.kept import Kept
 from oodcli.networks.classifier import Classifier
+from oodcli.networks.devices import processors
 from oodcli.recording.recorder import Recorder
 from oodcli.stages.labels import settle_labels
 

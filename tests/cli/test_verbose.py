@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 import typer
 from commands import oodcli
 
@@ -92,6 +93,16 @@ def test_where_each_value_comes_from(fitted, tmp_path):
         r"input size .*, by recognition$",
         r"; 3 other: layer1 layer2 layer3\), by --layers$",
     )
+
+
+def test_the_number_of_threads(fitted):
+    before = torch.get_num_threads()
+    try:
+        told = oodcli("inspect", fitted / "digits.pt", "-v", "--threads", before + 2)
+    finally:
+        torch.set_num_threads(before)
+    says(told.err, rf"threads of torch: {before + 2};")
+    assert oodcli("inspect", fitted / "digits.pt", "--threads", 0).status == 2
 
 
 def test_what_a_pipeline_decides(fitted, tmp_path):

@@ -1089,6 +1089,7 @@ def test_as_many_workers_as_the_process_may_use(tmp_path, monkeypatch, allowed, 
     (tmp_path / "a.png").write_bytes(png(1))
     asked = []
     pool = reading.ThreadPoolExecutor
+    monkeypatch.setattr(os, "cpu_count", lambda: 100)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed)
     monkeypatch.setattr(
         reading, "ThreadPoolExecutor", lambda count, name: asked.append(count) or pool(count, name)
