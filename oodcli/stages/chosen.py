@@ -213,6 +213,9 @@ def _must_be_fitted(kind: type[Detector]) -> DetectorError:
     return DetectorError(f"{kind.name} must be fitted first", hint=how)
 
 
+POOL = "--calibrate POOL.h5"
+
+
 def further_rows(kind: type[Detector]) -> dict[str, str]:
     """Options of ``fit`` that a detector needs beside the rows to fit on → how to create their
     file."""
@@ -220,7 +223,7 @@ def further_rows(kind: type[Detector]) -> dict[str, str]:
     if kind.noise_images is not None:
         found["--noise NOISE.h5"] = f"extract '{kind.noise_images}'"
     if kind.needs_pool:
-        found["--calibrate POOL.h5"] = (
+        found[POOL] = (
             "extract other virtual images with --match-accuracy and the published accuracy"
         )
     return found

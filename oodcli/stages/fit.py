@@ -25,6 +25,7 @@ from oodcli.files.hdf5 import Provenance
 from oodcli.files.origin import Words
 from oodcli.notes import only_from
 from oodcli.stages.chosen import (
+    POOL,
     further_rows,
     require_multi_label,
     require_same_network,
@@ -33,6 +34,10 @@ from oodcli.stages.chosen import (
 from oodcli.stages.verdict import classes_in_words
 
 log = logging.getLogger(__name__)
+
+
+Part = Callable[[Tensor], Tensor]
+"""Numbers of rows (N,) → which of them are wanted."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +251,12 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
         if kind.needs_ood or (kind.uses_ood and inputs.ood is not None):
             given["ood"] = _ood_rows(kind, inputs, needs)
         given |= _noise_and_pool(kind, inputs)
+        rest: Part | None = None
+        if kind.needs_pool and not inputs.calibrate:  # rows for it, that it is not fitted on
+            rest, held_out_rows = _parted(cache)
+            given["pool"] = cache.rows(kind.needs, held_out_rows)
         start = time.monotonic()
-        detector = kind.fit(cache.rows(needs), **given)
+        detector = kind.fit(cache.rows(needs, rest), **given)
         seconds = time.monotonic() - start
         fitted_on = {
             "file": cache.path.name,
@@ -267,8 +276,9 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
             fitted_on["noise"] = inputs.noise.path.name
             fitted_on["noise_rows_sha256"] = inputs.noise.rows_sha256
         if kind.needs_pool:
-            fitted_on["pool"] = [each.path.name for each in inputs.calibrate]
-            fitted_on["pool_rows_sha256"] = [each.rows_sha256 for each in inputs.calibrate]
+            pools = inputs.calibrate or [cache]
+            fitted_on["pool"] = [each.path.name for each in pools]
+            fitted_on["pool_rows_sha256"] = [each.rows_sha256 for each in pools]
     origin = inputs.provenance if cache is None else cache.provenance
     artefact = Artefact(
         detector,
@@ -289,22 +299,30 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     elif cache.count >= HELD_OUT_FROM:
         # A detector is kinder to the rows that it was fitted on, so another one, fitted
         # without every fifth row, says how rows that it has not seen are scored.
-        every = max(5, cache.count // HELD_OUT_AT_MOST)
-        if seconds > LONG:
-            log.info(
-                f"{kind.name}: fitting again without every {every}th row, to calibrate on those: "
-                f"about {seconds:.0f} s more"
-            )
-        # The first fit has logged the notes.
-        with only_from(logging.WARNING, "oodcli.detectors"):
-            apart = kind.fit(cache.rows(needs, lambda row: row % every != 0), **given)
-        rows = cache.rows(everything, lambda row: row % every == 0)
+        rest, held_out_rows = _parted(cache)
+        apart = detector
+        if not kind.needs_pool:
+            if seconds > LONG:
+                log.info(
+                    f"{kind.name}: fitting again without the held-out rows, to calibrate on those: "
+                    f"about {seconds:.0f} s more"
+                )
+            # The first fit has logged the notes.
+            with only_from(logging.WARNING, "oodcli.detectors"):
+                apart = kind.fit(cache.rows(needs, rest), **given)
+        rows = cache.rows(everything, held_out_rows)
         held_out = [apart.score(block) for block in rows]
     if held_out is None:
         return artefact
     counts = class_counts(rows, _classes(cache))
     calibration = _with_classes(calibrate(held_out, [], None), counts)
     return replace(artefact, calibrations={"plain": calibration})
+
+
+def _parted(cache: FeatureCache) -> tuple[Part, Part]:
+    """Which rows to fit on, and which to hold out: every fifth, of many rows fewer."""
+    every = max(5, cache.count // HELD_OUT_AT_MOST)
+    return lambda row: row % every != 0, lambda row: row % every == 0
 
 
 def _classes(cache: FeatureCache) -> int:
@@ -380,6 +398,18 @@ def _is_of(images: str, cache: FeatureCache) -> bool:
     return cache.provenance.source.startswith(images.partition("?")[0])
 
 
+def holds_out(inputs: FitInputs) -> bool:
+    """Whether some of the rows to fit on can calibrate instead: there are enough, of real images,
+    and no others."""
+    train = inputs.train
+    return (
+        train is not None
+        and not inputs.calibrate
+        and _kind_of(train.provenance) == "real"
+        and train.count >= HELD_OUT_FROM
+    )
+
+
 @dataclass(frozen=True)
 class _Joined:
     """Rows of several caches, in blocks that can be read repeatedly."""
@@ -406,6 +436,8 @@ def _noise_and_pool(kind: type[Detector], inputs: FitInputs) -> dict[str, Any]:
     if kind.needs_pool and inputs.calibrate:
         found["pool"] = inputs.calibrate
     further = further_rows(kind)
+    if kind.needs_pool and holds_out(inputs):
+        further.pop(POOL, None)
     if len(found) < len(further):
         how = "; ".join(f"{option.split()[1]}: {words}" for option, words in further.items())
         raise DetectorError(

@@ -18,7 +18,7 @@ from oodcli.files.atomic import make_folder
 from oodcli.files.cache import open_cache
 from oodcli.files.marks import read_marks
 from oodcli.stages.chosen import is_artefact
-from oodcli.stages.fit import FitInputs, fit_to_folder
+from oodcli.stages.fit import FitInputs, fit_to_folder, holds_out
 from oodcli.stages.sources import log_cache
 from oodcli.stages.watching import Watch, watched
 
@@ -165,7 +165,7 @@ def _lacks(
         return "--noise; or let score fit it"
     if kind.noise_images is not None and inputs.noise is None:
         return "--noise"
-    if kind.needs_pool and not inputs.calibrate:
+    if kind.needs_pool and not inputs.calibrate and not holds_out(inputs):
         return "--calibrate"
     if kind.needs_ood and inputs.ood is None:
         return "--ood"

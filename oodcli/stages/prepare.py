@@ -277,11 +277,13 @@ def _listing(source: ImageSource) -> str:
 def _warnings(request: PrepareRequest, given: Situation, choice: Choice) -> Iterator[str]:
     """Sentences about what the verdicts rest on, and what would be better."""
     if request.accuracy is not None and not choice.pool:
-        yield (
-            "--accuracy is not used: without BatchNorm statistics there are no virtual images"
-            if "multi-label" not in given.available
-            else "--accuracy is not used: the network has several labels per image"
-        )
+        if "multi-label" in given.available:
+            why = "the network has several labels per image"
+        elif given.batchnorm and choice.fitted_on == "images":
+            why = f"the {given.rows} real images are enough to fit and calibrate on"
+        else:
+            why = "without BatchNorm statistics there are no virtual images"
+        yield f"--accuracy is not used: {why}"
     if choice.pool and not given.rows:
         yield (
             "the verdicts rest on virtual images alone: in our tests their rates of false alarms "

@@ -23,6 +23,11 @@ ROWS_A_CLASS = 10
 mean of ten images has a tenth of their variance."""
 
 
+POOL_FROM = 10
+"""Real images from which they scale the parts of c2ir-peak, if there is no pool: it takes their
+quartiles."""
+
+
 @dataclass(frozen=True)
 class Situation:
     """What there is to prepare from. available: records that the network can give. batchnorm: it
@@ -79,8 +84,11 @@ def choose(given: Situation) -> Choice:
     pool = given.accuracy is not None and invertible
     real = given.rows >= REAL_FROM
     enough = given.complete and given.rows >= max(REAL_FROM, ROWS_A_CLASS * given.classes)
+    if enough and given.allows("c2ir-peak"):
+        return Choice((*among("c2ir-peak", "c2ir-z", "knn"), *free), "images")
     if invertible and given.allows("c2ir-z") and (pool or not enough):
-        strongest = among("c2ir-peak") if pool else ()
+        scaled = pool or given.rows >= POOL_FROM
+        strongest = among("c2ir-peak") if scaled else ()
         more = free if pool or given.rows else ()
         names = (*strongest, "c2ir-z", *among("knn"), *more)
         return Choice(names, "virtual", pool, given.rows > 0)

@@ -330,7 +330,7 @@ def test_real_rows_calibrate_what_is_fitted_on_the_others(fitted, tmp_path, monk
     monkeypatch.setattr("oodcli.stages.fit.LONG", 0.0)
     result = oodcli(*fit, "-o", tmp_path / "fewer")
     assert "calibrated on 21 real images" in result.err
-    assert "note: knn: fitting again without every 29th row" in result.err
+    assert "note: knn: fitting again without the held-out rows" in result.err
     # Those held out have other neighbours than themselves.
     calibration = read_artefact(tmp_path / "fewer" / "knn.safetensors").calibrations["plain"]
     with open_cache(cache) as opened:

@@ -393,6 +393,29 @@ def test_noise_beside_other_rows_is_noise_alone(place, tmp_path):
     assert read_artefact(tmp_path / "1c-sum.safetensors").fitted_on["kind"] == "virtual"
 
 
+def test_real_rows_are_their_own_pool(place, tmp_path):
+    """Every fifth real row is held out: it scales the parts and calibrates the verdicts."""
+    words = ("fit", place / "id.h5", "-d", "c2ir-peak", "--noise", place / "n.h5", "-o", tmp_path)
+    result = oodcli(*words)
+    assert result.status == 0, result.err
+    made = read_artefact(tmp_path / "c2ir-peak.safetensors")
+    assert made.fitted_on["kind"] == "real"
+    assert made.fitted_on["pool"] == ["id.h5"]
+    needs = C2IRPeak.needs | {"label"}
+    with open_cache(place / "id.h5") as cache, open_cache(place / "n.h5") as noise:
+        rest = cache.rows(needs, lambda row: row % 5 != 0)
+        held_out = list(cache.rows(needs, lambda row: row % 5 == 0))
+        expected = C2IRPeak.fit(rest, noise=noise.rows(needs), pool=held_out)
+    found = made.detector
+    assert isinstance(found, C2IRPeak)
+    assert torch.equal(found.median, expected.median)
+    assert torch.equal(found.deviation.evidence, expected.deviation.evidence)
+    scores = torch.cat([expected.score(block) for block in held_out])
+    calibration = made.calibrations["plain"]
+    assert torch.equal(calibration.scores, scores.sort().values)
+    assert (calibration.real, calibration.virtual) == (len(scores), 0)
+
+
 @pytest.mark.slow
 def test_all_that_can_be_fitted(place, tmp_path):
     names = "1c-sum", "c2ir-peak", "duo", "trio"

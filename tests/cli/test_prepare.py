@@ -165,26 +165,32 @@ def test_it_takes_real_images(desk, images):
     assert result.status == 0, result.err
     few = images == "ten.npz"
     assert ("real/virtual.h5" in result.err) == few
-    assert read_prepared(Path("real")).default == "c2ir-z"
-    assert f"c2ir-z (calibrated on {10 if few else 24} real images" in result.err
+    assert read_prepared(Path("real")).default == "c2ir-peak"
+    assert f"c2ir-peak (calibrated on {10 if few else 24} real images" in result.err
     assert ("no p-value is below 0.091: --fpr 0.05 needs 19" in result.err) == few
     assert ("accuracy 9" in result.err) != few
     assert f"-d real --fpr {0.1 if few else 0.05} -o" in result.err.splitlines()[-1]
     scored = oodcli("score", "digits.pt", images, "-d", "real", "-d", "all", "--fpr", 0.1)
     assert scored.status == 0
-    assert {f"{name}.ood" for name in ("c2ir-z", "knn", "energy", "msp")} < set(
+    assert {f"{name}.ood" for name in ("c2ir-peak", "c2ir-z", "knn", "energy", "msp")} < set(
         scored.out.splitlines()[0].split(",")
     )
+
+
+def test_enough_real_images_need_no_accuracy(desk):
+    result = oodcli("prepare", "digits.pt", *ACCURACY, "--images", "id.npz", "--dry-run")
+    assert "--accuracy is not used: the 120 real images are enough to fit" in result.err
+    assert "invert" not in result.out
 
 
 @pytest.mark.slow
 def test_other_images_are_noticed(desk):
     words = ("prepare", "digits.pt", "--images", "id.npz", "-o", "real")
-    assert made(oodcli(*words).err) == ["images.features.h5", "c2ir-z"]
+    assert made(oodcli(*words).err) == ["noise.features.h5", "images.features.h5", "c2ir-peak"]
     assert made(oodcli(*words).err) == []
     with np.load("id.npz") as file:
         np.savez("id.npz", images=file["images"][:110], labels=file["labels"][:110])
-    assert made(oodcli(*words).err) == ["images.features.h5", "c2ir-z"]
+    assert made(oodcli(*words).err) == ["images.features.h5", "c2ir-peak"]
 
 
 @pytest.mark.slow
@@ -258,7 +264,11 @@ def test_a_dry_run_prints_commands_and_makes_nothing(desk):
     ]
     assert found["seconds"] > 0
     images = oodcli("prepare", "digits.pt", "--images", "id.npz", "--dry-run")
-    assert len(images.out.splitlines()) == 3
+    assert [line.split()[1] for line in images.out.splitlines()[:-1]] == [
+        "extract",
+        "extract",
+        "fit",
+    ]
     few = ("prepare", "digits.pt", "--images", "ten.npz", "--dry-run", "--json")
     assert "--fpr 0.1 " in json.loads(oodcli(*few).out)["next"]
     assert set(os.listdir()) == before
@@ -456,8 +466,8 @@ def test_ctrl_c_within_a_step(desk, monkeypatch):
         patch.setattr(Kept, "write", stopping)
         stopped = oodcli(*words)
     assert stopped.status == 130
-    assert "24 images saved in real/images.features.h5.partial" in stopped.err
-    assert sorted(os.listdir("real")) == ["images.features.h5.partial", "steps.json"]
+    assert "24 images saved in real/noise.features.h5.partial" in stopped.err
+    assert sorted(os.listdir("real")) == ["noise.features.h5.partial", "steps.json"]
     fails("was started with --batch-size 8, but now it is 128", *words[:-2])
     again = oodcli(*words)
     assert again.status == 0, again.err

@@ -63,18 +63,27 @@ CHOICES = {
         Choice(("c2ir-peak", *EACH), "virtual", pool=True),
     ),
     "no peaks": (replace(FLAT, accuracy=0.9), Choice(EACH, "virtual", pool=True)),
-    "ten images": (replace(RESNET, rows=10), Choice(EACH, "virtual", images=True)),
-    "images": (replace(RESNET, rows=100), Choice(EACH, "images")),
+    "nine images": (replace(RESNET, rows=9), Choice(EACH, "virtual", images=True)),
+    "ten images": (
+        replace(RESNET, rows=10),
+        Choice(("c2ir-peak", *EACH), "virtual", images=True),
+    ),
+    "images": (replace(RESNET, rows=100), Choice(("c2ir-peak", *EACH), "images")),
+    "images, no peaks": (replace(FLAT, rows=100), Choice(EACH, "images")),
     "images of some classes": (
         replace(RESNET, rows=10_000, complete=False),
-        Choice(EACH, "virtual", images=True),
+        Choice(("c2ir-peak", *EACH), "virtual", images=True),
     ),
     "few of each class": (
         replace(RESNET, rows=5_000, classes=1000),
-        Choice(EACH, "virtual", images=True),
+        Choice(("c2ir-peak", *EACH), "virtual", images=True),
     ),
     "both": (
         replace(RESNET, rows=1000, accuracy=0.9),
+        Choice(("c2ir-peak", *EACH), "images"),
+    ),
+    "both, few images": (
+        replace(RESNET, rows=99, accuracy=0.9),
         Choice(("c2ir-peak", *EACH), "virtual", pool=True, images=True),
     ),
     "no BatchNorm": (VIT, Choice(("energy",))),

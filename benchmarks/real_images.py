@@ -1,0 +1,280 @@
+"""What a handful of real images is worth: detection and false alarms by their number.
+
+    python -m benchmarks.real_images DATA [--draws 5] [--numbers 10,30,100,300,1000]
+        [--work FOLDER] [--figure FILE.png] [-o FILE.json]
+
+Runs on the CIFAR-10 networks of the folder DATA. One random half of the test images are the real
+images that a user may have, without labels; the other half is in-distribution (ID) when detectors
+are compared. With a WORK folder that is kept, it resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.detector_pages import INSIDE, NETWORKS, PUBLISHED, SETS, Work
+from benchmarks.measure import machine
+from oodcli import detectors
+from oodcli.detectors.base import Detector
+from oodcli.detectors.calibration import Calibration, calibrate
+from oodcli.errors import DetectorError
+from oodcli.features import Features
+from oodcli.files.cache import open_cache
+from oodcli.metrics import auroc, tnr95
+from oodcli.stages.fit import HELD_OUT_FROM
+
+NAMES = ("energy", "peak-energy", "1c-sum", "c2ir-z", "c2ir-peak", "knn", "nci")
+RATE = 0.05
+"""Nominal rate of false alarms."""
+
+Blocks = Sequence[Features]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Percent, mean over the OOD sets. false_alarms: of ID images at a nominal ``RATE``; None where
+    the calibration does not reach it."""
+
+    auroc: float
+    tnr95: float
+    false_alarms: float | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """What was recorded of a network: noise, virtual images, an accuracy-matched pool of others, ID
+    images to take real ones from and to compare on, and OOD sets."""
+
+    noise: Blocks
+    virtual: Blocks
+    pool: Blocks
+    inside: Blocks
+    rows: Tensor
+    """A random order of the rows of ``inside``."""
+    outside: Mapping[str, Blocks]
+
+    @property
+    def half(self) -> int:
+        return len(self.rows) // 2
+
+    def real(self, number: int, draw: int) -> tuple[Blocks, Blocks, Blocks]:
+        """Real images: all, those to fit on and those held out, every fifth."""
+        generator = torch.Generator().manual_seed(draw)
+        chosen = self.rows[: self.half][torch.randperm(self.half, generator=generator)[:number]]
+        held_out = torch.arange(number) % 5 == 0
+        parts = (chosen, chosen[~held_out], chosen[held_out])
+        first, second, third = (picked(self.inside, part.sort().values) for part in parts)
+        return first, second, third
+
+    def compare(self, detector: Detector, calibration: Calibration | None) -> Found:
+        inside = scores(detector, picked(self.inside, self.rows[self.half :].sort().values))
+        pairs = []
+        for blocks in self.outside.values():
+            both = inside.numpy(), scores(detector, blocks).numpy()
+            pairs.append((auroc(*both), tnr95(*both)))
+        area, found = (100 * fmean(column) for column in zip(*pairs, strict=True))
+        alarms = None
+        if calibration is not None and calibration.resolution <= RATE:
+            alarms = 100 * float((inside > calibration.threshold(RATE)).double().mean())
+        return Found(area, found, alarms)
+
+
+def picked(blocks: Blocks, rows: Tensor) -> Blocks:
+    """Rows of all blocks in turn. rows: (N,), ascending."""
+    found, first = [], 0
+    for block in blocks:
+        here = rows[(rows >= first) & (rows < first + len(block))] - first
+        if len(here):
+            found.append(block.select(here))
+        first += len(block)
+    return found
+
+
+def scores(detector: Detector, blocks: Blocks) -> Tensor:
+    return torch.cat([detector.score(block) for block in blocks])
+
+
+def fitted(name: str, train: Blocks, **more: Any) -> Detector:
+    return detectors.get(name).fit(train, **more)
+
+
+def ways(site: Site, number: int, draw: int) -> Iterator[tuple[str, Callable[[], Found]]]:
+    """Each way to use the real images: its name, and what measures it. A detector fitted on real
+    images is calibrated as ``fit`` does it."""
+    real, rest, held_out = site.real(number, draw)
+
+    def on(detector: Detector, *, pool: bool) -> Found:
+        pools = [scores(detector, site.pool)] if pool else []
+        found = [scores(detector, real)] if number else []
+        return site.compare(detector, calibrate(found, pools, 0.9) if found or pools else None)
+
+    def on_real(name: str, **more: Any) -> Found:
+        calibration = None
+        if number >= HELD_OUT_FROM:
+            calibration = calibrate([scores(fitted(name, rest, **more), held_out)], [], None)
+        return site.compare(fitted(name, real, **more), calibration)
+
+    def parted() -> Found:
+        detector = fitted("c2ir-peak", rest, noise=site.noise, pool=held_out)
+        return site.compare(detector, calibrate([scores(detector, held_out)], [], None))
+
+    deviations = {"c2ir-z on virtual images": fitted("c2ir-z", site.virtual)}
+    free = {name: detectors.get(name)() for name in ("energy", "peak-energy")}
+    for name, detector in {**free, **deviations}.items():
+        yield name, partial(on, detector, pool=not number)
+    yield (
+        "c2ir-peak on virtual images, pool",
+        lambda: on(fitted("c2ir-peak", site.virtual, noise=site.noise, pool=site.pool), pool=True),
+    )
+    if number:
+        yield (
+            "c2ir-peak on virtual images, scaled on real ones",
+            lambda: on(fitted("c2ir-peak", site.virtual, noise=site.noise, pool=real), pool=False),
+        )
+    if number >= HELD_OUT_FROM:
+        yield "c2ir-peak on real images", parted
+        yield "c2ir-z on real images", lambda: on_real("c2ir-z")
+        yield "nci on real images", lambda: on_real("nci")
+        yield "knn on real images", lambda: on_real("knn", k=max(1, min(50, number // 20)))
+
+
+def record(work: Work, checkpoint: str) -> None:
+    """Caches of a network, in the folder of its name."""
+    stem = checkpoint.partition("-")[0]
+    (work.folder / stem).mkdir(exist_ok=True)
+    records = ("--for", ",".join(NAMES))
+
+    def run(name: str, *words: str) -> str:
+        output = f"{stem}/{name}.h5"
+        work.run(output, *words, "-o", output, "--force")
+        return output
+
+    for name in (INSIDE, *SETS):
+        run(name, "extract", checkpoint, str(work.data / f"{name}.npz"), *records)
+    run("noise", "extract", checkpoint, "noise:uniform?n=2000", *records)
+    for name, seed in (("virtual", "0"), ("pool", "1")):
+        images = run(f"{name}-images", "invert", checkpoint, "--per-class", "50", "--seed", seed)
+        matched = ("--match-accuracy", PUBLISHED[checkpoint]) if name == "pool" else ()
+        run(name, "extract", checkpoint, images, *matched, *records)
+
+
+def opened(folder: Path, stack: ExitStack) -> Site:
+    kinds = [detectors.get(name) for name in NAMES]
+    needs = frozenset[str]().union(*(kind.needs | kind.fit_needs() for kind in kinds))
+
+    def read(name: str) -> Blocks:
+        return list(stack.enter_context(open_cache(folder / f"{name}.h5")).rows(needs))
+
+    inside = [replace(b, label=torch.full((len(b),), -1)) for b in read(INSIDE)]  # unlabelled
+    count = sum(map(len, inside))
+    rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    outside = {name: read(name) for name in SETS}
+    return Site(read("noise"), read("virtual"), read("pool"), inside, rows, outside)
+
+
+def measure(site: Site, numbers: Sequence[int], draws: int) -> dict[str, dict[str, Any]]:
+    """Way → number of real images → mean and standard deviation over the draws."""
+    found: dict[tuple[str, int], list[Found]] = defaultdict(list)
+    for number in (0, *numbers):
+        for draw in range(draws if number else 1):
+            for name, way in ways(site, number, draw):
+                with suppress(DetectorError):  # a draw may lack rows of a class
+                    found[name, number].append(way())
+    table: dict[str, dict[str, Any]] = defaultdict(dict)
+    for (name, number), each in found.items():
+        columns = {
+            "auroc": [one.auroc for one in each],
+            "tnr95": [one.tnr95 for one in each],
+            "false_alarms": [one.false_alarms for one in each if one.false_alarms is not None],
+        }
+        table[name][str(number)] = {
+            word: [round(fmean(v), 2), round(stdev(v), 2) if len(v) > 1 else 0.0]
+            for word, v in columns.items()
+            if v
+        }
+    return table
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """TNR95 and false alarms against the number of real images, mean over the networks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    shown = [name for name in next(iter(found.values())) if not name.startswith(("nci", "peak"))]
+    for index, name in enumerate(shown):
+        for axes, word in ((left, "tnr95"), (right, "false_alarms")):
+            points: dict[int, list[float]] = defaultdict(list)
+            for network in found.values():
+                for number, row in network[name].items():
+                    if word in row:
+                        points[int(number)].append(row[word][0])
+            numbers = sorted(points)
+            axes.plot(
+                [max(3, number) for number in numbers],
+                [fmean(points[number]) for number in numbers],
+                color=f"C{index}",
+                marker="o",
+                markersize=3,
+                label=name,
+            )
+    for axes, title in ((left, "OOD images found at 95 % TPR, %"), (right, "False alarms, %")):
+        axes.set_xscale("log")
+        ticks = [3, 10, 30, 100, 300, 1000]
+        axes.set_xticks(ticks, ["0", *map(str, ticks[1:])])
+        axes.minorticks_off()
+        axes.set_xlabel("real images")
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+    right.axhline(100 * RATE, color="black", linewidth=0.8, linestyle="--")
+    left.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--numbers", default="10,30,100,300,1000")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    numbers = [int(word) for word in options.numbers.split(",")]
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        work = Work(options.work or Path(folder), options.data.resolve())
+        work.folder.mkdir(exist_ok=True, parents=True)
+        for network, checkpoint in NETWORKS.items():
+            record(work, checkpoint)
+            site = opened(work.folder / checkpoint.partition("-")[0], stack)
+            found[network] = measure(site, numbers, options.draws)
+            for name, row in found[network].items():
+                for number, each in row.items():
+                    told = "  ".join(f"{word} {m:.2f} ± {s:.2f}" for word, (m, s) in each.items())
+                    print(f"{network:10} {number:>5} {name:50} {told}", flush=True)
+    if options.figure:
+        draw(found, options.figure)
+    if options.output:
+        text = json.dumps({"machine": machine(), "networks": found}, indent=1)
+        options.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
