@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from oodcli import detectors
 from oodcli.detectors import own
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, ImagesError, OodcliError
@@ -214,7 +213,7 @@ def load_detector(
                 artefact, classifier.sha256, classifier.preprocessing, classifier.averaged
             )
         return artefact.detector
-    kind = detectors.find(word)
+    kind = own.find(word)
     given = {key: str(value) for key, value in hyperparameters.items()}
     fit_reference = None if classifier is None else partial(_on_noise, classifier)
     [chosen] = choose_detectors([word], {kind.name: given}, kind.needs, "", fit_reference)
@@ -223,7 +222,7 @@ def load_detector(
 
 def _name_of(code: str | type[Detector]) -> str:
     """Register a class and return its name."""
-    return own.register(code).name if isinstance(code, type) else detectors.find(code).name
+    return own.register(code).name if isinstance(code, type) else own.find(code).name
 
 
 def _on_noise(classifier: Classifier, kind: type[Detector], given: Mapping[str, Any]) -> Detector:
