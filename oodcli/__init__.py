@@ -8,6 +8,7 @@ from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
     from oodcli.api import (
+        demo,
         evaluate,
         extract,
         fit,
@@ -29,6 +30,7 @@ __all__ = [
     "Features",
     "OodcliError",
     "__version__",
+    "demo",
     "evaluate",
     "extract",
     "fit",

@@ -20,7 +20,7 @@ torchrun the processes share the work, and all but the first return None.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from oodcli import detectors
 from oodcli.detectors import own
 from oodcli.detectors.base import Detector
 from oodcli.errors import DetectorError, ImagesError, OodcliError
@@ -62,6 +61,8 @@ from oodcli.stages.chosen import (
     odin_step,
     require_same_network,
 )
+from oodcli.stages.demo import Demonstrated, DemoStep
+from oodcli.stages.demo import demo as _demo
 from oodcli.stages.evaluate import Evaluated, draw_layers
 from oodcli.stages.evaluate import evaluate as _evaluate
 from oodcli.stages.extract_job import Extracted, ExtractRequest
@@ -76,7 +77,7 @@ from oodcli.stages.labels import settle_labels
 from oodcli.stages.merge_job import Merged
 from oodcli.stages.merge_job import merge as _merge
 from oodcli.stages.model import Checkpoint, Model, Running
-from oodcli.stages.prepare import Prepared, PrepareRequest, Watching
+from oodcli.stages.prepare import Prepared, PrepareRequest
 from oodcli.stages.prepare import plan as _plan
 from oodcli.stages.prepare import prepare as _prepare
 from oodcli.stages.record import record_images
@@ -86,10 +87,12 @@ from oodcli.stages.score_job import score as _score
 from oodcli.stages.show import Shown, ShowRequest, refuse_page
 from oodcli.stages.show import show as _show
 from oodcli.stages.verdict import Deciding
-from oodcli.stages.watching import Watch
+from oodcli.stages.watching import Watch, Watching
 
 __all__ = [
     "Checkpoint",
+    "DemoStep",
+    "Demonstrated",
     "Doubts",
     "Evaluated",
     "Evaluation",
@@ -104,6 +107,7 @@ __all__ = [
     "Running",
     "Scored",
     "Shown",
+    "demo",
     "draw_layers",
     "estimate_inversion",
     "evaluate",
@@ -216,7 +220,7 @@ def load_detector(
                 artefact, classifier.sha256, classifier.preprocessing, classifier.averaged
             )
         return artefact.detector
-    kind = detectors.find(word)
+    kind = own.find(word)
     given = {key: str(value) for key, value in hyperparameters.items()}
     fit_reference = None if classifier is None else partial(_on_noise, classifier)
     [chosen] = choose_detectors([word], {kind.name: given}, kind.needs, "", fit_reference)
@@ -225,7 +229,7 @@ def load_detector(
 
 def _name_of(code: str | type[Detector]) -> str:
     """Register a class and return its name."""
-    return own.register(code).name if isinstance(code, type) else detectors.find(code).name
+    return own.register(code).name if isinstance(code, type) else own.find(code).name
 
 
 def _on_noise(classifier: Classifier, kind: type[Detector], given: Mapping[str, Any]) -> Detector:
@@ -796,6 +800,24 @@ def merge(
         watch=progress,
         command=command,
     )
+
+
+def demo(
+    output: str | Path = "oodcli-demo",
+    *,
+    force: bool = False,
+    progress: Watch | None = None,
+    watching: Watching | None = None,
+    finished: Callable[[DemoStep], None] | None = None,
+) -> Demonstrated:
+    """Train a small network on scikit-learn's digits and run the whole pipeline on it, into the
+    folder ``output``. Takes half a minute.
+
+    progress: called with the number of commands done and their total. watching: opens a progress
+    callback per command, as of ``prepare``. finished: called with each command when it is done.
+    Raises OodcliError for a folder that exists.
+    """
+    return _demo(Path(output), force=force, watch=progress, watching=watching, finished=finished)
 
 
 def _path(path: str | Path | None) -> Path | None:

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,6 @@ def command(*, quietly: bool, in_detail: bool) -> Iterator[None]:
     """Set the volume for a command. With --verbose, print the time of each of its steps at the
     end."""
     global quiet, verbose, _laps
-    outer = quiet, verbose, _laps  # a demo consists of commands
     quiet, verbose, _laps = quietly, in_detail, [("", time.monotonic())]
     heed(logging.DEBUG if verbose else logging.INFO)
     try:
@@ -71,8 +70,8 @@ def command(*, quietly: bool, in_detail: bool) -> Iterator[None]:
         took = ", ".join(f"{what} {_exact(seconds)}" for what, seconds in steps)
         whole = _exact(sum(seconds for _, seconds in steps))
         detail(f"took {whole}: {took}" if len(steps) > 1 else f"took {whole}")
-        quiet, verbose, _laps = outer
-        heed(logging.DEBUG if verbose else logging.INFO)
+        quiet = verbose = False
+        heed(logging.INFO)
 
 
 def lap(what: str) -> None:
@@ -206,6 +205,15 @@ def steps(what: str, unit: str) -> Iterator[Callable[[float, int], None]]:
             return stack.enter_context(_shown(total, what, 1, 0, unit)), 0.0
 
         yield _differences(begin)
+
+
+_UNITS = {"fit": "detectors", "evaluate": "detectors", "show": "thumbnails"}
+"""What the stages with few long steps count."""
+
+
+def stage(name: str) -> AbstractContextManager[Callable[[float, int], None]]:
+    """The bar of a stage by its name."""
+    return steps(name, _UNITS[name]) if name in _UNITS else watching(name)
 
 
 def _differences(

@@ -52,9 +52,9 @@ def command(
 ) -> None:
     """List every detector with its source, by the images it needs."""
     from oodcli import detectors
-    from oodcli.detectors import facts
+    from oodcli.detectors import facts, own
 
-    listed = [detectors.find(name) for name in names or detectors.names()]
+    listed = [own.find(name) for name in names or detectors.names()]
     kinds = facts.selected(listed, needs or (), search)
     if json:
         console.emit_json([_as_json(kind) for kind in kinds])

@@ -14,7 +14,7 @@ from oodcli.cli.options import Force, Json, Quiet, Verbose
 from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
-    from oodcli.api import Evaluated, Evaluation
+    from oodcli.api import Evaluated
 
 _LAYERS = "Figures of layers, from feature caches"
 
@@ -165,7 +165,6 @@ def _compare(
     json: bool,
     **given: Any,
 ) -> Evaluated:
-    from oodcli.report.tables import as_json
     from oodcli.stages.evaluate import evaluate  # oodcli.api imports torch, for a second
 
     with console.steps("evaluate", "detectors") as watch:
@@ -178,12 +177,7 @@ def _compare(
             watch=watch,
             command=console.command_line(),
         )
-    if json:
-        console.emit_json(as_json(evaluated.evaluation))
-    else:
-        _print(evaluated.evaluation)
-    if evaluated.files:
-        console.say(f"wrote {len(evaluated.files)} files to {output}: open report.html")
+    emit(evaluated, json=json)
     return evaluated
 
 
@@ -230,14 +224,20 @@ def _named(ood: list[str]) -> dict[str, Path]:
     return named
 
 
-def _print(evaluation: Evaluation) -> None:
+def emit(evaluated: Evaluated, *, json: bool = False) -> None:
     from oodcli.cli.tables import evaluation_table
-    from oodcli.report.tables import accuracy_line
+    from oodcli.report.tables import accuracy_line, as_json
 
-    console.emit_table(evaluation_table(evaluation, console.width()))
-    for line in (evaluation.footnote, accuracy_line(evaluation)):
-        if line:
-            console.emit(line)
+    evaluation, files = evaluated.evaluation, evaluated.files
+    if json:
+        console.emit_json(as_json(evaluation))
+    else:
+        console.emit_table(evaluation_table(evaluation, console.width()))
+        for line in (evaluation.footnote, accuracy_line(evaluation)):
+            if line:
+                console.emit(line)
+    if files:
+        console.say(f"wrote {len(files)} files to {files[0].parent}: open report.html")
 
 
 def _gate(evaluated: Evaluated, least: float) -> None:

@@ -81,7 +81,7 @@ def command(
     if json:
         console.emit_json(found)
     else:
-        _print(found)
+        emit_facts(found)
     if card is not None:
         console.say(f"wrote {card}")
 
@@ -98,7 +98,7 @@ def _verify(file: Path, kind: Kind, checkpoint: Path | None, json: bool) -> None
         console.emit_json({"file": str(file), "kind": kind, "checks": checks})
 
 
-def _print(found: dict[str, Any]) -> None:
+def emit_facts(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     from oodcli.cli.facts import facts_table, input_of, mean_std

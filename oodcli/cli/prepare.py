@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,20 +104,16 @@ def command(
         output,
         **given,
         restart=restart,
-        watching=_watching,
+        watching=console.stage,
         command=console.command_line(),
     )
     if prepared is None:
         return
     if json:
         console.emit_json(_summary(prepared))
-    _say(prepared)
+    say(prepared)
     if (prepared.unreadable or prepared.not_fitted) and not console.who:
         raise typer.Exit(3)
-
-
-def _watching(stage: str) -> AbstractContextManager[Callable[[float, int], None]]:
-    return console.steps(stage, "detectors") if stage == "fit" else console.watching(stage)
 
 
 def _summary(prepared: Prepared) -> dict[str, Any]:
@@ -137,7 +131,7 @@ def _emit_plan(planned: Prepared) -> None:
         console.say(f"note: {sentence}")
 
 
-def _say(prepared: Prepared) -> None:
+def say(prepared: Prepared) -> None:
     basis = "no calibration, so no verdicts"
     if prepared.calibrated_on is not None and prepared.false_alarms is not None:
         low, high = prepared.false_alarms

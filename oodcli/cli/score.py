@@ -186,7 +186,7 @@ def command(
         return
     if json:
         console.emit_json(_summary(scored))
-    _say(scored)
+    say(scored)
     if html is not None:
         console.say(f"wrote {html}: open it in a browser")
     if verdicts.gate_failed(scored.doubts, max_ood_fraction):
@@ -201,7 +201,7 @@ def _summary(scored: Scored) -> dict[str, Any]:
     return {name: getattr(scored, name) for name in (*names, *more)}
 
 
-def _say(scored: Scored) -> None:
+def say(scored: Scored) -> None:
     # The name of a column such as knn[real] contains what it was fitted on.
     names = ", ".join(
         f"{name} ({rows})" if rows and not name.endswith(f"[{rows}]") else name

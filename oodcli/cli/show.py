@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from oodcli.cli import console
 from oodcli.cli.completions import complete_detectors
 from oodcli.cli.options import Force, Json, Quiet, Verbose
+
+if TYPE_CHECKING:
+    from oodcli.api import Shown
 
 
 def command(
@@ -71,5 +74,9 @@ def command(
         )
     if json:
         console.emit_json(vars(shown))
+    say(shown)
+
+
+def say(shown: Shown) -> None:
     console.say(shown.sentence)
     console.say(f"wrote {shown.output}: open it in a browser")

@@ -9,6 +9,7 @@ shaping.py), and as no module begins with a digit, ``1d`` is in one_dimensional.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,20 @@ _CLASSES = {
 than the detector. A new detector is one line here and one file."""
 
 
+@dataclass(frozen=True)
+class Own:
+    """A class of the user's. origin: ``FILE.py:CLASS``, or ``MODULE:CLASS`` of a class that was
+    passed to ``own.register``, which has no sha256 of a file."""
+
+    kind: type[Detector]
+    origin: str
+    sha256: str = ""
+
+
+loaded: dict[str, Own] = {}
+"""By name, the user's detectors that this process has loaded."""
+
+
 def names() -> tuple[str, ...]:
     """Every built-in detector's name, in the order of the listings. Imports nothing."""
     return tuple(_CLASSES)
@@ -119,25 +134,19 @@ def names() -> tuple[str, ...]:
 
 def is_known(name: str) -> bool:
     """Whether ``get`` has a class of this name."""
-    if name in _CLASSES:
-        return True
-    from oodcli.detectors import own
-
-    return name in own.known
+    return name in _CLASSES or name in loaded
 
 
 def get(name: str) -> type[Detector]:
-    """The class of a detector: a built-in one, or one of the user's own that ``find`` or
+    """The class of a detector: a built-in one, or one of the user's own that ``own.find`` or
     ``own.register`` was given before. Raises DetectorError for an unknown name."""
     if name in _CLASSES:
         module, _, attribute = _CLASSES[name].rpartition(":")
         place = import_module(f"oodcli.detectors.{module or name.replace('-', '_')}")
         found: type[Detector] = getattr(place, attribute)
         return found
-    from oodcli.detectors import own
-
-    if name in own.known:
-        return own.known[name].kind
+    if name in loaded:
+        return loaded[name].kind
     raise DetectorError(
         f"no detector is called '{name}': known are {', '.join(_CLASSES)} "
         "(give a fitted one by the path of its .safetensors file, your own by FILE.py:CLASS)"
@@ -149,30 +158,12 @@ def is_code(word: str) -> bool:
     return word.endswith(".py") or ".py:" in word
 
 
-def find(word: str) -> type[Detector]:
-    """The class that the user names: a built-in detector by its name, one of their own by
-    ``FILE.py:CLASS``, whose code is run. Never to be given what a file says."""
-    if not is_code(word):
-        return get(word)
-    from oodcli.detectors import own
-
-    return own.load(word)
-
-
 def code_sha256(name: str) -> str:
     """SHA-256 of the file that a detector of the user's own is in; empty for a built-in one."""
-    if name in _CLASSES:
-        return ""
-    from oodcli.detectors import own
-
-    return own.known[name].sha256 if name in own.known else ""
+    return loaded[name].sha256 if name in loaded else ""
 
 
 def word_for(name: str) -> str:
     """What to write where the command line takes a detector of this name: the name, or
     ``FILE.py:CLASS`` for one of the user's own."""
-    if name in _CLASSES:
-        return name
-    from oodcli.detectors import own
-
-    return own.known[name].origin if name in own.known else name
+    return loaded[name].origin if name in loaded else name

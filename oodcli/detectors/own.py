@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
@@ -32,18 +32,10 @@ RESERVED = ("all", "path", "label", "predicted", "confidence", "error")
 """Words with another meaning for ``-d`` or in the columns of scores."""
 
 
-@dataclass(frozen=True)
-class Own:
-    """A class of the user's. origin: ``FILE.py:CLASS``, or ``MODULE:CLASS`` of a class that was
-    passed to ``register``, which has no sha256 of a file."""
-
-    kind: type[Detector]
-    origin: str
-    sha256: str = ""
-
-
-known: dict[str, Own] = {}
-"""By name, those that this process has loaded."""
+def find(word: str) -> type[Detector]:
+    """The class that the user names: a built-in detector by its name, one of their own by
+    ``FILE.py:CLASS``, whose code is run. Never to be given what a file says."""
+    return load(word) if detectors.is_code(word) else detectors.get(word)
 
 
 def load(word: str) -> type[Detector]:
@@ -69,7 +61,7 @@ def load(word: str) -> type[Detector]:
         ]
         others = f": it has {', '.join(classes)}" if classes else ""
         raise DetectorError(f"{word}: {file} has no class '{name}'{others}")
-    if any(own.kind is kind for own in known.values()):
+    if any(own.kind is kind for own in detectors.loaded.values()):
         return kind
     found = register(kind, word, hashlib.sha256(code).hexdigest())
     _explain_failures(found, word, path.resolve())
@@ -91,12 +83,12 @@ def register(kind: type, origin: str = "", sha256: str = "") -> type[Detector]:
         raise DetectorError(
             f"{origin}: a built-in detector is called '{kind.name}': choose another name"
         )
-    other = known.get(kind.name)
+    other = detectors.loaded.get(kind.name)
     if other is not None and other.origin != origin:
         raise DetectorError(
             f"{origin}: {other.origin} is also called '{kind.name}': choose another name"
         )
-    known[kind.name] = Own(kind, origin, sha256)
+    detectors.loaded[kind.name] = detectors.Own(kind, origin, sha256)
     return kind
 
 

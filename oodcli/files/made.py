@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, cast
 
 from oodcli.errors import FileError
+from oodcli.files.hashes import file_sha256
 from oodcli.files.json_object import read_object
 from oodcli.files.origin import Words, require_same_weights
 
@@ -28,8 +29,6 @@ def made_path(scores: Path) -> Path:
 def write_made(made: Mapping[str, Any], scores: Path, path: Path) -> None:
     """Write to a path from ``atomic``. made: metadata that JSON can hold. scores: the finished
     file, whose SHA-256 is added. Raises OSError if the disk refuses."""
-    from oodcli.files.hashes import file_sha256
-
     about = {"format": FORMAT, "version": VERSION, **made, SHA256: file_sha256(scores)}
     path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -4,20 +4,19 @@ with it is run, and nothing is fetched."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch import Tensor
 
 from oodcli.errors import CheckpointError
 from oodcli.files.hub import CONFIG, LARGEST_NUMBER, folder_of, read_json
 from oodcli.networks.card import Overrides
-from oodcli.networks.makers import TimmMaker, timm_name
-from oodcli.networks.recognition import Network, named
+from oodcli.networks.huggingface import network_of_transformers
+from oodcli.networks.makers import TimmMaker, no_larger_than, timm_name
+from oodcli.networks.network import Network, named
 from oodcli.networks.state_dict import layouts_of
 
 SOURCE = "from config.json"
@@ -99,30 +98,6 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(names) or None
 
 
-@contextmanager
-def no_larger_than(state: Mapping[str, Tensor], where: str) -> Iterator[None]:
-    """Within it, networks of far more weights than a state dict has cannot be built. A
-    configuration can ask for a million layers. Raises CheckpointError."""
-    most = 4 * len(state) + 1000, 4 * sum(each.numel() for each in state.values()) + 10_000_000
-    count = numbers = 0
-
-    def add(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal count, numbers
-        count += 1
-        numbers += 0 if parameter is None else parameter.numel()
-        if count > most[0] or numbers > most[1]:
-            raise CheckpointError(
-                f"{where} describes a network far larger than the weights beside it: copy the "
-                "folder again"
-            )
-
-    handle = register_module_parameter_registration_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def hub_network(
     config: Mapping[str, Any], state: dict[str, Tensor], given: Overrides, path: Path
 ) -> Network:
@@ -139,8 +114,6 @@ def hub_network(
             maker = TimmMaker(arch, **used, source=SOURCE)
             found = named(arch, layouts_of(state), given, path, maker=maker)
         else:
-            from oodcli.networks.huggingface import network_of_transformers
-
             folder = folder_of(path) or path
             found = network_of_transformers(config, head_of(config), state, folder)
     notes = [f"architecture {found.arch} {SOURCE} (override: --arch)"]

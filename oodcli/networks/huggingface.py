@@ -26,8 +26,8 @@ from oodcli.files.hub import CONFIG, PROCESSORS, read_json
 from oodcli.images.pixels import INTERPOLATION, fit
 from oodcli.networks.architectures import Inputs
 from oodcli.networks.inputs import guess_inputs
+from oodcli.networks.network import Network
 from oodcli.networks.preprocessing import Preprocessing, Resize
-from oodcli.networks.recognition import Network
 from oodcli.networks.state_dict import some_of
 
 LARGEST_SIDE = 4096

@@ -26,13 +26,8 @@ from oodcli.networks.contents import (
     zip_members,
 )
 from oodcli.networks.inputs import guess_inputs, of_ultralytics, preprocessing_of
-from oodcli.networks.recognition import (
-    SLICES,
-    Network,
-    network_of,
-    require_classes,
-    require_named,
-)
+from oodcli.networks.network import Network, require_classes
+from oodcli.networks.recognition import SLICES, network_of, require_named
 from oodcli.networks.state_dict import check_finite, check_values, find_state
 from oodcli.networks.timm_models import network_of_script
 

@@ -9,12 +9,13 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from oodcli.errors import CheckpointError, first_sentence
 from oodcli.networks import architectures
@@ -235,3 +236,27 @@ def maker_of(arch: str) -> Maker:
     if arch.startswith("timm:"):
         return TimmMaker(arch)
     return FactoryMaker(arch) if ".py:" in arch else Maker(arch)
+
+
+@contextmanager
+def no_larger_than(state: Mapping[str, Tensor], where: str) -> Iterator[None]:
+    """Within it, networks of far more weights than a state dict has cannot be built. A
+    configuration can ask for a million layers. Raises CheckpointError."""
+    most = 4 * len(state) + 1000, 4 * sum(each.numel() for each in state.values()) + 10_000_000
+    count = numbers = 0
+
+    def add(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count, numbers
+        count += 1
+        numbers += 0 if parameter is None else parameter.numel()
+        if count > most[0] or numbers > most[1]:
+            raise CheckpointError(
+                f"{where} describes a network far larger than the weights beside it: copy the "
+                "folder again"
+            )
+
+    handle = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -21,9 +21,8 @@ from oodcli.errors import CheckpointError
 from oodcli.networks import architectures
 from oodcli.networks.architectures.weightless import Weightless
 from oodcli.networks.card import Overrides
-from oodcli.networks.hub import no_larger_than
-from oodcli.networks.makers import TimmMaker, timm_name
-from oodcli.networks.recognition import Network, named
+from oodcli.networks.makers import TimmMaker, no_larger_than, timm_name
+from oodcli.networks.network import Network, named
 from oodcli.networks.state_dict import layouts_of
 
 SOURCE = "from the training script's args"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from oodcli import detectors
-from oodcli.detectors import serial
+from oodcli.detectors import own, serial
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
 from oodcli.detectors.calibration import Calibration
@@ -106,7 +106,7 @@ def choose_detectors(
             chosen.append(Chosen(fit_reference(kind, given), trained_on="noise"))
 
     listed = [word for word in wanted if word != "all"]
-    kinds = {word: detectors.find(word) for word in listed if not is_artefact(word)}
+    kinds = {word: own.find(word) for word in listed if not is_artefact(word)}
     fitted = {
         word: _belonging(Path(word), sha256, preprocessing, averaged)
         for word in listed

@@ -1,10 +1,14 @@
-"""Data of ``oodcli demo``: a small network trained on scikit-learn's digits, and other images."""
+"""``oodcli demo``: every stage on a small network, trained on scikit-learn's digits, and other
+images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oodcli import notes
-from oodcli.files.atomic import atomic
+from oodcli.errors import FileError
+from oodcli.files.atomic import atomic, make_folder
 from oodcli.networks.architectures import build
+from oodcli.stages.evaluate import evaluate
+from oodcli.stages.inspect import inspect
+from oodcli.stages.model import Checkpoint, Model
+from oodcli.stages.prepare import PrepareRequest, prepare
+from oodcli.stages.score_job import ScoreRequest, score
+from oodcli.stages.show import ShowRequest, show
+from oodcli.stages.verdict import Deciding
+from oodcli.stages.watching import Watch, Watching, unwatched, watched
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +46,137 @@ input_size = [8, 8]
 mean = [{MEAN}]
 std = [{STD}]
 """
+
+
+ACCURACY = 0.99
+"""What the network would have been published with."""
+
+DETECTORS = ("c2ir-peak", "c2ir-z", "knn", "energy", "msp")
+
+
+@dataclass(frozen=True)
+class DemoStep:
+    """A command of the demo. question: that it answers. words: those after ``oodcli``. result: what
+    the function of that name returned."""
+
+    question: str
+    words: tuple[str, ...]
+    result: Any
+
+
+@dataclass(frozen=True)
+class Demonstrated:
+    """Summary of ``demo``. folder: with all files. steps: the commands, in order."""
+
+    folder: Path
+    steps: tuple[DemoStep, ...]
+
+    @property
+    def mean_auroc(self) -> Mapping[str, float]:
+        """Detector → mean AUROC over the sets of images that are not digits."""
+        found: Mapping[str, float] = self.steps[-1].result.mean_auroc
+        return found
+
+
+class _Command(NamedTuple):
+    """run: is given a progress callback, and the command that the files record."""
+
+    question: str
+    words: tuple[str, ...]
+    run: Callable[[Watch, str], Any]
+
+
+def demo(
+    output: Path,
+    *,
+    force: bool = False,
+    watch: Watch | None = None,
+    watching: Watching | None = None,
+    finished: Callable[[DemoStep], None] | None = None,
+) -> Demonstrated:
+    """Train a network and run the whole pipeline on it. Logs each command before it runs. watch:
+    called with the number of commands done and their total. watching: opens a progress callback
+    per stage. finished: called with each command that is done. Raises FileError for a folder that
+    exists."""
+    if output.exists() and not force:
+        raise FileError(f"{output} exists: choose another -o, or overwrite it with --force")
+    watching = watching or unwatched
+    commands = list(_commands(output, force, watching))
+    advance = watched(watch, len(commands))
+    with make_folder(output):
+        notes.say(log, f"Training a small network on {TRAINED_ON} of scikit-learn's digits.", "")
+        with watching("train") as told:
+            held_out, crops = write_data(output, watched(told, TRAINED_ON, each=EPOCHS))
+        notes.say(
+            log,
+            f"Wrote {output}: the checkpoint digits.safetensors and its model card, "
+            f"{held_out} held-out digits, {crops} crops of photographs.",
+            "",
+        )
+    steps = []
+    for question, words, run in commands:
+        command = shlex.join(["oodcli", *words])
+        notes.say(log, f"\n# {question}\n$ {command}", "")
+        with watching(words[0]) as told:
+            steps.append(DemoStep(question, words, run(told, command)))
+        if finished is not None:
+            finished(steps[-1])
+        advance(1)
+    return Demonstrated(output, tuple(steps))
+
+
+def _commands(output: Path, force: bool, watching: Watching) -> Iterator[_Command]:
+    model = Model(Checkpoint(output / "digits.safetensors"))
+    checkpoint, forced = str(model.path), ["--force"] * force
+    sets = {
+        "photographs": str(output / "photographs"),
+        "noise": "noise:uniform?n=500",
+        "blobs": "noise:blob?n=500",
+    }
+    files = {name: output / f"{name}.csv" for name in ("digits", *sets)}
+
+    def step(question: str, run: Callable[[Watch, str], Any], *words: str) -> _Command:
+        return _Command(question, (*words, *forced), run)
+
+    def scoring(question: str, images: str, name: str) -> _Command:
+        request = ScoreRequest(
+            *(model, images, files[name], DETECTORS), deciding=Deciding(fpr=0.05), force=force
+        )
+        chosen = [word for each in DETECTORS for word in ("-d", each)]
+        return step(
+            question,
+            lambda watch, command: score(replace(request, command=command), watch),
+            *("score", checkpoint, images, *chosen, "--fpr", "0.05", "-o", str(files[name])),
+        )
+
+    yield step("What is this checkpoint?", lambda *_: inspect(model), "inspect", checkpoint)
+    request = PrepareRequest(model, accuracy=ACCURACY, mirror=False, force=force)
+    yield step(
+        "Prepare it: virtual images, detectors and their calibration. No real image is used.",
+        lambda _, command: prepare(replace(request, command=command), watching=watching),
+        *("prepare", checkpoint, "--accuracy", str(ACCURACY), "--no-mirror"),
+    )
+    held_out = str(output / "digits-test.npz")
+    yield scoring("Score digits that the network has not seen.", held_out, "digits")
+    for name, images in sets.items():
+        yield scoring(f"Score images that are not digits: {name}.", images, name)
+    page = ShowRequest(files["photographs"], force=force)
+    yield step(
+        "Look at the photographs.",
+        lambda watch, command: show(replace(page, command=command), watch),
+        *("show", str(page.scores)),
+    )
+    ood = {name: files[name] for name in sets}
+    report = output / "report"
+    yield step(
+        "How well do the scores separate them?",
+        lambda watch, command: evaluate(
+            files["digits"], ood, output=report, force=force, watch=watch, command=command
+        ),
+        *("evaluate", "--id", str(files["digits"])),
+        *(word for name, path in ood.items() for word in ("--ood", f"{name}={path}")),
+        *("-o", str(report)),
+    )
 
 
 def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oodcli import detectors, notes
+from oodcli.detectors import own
 from oodcli.detectors.base import Detector
 from oodcli.detectors.hyperparameters import parse
 from oodcli.errors import OodcliError
@@ -161,7 +162,7 @@ def records_of(
     """Records to store, and ODIN's perturbation. Raises OodcliError for an unknown record, and for
     parameters of a detector that is not among ``--for``."""
     given = request.parameters or {}
-    kinds = [detectors.find(name) for name in request.for_detectors]
+    kinds = [own.find(name) for name in request.for_detectors]
     unused = sorted(given.keys() - {kind.name for kind in kinds} - {"odin"})
     if unused:
         raise OodcliError(f"-p {unused[0]}.…: {unused[0]} is not among the detectors of --for")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oodcli import detectors, notes
+from oodcli.detectors import own
 from oodcli.detectors.base import Detector
 from oodcli.detectors.hyperparameters import parse
 from oodcli.errors import DetectorError
@@ -121,7 +122,7 @@ def _chosen(
     names: Sequence[str],
 ) -> tuple[list[type[Detector] | Artefact], dict[str, type[Detector]]]:
     """Detectors to fit or calibrate, in order; and by name, those to fit."""
-    found = {word: detectors.find(word) for word in names if not is_artefact(word)}
+    found = {word: own.find(word) for word in names if not is_artefact(word)}
     artefacts = {word: read_artefact(Path(word)) for word in names if word not in found}
     given_fitted = {each.detector.name for each in artefacts.values()}
     found = {  # beside an artefact of it, FILE.py:CLASS is only the artefact's code

@@ -55,7 +55,9 @@ def for_cluster(
     def listed() -> Sequence[Piece]:
         return pieces_of(source, model.batch_size(classifier))
 
-    return replace(opened, cluster=OnCluster(model, classifier, images, mirror, listed, reading))
+    return replace(
+        opened, cluster=ClusterJob(model, classifier, images, mirror, listed, reading).work
+    )
 
 
 def _from_anywhere(
@@ -91,12 +93,14 @@ def _from_anywhere(
         lambda chosen: batch_size,
         listing,
         with_noise(classifier, batch_size),
-        cluster=OnCluster(model, classifier, images, mirror, lambda: pieces(images, batch_size)),
+        cluster=ClusterJob(
+            model, classifier, images, mirror, lambda: pieces(images, batch_size)
+        ).work,
     )
 
 
 @dataclass(frozen=True)
-class OnCluster:
+class ClusterJob:
     """All of a job at a Ray cluster. pieces: which images there are. reading: of their labels, as
     in ``Reading``."""
 

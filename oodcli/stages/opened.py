@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,24 +20,26 @@ from oodcli.files.hashes import file_sha256
 from oodcli.files.hdf5 import Provenance, format_of
 from oodcli.files.virtual import FORMAT as VIRTUAL
 from oodcli.images import ImageSource
+from oodcli.jobs.kept import Kept
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import Recorder, recordable
 from oodcli.stages.chosen import Chosen, FitReference, fit_on_noise, needs, odin_step
 from oodcli.stages.model import Model
 from oodcli.stages.record import (
     Progress,
+    Work,
     file_state,
     listing,
     paths_sha256,
     provenance,
     record_images,
 )
+from oodcli.stages.score import Scoring
 from oodcli.stages.sources import log, log_cache, log_records, open_source
 
-if TYPE_CHECKING:
-    from oodcli.stages.on_cluster import OnCluster
-
 Record = Callable[[Sequence[Chosen], Progress], Callable[[int, int], Iterable[Rows]]]
+OnCluster = Callable[[Kept | None, Sequence[Chosen], Scoring, str], Work]
+"""Makes a Ray cluster's work. Its last argument: ``ray``, or the address of the cluster."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Opened:
     rows [start, stop) for some detectors. job: further settings that decide the rows. count: number
     of rows. unit: rows scored together. listing: SHA-256 of the list of images. fit_reference: fits
     a detector on noise; None without the network. extracted_by: the command that wrote a cache.
-    cluster: the same job for a Ray cluster."""
+    cluster: how a Ray cluster does the job."""
 
     made: Provenance
     available: frozenset[str]

@@ -8,7 +8,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -51,16 +51,13 @@ from oodcli.stages.prepare_plan import (
 )
 from oodcli.stages.prepare_time import Clock
 from oodcli.stages.record import file_state
-from oodcli.stages.watching import Watch
+from oodcli.stages.watching import Watch, Watching, unwatched
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 RATES = (0.05, 0.1, 0.2, 0.5)
 """False-alarm rates of the command to type next: the first that the calibration allows."""
-
-Watching = Callable[[str], AbstractContextManager[Watch]]
-"""Opens a progress callback for a stage: invert, extract or fit."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ def prepare(
     for sentence in plan.warnings:
         notes.say(log, sentence)
     with _owned(request.folder, team):
-        return _Run(request, plan, team, watch, watching or _unwatched).all()
+        return _Run(request, plan, team, watch, watching or unwatched).all()
 
 
 def plan(request: PrepareRequest) -> Prepared | None:
@@ -350,11 +347,6 @@ def _forget(path: Path) -> None:
     """Remove a file that does no harm where the disk refuses."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _unwatched(_: str) -> Iterator[Watch]:
-    yield lambda done, total: None
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,15 @@ def score(request: ScoreRequest, watch: Watch | None = None) -> Scored | None:
         kept = _kept(request, opened, made, chosen, fingerprints, team, stack)
         work = Work(kept, share, team)
         if opened.cluster is not None:
-            work = _on_cluster(request, opened, chosen, rules, kept)
+            scoring = Scoring.of(
+                chosen,
+                opened.made.class_names,
+                rules,
+                streamed=request.deciding.stream_rule is not None,
+                mirror=request.mirror,
+                explain=request.explain,
+            )
+            work = opened.cluster(kept, chosen, scoring, request.engine or "ray")
         chosen = placed(chosen, request.model.device())
         count, unit = opened.count, opened.unit(chosen)
         advance = watched(watch, len(work.part(count, unit)), before=work.rows(count, unit))
@@ -286,25 +294,6 @@ def _about(
         },
         "mirror": request.mirror,
     }
-
-
-def _on_cluster(
-    request: ScoreRequest,
-    opened: Opened,
-    chosen: Sequence[Chosen],
-    rules: Mapping[str, Rule],
-    kept: Kept | None,
-) -> Work:
-    assert opened.cluster is not None
-    scoring = Scoring.of(
-        chosen,
-        opened.made.class_names,
-        rules,
-        streamed=request.deciding.stream_rule is not None,
-        mirror=request.mirror,
-        explain=request.explain,
-    )
-    return opened.cluster.work(kept, chosen, scoring, request.engine or "ray")
 
 
 def _scored(

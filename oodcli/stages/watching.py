@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from oodcli.stages.record import Progress, no_progress
 
 Watch = Callable[[float, int], None]
 """Called with the number of images (or detectors) done and their total; 0 if it is unknown. An
 exception that it raises stops the job."""
+
+Watching = Callable[[str], AbstractContextManager[Watch]]
+"""Opens a progress callback for a stage, such as invert, extract or fit."""
+
+
+@contextmanager
+def unwatched(_: str) -> Iterator[Watch]:
+    """A ``Watching`` that tells nobody."""
+    yield lambda done, total: None
 
 
 def watched(watch: Watch | None, total: int, *, before: float = 0, each: int = 1) -> Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import re
 import shlex
@@ -15,7 +16,14 @@ import pytest
 import torch
 from commands import oodcli
 
-from oodcli.cli import console, demo
+from oodcli import api
+from oodcli.cli import console
+from oodcli.errors import OodcliError
+from oodcli.stages import demo
+
+
+class StoppedError(Exception):
+    """By the program that watches."""
 
 
 @pytest.mark.parametrize(("fault", "status"), [(KeyboardInterrupt, 130), (SystemExit(7), 7)])
@@ -23,20 +31,36 @@ def test_it_stops_with_the_command_that_stopped(fault, status, tmp_path, monkeyp
     def stop(*_: object, **__: object) -> None:
         raise fault
 
-    monkeypatch.setattr(demo, "_prepare", lambda output: None)
+    monkeypatch.setattr(demo, "write_data", lambda folder, progress: (0, 0))
     monkeypatch.setattr("oodcli.networks.load.load_classifier", stop)
     result = oodcli("demo", "-o", tmp_path / "demo")
     assert result.status == status
     assert result.err.count("$ oodcli") == 1
 
 
-def test_quiet_is_handed_on(tmp_path, monkeypatch):
-    handed = []
-    monkeypatch.setattr(demo, "_prepare", lambda output: None)
-    monkeypatch.setattr(demo, "_run", lambda story, words, volume: handed.append(volume))
-    assert oodcli("demo", "-q", "-o", tmp_path / "demo").err == ""
-    assert len(handed) >= 6
-    assert all(volume == ["--quiet"] for volume in handed)
+def test_it_reports_each_command_and_stops_where_it_is_told(tmp_path, monkeypatch, caplog):
+    """From Python, with the first command alone: the others take half a minute."""
+    monkeypatch.setattr(demo, "inspect", lambda model: {"checkpoint": str(model.path)})
+    monkeypatch.setattr(demo, "write_data", lambda folder, progress: (1, 2))
+    caplog.set_level(logging.INFO, "oodcli")
+    told, done = [], []
+
+    def stop(step: demo.DemoStep) -> None:
+        done.append(step)
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        api.demo(tmp_path / "demo", progress=lambda *far: told.append(far), finished=stop)
+    checkpoint = str(tmp_path / "demo" / "digits.safetensors")
+    assert done == [
+        demo.DemoStep(
+            "What is this checkpoint?", ("inspect", checkpoint), {"checkpoint": checkpoint}
+        )
+    ]
+    assert told == [(0, 8)]
+    assert caplog.messages[-1] == f"\n# What is this checkpoint?\n$ oodcli inspect {checkpoint}"
+    with pytest.raises(OodcliError, match="demo exists"):
+        api.demo(str(tmp_path / "demo"))
 
 
 def test_its_checkpoint_is_the_same_every_time(tmp_path, monkeypatch):
@@ -44,8 +68,8 @@ def test_its_checkpoint_is_the_same_every_time(tmp_path, monkeypatch):
     monkeypatch.setattr("oodcli.stages.demo.photograph_crops", lambda folder: 0)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    demo._prepare(tmp_path / "a")
-    demo._prepare(tmp_path / "b")
+    demo.write_data(tmp_path / "a", lambda count: None)
+    demo.write_data(tmp_path / "b", lambda count: None)
     one, other = (tmp_path / name / "digits.safetensors" for name in "ab")
     assert one.read_bytes() == other.read_bytes()
 
@@ -88,7 +112,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_all_of_it(tmp_path):
+def test_all_of_it(tmp_path, monkeypatch, capfd):
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "oodcli-demo"
@@ -133,6 +157,23 @@ def test_all_of_it(tmp_path):
     assert (again.returncode, again.stderr, again.stdout) == (0, "", done.stdout)
     assert set(os.listdir(folder)) == FILES
     assert contents(folder) == before
+
+    # From Python: the same files, and nothing printed.
+    (tmp_path / "python").mkdir()
+    monkeypatch.chdir(tmp_path / "python")
+    capfd.readouterr()
+    told: list[tuple[float, int]] = []
+    made = api.demo(progress=lambda *far: told.append(far))
+    assert tuple(capfd.readouterr()) == ("", "")
+    assert contents(Path("oodcli-demo")) == before
+    assert made.folder == Path("oodcli-demo")
+    assert [step.words[0] for step in made.steps] == [
+        *("inspect", "prepare", *["score"] * 4, "show", "evaluate")
+    ]
+    assert told == [(done, len(made.steps)) for done in range(len(made.steps) + 1)]
+    assert {name: f"{100 * mean:.2f}" for name, mean in made.mean_auroc.items()} == {
+        name: f"{mean:.2f}" for name, mean in means.items()
+    }
 
 
 def test_lines_on_a_terminal_break_between_words(monkeypatch):

@@ -20,7 +20,6 @@ NAMES = ("oodcli.detectors", "oodcli.networks.architectures", "oodcli.records")
 """Registries whose names appear in help and completion."""
 
 EXCEPTIONS = {
-    "demo.py": {"oodcli.files.atomic", "oodcli.stages.demo"},  # makes the data of a tutorial
     "detectors.py": {"oodcli.detectors.base"},  # a type
     "evaluate.py": {"oodcli.report.tables", "oodcli.stages.evaluate"},  # to do without torch
     "inspect.py": {  # to do without torch

@@ -129,7 +129,7 @@ def test_it_is_described(folder):
 
 def test_all_is_without_them(folder):
     oodcli("score", "ckpt.pt", NOISE, "-d", "margin.py:Margin")
-    assert own.known
+    assert detectors.loaded
     assert "margin" not in oodcli("score", "ckpt.pt", NOISE, "-d", "all").out.splitlines()[0]
     assert "margin" not in oodcli("detectors", "--json").out
 
@@ -418,7 +418,7 @@ def test_a_class_is_a_detector_in_python(folder):
     assert load_detector("margin.py:Margin", power=2.0).power == 2.0
     path = folder / "largest.safetensors"
     artefact.write_artefact(artefact.Artefact(Largest(), "abc", {}), path)
-    own.known.clear()
+    detectors.loaded.clear()
     with pytest.raises(FileError, match="holds a 'largest', which this oodcli does not have"):
         load_detector(path)
     assert isinstance(load_detector(path, code=Largest), Largest)

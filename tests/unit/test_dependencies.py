@@ -1,4 +1,4 @@
-"""Every package that oodcli imports is declared in pyproject.toml."""
+"""Every package that oodcli imports is declared, and its own modules import in one direction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,57 @@ def test_imports_are_found_in_functions() -> None:
     source = "import os, h5py.h5p\nfrom . import a\ndef f():\n    from scipy.stats import norm\n"
     source += "if TYPE_CHECKING:\n    import pandas\n"
     assert list(imported(source)) == ["h5py", "scipy"]
+
+
+def dependencies(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Module → the others of the same package that it imports: at its top, in functions, and for a
+    type checker. ``from a import b`` is the module a.b where there is one. Registries that name
+    their modules in strings are not seen, nor is the package that Python imports before a module
+    in it."""
+    found: dict[str, set[str]] = {name: set() for name in sources}
+    for name, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, name
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                found[name] |= {each if each in sources else str(node.module) for each in inner}
+        found[name] &= sources.keys()
+    return found
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules of which each imports the one before it, or empty."""
+    try:
+        TopologicalSorter(dependencies(sources)).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    modules = {
+        path.relative_to(PACKAGE.parent).with_suffix(""): path for path in PACKAGE.rglob("*.py")
+    }
+    sources = {
+        ".".join(name.parts).removesuffix(".__init__"): path.read_text("utf-8")
+        for name, path in modules.items()
+    }
+    assert len(sources) == len(modules) > 250
+    assert circle(sources) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "import p.a",
+        "def f():\n    from p.a import x",
+        "if TYPE_CHECKING:\n    from p.a import x",
+        "class C:\n    def m(self):\n        from p import a",
+    ],
+)
+def test_a_circle_is_found(back: str) -> None:
+    sources = {"p": "", "p.a": "from p import b", "p.b": "from p import c", "p.c": ""}
+    assert circle(sources) == []
+    assert set(circle(sources | {"p.c": back})) == {"p.a", "p.b", "p.c"}
