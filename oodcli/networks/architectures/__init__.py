@@ -71,9 +71,17 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "cifar_shuffle_v2": tuple(
         f"shufflenetv2_x{size}-weiaicunzai" for size in ("0_5", "1_0", "1_5", "2_0")
     ),
+    "cifar_shuffle_v1": ("shufflenet-weiaicunzai",),
     "cifar_squeeze": ("squeezenet-weiaicunzai",),
     "cifar_preresnet": tuple(f"preresnet{n}-bearpaw" for n in (20, 32, 56, 110, 164)),
     "cifar_inception": ("googlenet-kuangliu", "googlenet-weiaicunzai"),
+    "cifar_inception_v4": tuple(
+        f"inception{kind}-weiaicunzai" for kind in ("v3", "v4", "resnetv2")
+    ),
+    "cifar_xception": ("xception-weiaicunzai",),
+    "cifar_nasnet": ("nasnet-weiaicunzai",),
+    "cifar_attention": ("attention56-weiaicunzai", "attention92-weiaicunzai"),
+    "cifar_stochastic": tuple(f"stochasticdepth{n}-weiaicunzai" for n in (18, 34, 50, 101, 152)),
     "cifar_dla": ("dla-kuangliu", "simpledla-kuangliu"),
     "cifar_pnasnet": ("pnasneta-kuangliu", "pnasnetb-kuangliu"),
     "cifar_repvgg": tuple(f"repvgg_a{n}-chenyaofo" for n in range(3)),
