@@ -1036,6 +1036,46 @@ def test_a_data_parallel_part_of_vgg_is_recognised() -> None:
     assert recognise(state).name == "vgg19_bn-chengyangfu"
 
 
+def fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """RepVGG's blocks as single convolutions (Ding et al. 2021, section 3.3)."""
+
+    def scaled(norm: str) -> tuple[Tensor, Tensor]:
+        parts = ("weight", "running_var", "bias", "running_mean")
+        scale, var, bias, mean = (state[f"{norm}.{part}"].double() for part in parts)
+        scale = scale / (var + 1e-5).sqrt()
+        return scale, bias - mean * scale
+
+    found = {key: tensor for key, tensor in state.items() if "rbr_" not in key}
+    for key in state:
+        if not key.endswith("rbr_dense.conv.weight"):
+            continue
+        p = key.removesuffix(".rbr_dense.conv.weight")
+        scale, bias = scaled(f"{p}.rbr_dense.bn")
+        kernel = state[key] * scale.view(-1, 1, 1, 1)
+        scale, shift = scaled(f"{p}.rbr_1x1.bn")
+        kernel[:, :, 1, 1] += state[f"{p}.rbr_1x1.conv.weight"][:, :, 0, 0] * scale[:, None]
+        bias = bias + shift
+        if f"{p}.rbr_identity.weight" in state:
+            scale, shift = scaled(f"{p}.rbr_identity")
+            kernel[:, :, 1, 1] += torch.diag(scale)
+            bias = bias + shift
+        found |= {f"{p}.rbr_reparam.weight": kernel, f"{p}.rbr_reparam.bias": bias}
+    return {key: tensor.float() for key, tensor in found.items()}
+
+
+def test_a_deployed_repvgg_has_the_logits_of_the_trained_one(tmp_path) -> None:
+    state = lively(build("repvgg_a0-chenyaofo", 10))
+    torch.save(state, tmp_path / "trained.pt")
+    torch.save(fused(state), tmp_path / "deployed.pt")
+    trained, deployed = (load_classifier(tmp_path / f"{n}.pt") for n in ("trained", "deployed"))
+    assert deployed.arch == "repvgg_a0-chenyaofo+deployed"
+    assert deployed.preprocessing == trained.preprocessing
+    with torch.no_grad():
+        expected, found = trained.network(images()), deployed.network(images())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    assert recognise(skeleton("repvgg_a1-chenyaofo+deployed", 1000).state_dict()) is None
+
+
 def test_imagenets_repvgg_is_not_read_as_cifars() -> None:
     assert recognise(skeleton("repvgg_a0-chenyaofo", 7).state_dict()) is not None
     assert recognise(skeleton("repvgg_a0-chenyaofo", 1000).state_dict()) is None
