@@ -265,7 +265,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize("size", [0, 2**64 - 16, 2**64 - 32, 1 << 40, 5000])
+@pytest.mark.parametrize("size", [0, 2**64 - 16, 5000])
 def test_hdf5_comes_to_the_end_of_a_damaged_heap(tmp_path, made, size):
     """By free space of no bytes, and by texts that go back or beyond the end, HDF5 itself would
     loop."""
