@@ -254,9 +254,7 @@ def layout(name: str, classes: int = 10) -> dict[str, Tensor]:
 
 def published(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of a built-in network with those keys."""
-    if "-weiaicunzai" in name and not name.startswith(
-        ("vgg", "seresnet", "squeezenet", "shufflenetv2")
-    ):
+    if name.startswith(RENAMED) and "-weiaicunzai" in name:
         return of_weiaicunzai(name, state)
     if re.fullmatch(r"resnet\d+-kuangliu.*", name):
         return rekeyed(state, (r"^fc\.", "linear."), (r"\.downsample\.", ".shortcut."))
@@ -281,6 +279,9 @@ def published(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         )
     return rekeyed(state)
 
+
+RENAMED = ("preact", "mobilenet", "resnext", "googlenet", "wrn", "densenet")
+"""Networks that have other keys in weiaicunzai's repository than in oodcli."""
 
 MOBILE_STAGES = ("stem.1", *(f"conv{stage}.{block}" for stage in (1, 2) for block in (0, 1)))
 MOBILE_STAGES += (*(f"conv3.{block}" for block in range(6)), "conv4.0", "conv4.1")

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -138,8 +139,53 @@ def format_of(path: Path) -> str | None:
 def opened(path: Path) -> Iterator[h5py.File]:
     """An HDF5 file, open for reading. Raises OSError where h5py cannot open it, so it goes into a
     ``damage``."""
-    with h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE) as file:
+    with (
+        io.FileIO(path) as raw,
+        h5py.File(_Source(raw), "r", rdcc_nbytes=CHUNK_CACHE) as file,
+    ):
+        if file.id.get_create_plist().get_sizes() != (8, 8):
+            raise OSError("addresses of another size than h5py's")
         yield file
+
+
+class _Source:
+    """The file object that HDF5 reads from. Texts are in heaps; HDF5 2.0 never returns from some
+    damaged ones, so it gets zeros in the place of their signature, and refuses them."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+        self.seek, self.tell, self.read, self.flush = raw.seek, raw.tell, raw.read, raw.flush
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        start, found = self._raw.tell(), 0
+        while read := self._raw.readinto(view[found:]):
+            found += read
+        view[found:] = bytes(len(view) - found)
+        if bytes(view[:8]) == b"GCOL\1\0\0\0" and not self._ends(start):
+            view[:8] = bytes(8)
+        return len(view)
+
+    def _ends(self, start: int) -> bool:
+        """Whether the objects of the heap there follow each other to its end (section III.E of
+        HDF5's file format)."""
+        self._raw.seek(start + 8)
+        end = int.from_bytes(self._raw.read(8), "little")
+        if start + end > os.fstat(self._raw.fileno()).st_size:
+            return False
+        self._raw.seek(start)
+        heap, place = self._raw.read(end), 16
+        while place + _HEAP_OBJECT.size <= end:
+            index, size = _HEAP_OBJECT.unpack_from(heap, place)
+            step = 16 + -(-size // 8) * 8 if index else size  # free space counts its header
+            if not 0 < step <= end - place:
+                return False
+            place += step
+        return True
+
+
+_HEAP_OBJECT = struct.Struct("<H6xQ")
+"""The index of an object in a heap, 0 for free space, and its bytes."""
 
 
 def dataset(file: h5py.Group, name: str, kinds: str, *, by_rows: bool = False) -> h5py.Dataset:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +239,12 @@ def _measured(
         size_source=f"from {name}",
         normalisation_source=f"from {name},",
     )
+    far: list[tuple[float, Preprocessing]] = []
     for resize, kind, rounding in product(resizes, kinds, ("down", "even")):
         prep = Preprocessing(size, mean, std, resize, kind, crop_rounding=rounding)
-        if all(_alike(prep, *pair, reverse) for pair in zip(pictures, theirs, strict=True)):
+        pairs = zip(pictures, theirs, strict=True)
+        far.append((max(_difference(prep, *pair, reverse) for pair in pairs), prep))
+        if far[-1][0] < CLOSE:
             found = replace(found, resize=resize, interpolation=kind, crop_rounding=rounding)
             return found, reverse
     if any(each.shape != theirs[0].shape for each in theirs):
@@ -252,9 +256,16 @@ def _measured(
         return replace(found, cannot={"resize": sentence}), reverse
     sentence = (
         f"{_kind(processor)} prepares images for this network in a way that oodcli cannot: say how "
-        "with --resize and --interpolation"
+        f"with --resize and --interpolation; {_options(min(far, key=itemgetter(0))[1])} is nearest"
     )
     return replace(found, cannot={"resize": sentence}), reverse
+
+
+def _options(prep: Preprocessing) -> str:
+    """Of a command, for that resize and interpolation."""
+    sides = prep.resize or prep.input_size
+    resize = sides if isinstance(sides, int) else f"{sides[0]}x{sides[1]}"
+    return f"--resize {resize} --interpolation {prep.interpolation}"
 
 
 def _kind(processor: Any) -> str:
@@ -304,13 +315,14 @@ def _noise(height: int, width: int, channels: int) -> Image.Image:
     return Image.fromarray(coarse.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _alike(
+def _difference(
     prep: Preprocessing, picture: Image.Image, theirs: NDArray[np.float64], reverse: bool
-) -> bool:
-    """Whether a preparation gives the same pixels of a picture."""
+) -> float:
+    """Between the pixels of a picture that a preparation gives and theirs: the mean, in grey
+    levels."""
     if theirs.shape[1:] != prep.input_size:
-        return False
+        return math.inf
     scale, shift = (np.array(each)[:, None, None] for each in (prep.std, prep.mean))
     pixels = (theirs[::-1] if reverse else theirs) * scale + shift
     ours = fit(picture, prep).transpose(2, 0, 1)
-    return bool(np.abs(255 * pixels - ours).mean() < CLOSE)
+    return float(np.abs(255 * pixels - ours).mean())

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import operator
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -190,28 +192,24 @@ class _Graph:
     out of it; None leaves it as it is."""
 
     def __init__(self, model: Any, image: str, channels_last: bool, batch: int | None) -> None:
-        from onnx import numpy_helper
-
         self.flat = Flat()
         self.batch = batch
         opsets = {each.domain: each.version for each in model.opset_import}
         self.opset = opsets.get("", opsets.get("ai.onnx", 0))
         self.proto = model.graph
-        self.to_array = numpy_helper.to_array
         self.constants = {t.name: self._tensor(t) for t in model.graph.initializer}
         self.added: dict[str, str] = {}
         """Sums that a layer has computed, by their names: the name of its output."""
-        self.uses: dict[str, int] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self.uses[name] = self.uses.get(name, 0) + 1
+        self.uses = Counter(name for node in model.graph.node for name in node.input)
         images = self.flat.graph.placeholder("images")
         if channels_last:
             images = self.flat.graph.call_function(torch.permute, (images, (0, 2, 3, 1)))
         self.values: dict[str, fx.Node] = {image: images}
 
     def _tensor(self, proto: Any) -> Tensor:
-        tensor = torch.from_numpy(self.to_array(proto).copy())
+        import onnx
+
+        tensor = torch.from_numpy(onnx.numpy_helper.to_array(proto).copy())
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def network(self) -> nn.Module:
@@ -235,13 +233,13 @@ class _Graph:
         elif node.op_type in ("Identity", "Dropout"):
             self._skip(node, constant)
         elif node.op_type == "Constant":
-            value = next(iter(given.values()))
-            self.constants[node.output[0]] = (
-                value if isinstance(value, Tensor) else torch.tensor(value)
-            )
+            self.constants[node.output[0]] = torch.as_tensor(next(iter(given.values())))
         elif (layer := self._layer(node, given, constant)) is not None:
             self._store(node, self.flat.add(node.name or node.op_type, layer, self.node(inputs[0])))
-        elif node.op_type in FUNCTIONS and self._known(node):
+        # BatchNorm is a layer, or of a weight by its own statistics.
+        elif node.op_type in FUNCTIONS and (
+            node.op_type != "BatchNormalization" or inputs[0] in constant
+        ):
             function = FUNCTIONS[node.op_type]
             given |= {"opset": self.opset, "outputs": len(node.output)}
             if isinstance(given.get("value"), Tensor):
@@ -254,10 +252,6 @@ class _Graph:
         else:
             raise _UnknownError(node.op_type)
 
-    def _known(self, node: Any) -> bool:
-        """Of images, BatchNorm is a layer or unknown: only a weight has its own statistics."""
-        return node.op_type != "BatchNormalization" or node.input[0] in self.constants
-
     def _attribute(self, node: Any, attribute: Any) -> Any:
         import onnx
 
@@ -266,12 +260,9 @@ class _Graph:
             return self._tensor(value)
         if isinstance(value, bytes):
             return value.decode()
-        if isinstance(value, int | float):
-            return value
-        if isinstance(value, Sequence) and all(isinstance(each, int | float) for each in value):
-            return list(value)
-        if hasattr(value, "__len__") and all(isinstance(each, int | float) for each in value):
-            return list(value)
+        numbers = list(value) if hasattr(value, "__len__") else [value]
+        if all(isinstance(each, int | float) for each in numbers):
+            return numbers if hasattr(value, "__len__") else value
         raise _UnknownError(node.op_type)  # a loop or a branch: its attribute is a graph
 
     def node(self, name: str) -> Any:
@@ -287,9 +278,8 @@ class _Graph:
         )
 
     def _store(self, node: Any, value: fx.Node) -> None:
-        outputs = [name for name in node.output if name]
-        if len(node.output) == 1 or node.op_type not in ("Split",):
-            self.values[outputs[0]] = value
+        if node.op_type != "Split":  # only the first output of others is read
+            self.values[node.output[0]] = value
             return
         for index, name in enumerate(node.output):
             self.values[name] = self.flat.graph.call_function(operator.getitem, (value, index))
@@ -347,7 +337,7 @@ class _Graph:
     def _bias_after(self, node: Any, width: int) -> Tensor | None:
         """The constant that the one operation after a MatMul adds, which is then done."""
         output = node.output[0]
-        if self.uses.get(output) != 1 or any(each.name == output for each in self.proto.output):
+        if self.uses[output] != 1 or any(each.name == output for each in self.proto.output):
             return None
         after = next(each for each in self.proto.node if output in each.input)
         others = [name for name in after.input if name != output]
@@ -415,25 +405,15 @@ def _together(*tensors: Any) -> list[Any]:
     return [t if device is None else t.to(device) for t in tensors]
 
 
-def _pointwise(function: Any) -> Callable[..., Any]:
+def _pointwise(function: Any, *, folded: bool = False) -> Callable[..., Any]:
+    """folded: whether it takes any number of inputs, by a function of two."""
+
     def call(given: Mapping[str, Any], *tensors: Tensor) -> Any:
         _limited(_broadcast(*tensors))
-        return function(*_together(*tensors))
+        parts = _together(*tensors)
+        return reduce(function, parts) if folded else function(*parts)
 
-    call.__name__ = f"pointwise_{getattr(function, '__name__', 'function')}"
-    return call
-
-
-def _folded(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """A function of any number of inputs, by one of two."""
-
-    def call(given: Mapping[str, Any], first: Tensor, *others: Tensor) -> Tensor:
-        for other in others:
-            _limited(_broadcast(first, other))
-            first = function(*_together(first, other))
-        return first
-
-    call.__name__ = f"folded_{function.__name__}"
+    call.__name__ = f"pointwise_{function.__name__}"
     return call
 
 
@@ -513,9 +493,9 @@ def _slice(
     which = given.get("axes") if axes is None else _ints(axes)
     by = [1] * len(first) if steps is None else _ints(steps)
     for axis, begin, end, step in zip(which or range(len(first)), first, last, by, strict=True):
-        places = list(range(*slice(begin, end, step).indices(x.shape[axis])))
+        places = range(x.shape[axis])[begin:end:step]
         if step == 1:
-            x = x.narrow(axis, places[0] if places else 0, len(places))
+            x = x.narrow(axis, places.start, len(places))
         else:
             x = x.index_select(axis, torch.tensor(places, dtype=torch.int64, device=x.device))
     return x
@@ -578,11 +558,6 @@ def _cast(given: Mapping[str, Any], x: Tensor) -> Tensor:
     )
 
 
-def _where(given: Mapping[str, Any], condition: Tensor, a: Tensor, b: Tensor) -> Any:
-    _limited(_broadcast(condition, a, b))
-    return torch.where(*_together(condition, a, b))
-
-
 def _clip(given: Mapping[str, Any], x: Tensor, low: Any = None, high: Any = None) -> Any:
     least = given.get("min") if low is None else low.item()
     most = given.get("max") if high is None else high.item()
@@ -602,20 +577,15 @@ def _reduced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def _softmax(given: Mapping[str, Any], x: Tensor) -> Tensor:
-    return _normalised(torch.softmax, given, x)
+def _normalised(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(given: Mapping[str, Any], x: Tensor) -> Tensor:
+        if given["opset"] >= 13:
+            return function(x, given.get("axis", -1))
+        axis = given.get("axis", 1) % x.ndim  # of all axes from this one on
+        return function(x.flatten(axis), axis).reshape(x.shape)
 
-
-def _log_softmax(given: Mapping[str, Any], x: Tensor) -> Tensor:
-    return _normalised(torch.log_softmax, given, x)
-
-
-def _normalised(function: Callable[..., Tensor], given: Mapping[str, Any], x: Tensor) -> Tensor:
-    if given["opset"] >= 13:
-        return function(x, given.get("axis", -1))
-    axis = given.get("axis", 1) % x.ndim  # of all axes from this one on
-    whole: Tensor = function(x.flatten(axis), axis)
-    return whole.reshape(x.shape)
+    call.__name__ = f"normalised_{function.__name__}"
+    return call
 
 
 def _padded(given: Mapping[str, Any], x: Tensor, value: float) -> Tensor:
@@ -654,11 +624,8 @@ def _max_pool(given: Mapping[str, Any], x: Tensor) -> Tensor:
 
 def _average_pool(given: Mapping[str, Any], x: Tensor) -> Tensor:
     kernel, strides = given["kernel_shape"], given.get("strides", [1, 1])
-    ceil, counted = bool(given.get("ceil_mode")), bool(given.get("count_include_pad"))
-    if _symmetric(given):
-        pads = given.get("pads", [0, 0])[:2]
-        return F.avg_pool2d(x, kernel, strides, pads, ceil, counted)
-    shares = _padded(given, torch.ones_like(x[:1, :1]), 1.0 if counted else 0.0)
+    ceil = bool(given.get("ceil_mode"))
+    shares = _padded(given, torch.ones_like(x[:1, :1]), float(given.get("count_include_pad", 0)))
     total = F.avg_pool2d(_padded(given, x, 0.0), kernel, strides, 0, ceil)
     return total / F.avg_pool2d(shares, kernel, strides, 0, ceil)
 
@@ -772,11 +739,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
             "Not": torch.logical_not,
             "And": torch.logical_and,
             "Or": torch.logical_or,
+            "Where": torch.where,
         }.items()
     },
-    "Min": _folded(torch.minimum),
-    "Max": _folded(torch.maximum),
-    "Sum": _folded(torch.add),
+    "Min": _pointwise(torch.minimum, folded=True),
+    "Max": _pointwise(torch.maximum, folded=True),
+    "Sum": _pointwise(torch.add, folded=True),
     "ReduceMean": _reduced(torch.mean),
     "ReduceSum": _reduced(torch.sum),
     "ReduceMax": _reduced(torch.amax),
@@ -800,7 +768,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "InstanceNormalization": _instance_norm,
     "LRN": _lrn,
     "LayerNormalization": _layer_norm,
-    "LogSoftmax": _log_softmax,
+    "LogSoftmax": _normalised(torch.log_softmax),
     "MatMul": _matmul,
     "MaxPool": _max_pool,
     "PRelu": _prelu,
@@ -811,11 +779,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ScatterND": _scatter,
     "Shape": _shape,
     "Slice": _slice,
-    "Softmax": _softmax,
+    "Softmax": _normalised(torch.softmax),
     "Split": _split,
     "Squeeze": _squeeze,
     "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
-    "Where": _where,
 }

@@ -229,7 +229,7 @@ def _stem_notes(name: str, num_classes: int) -> list[str]:
             "a 3x3 first convolution is read as stride 1 without max-pool "
             f"(override: --arch {pooled})"
         )
-    if name.endswith("-chenyaofo") and name.startswith(("mobilenet", "repvgg")):
+    if "-chenyaofo" in name and name.startswith(("mobilenet", "repvgg")):
         notes.append("strides are those for 32x32 images (override: --arch)")
     if "-cifar" in name and "-cifar-b" not in name and not name.startswith("torchvision:"):
         notes.append(

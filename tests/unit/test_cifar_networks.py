@@ -584,6 +584,260 @@ def inception_huyvnphan(s: Layers, x: Tensor, name: str) -> Tensor:
     return s.linear("fc", mean(x))
 
 
+def shufflenet_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("conv1.bn", s.conv("conv1.conv", x)))
+    for stage in ("stage2", "stage3", "stage4"):
+        for unit in s.blocks(stage):
+            p, stride = f"{stage}.{unit}", 2 if unit == 0 else 1
+            out = s.conv(f"{p}.bottlneck.0.pointwise.0", x, 1, 3)
+            out = shuffled(F.relu(s.bn(f"{p}.bottlneck.0.pointwise.1", out)), 3)
+            out = s.depthwise(f"{p}.depthwise.depthwise.0", out, stride)
+            out = s.bn(f"{p}.depthwise.depthwise.1", out)
+            out = s.bn(f"{p}.expand.pointwise.1", s.conv(f"{p}.expand.pointwise.0", out, 1, 3))
+            if stride == 2:
+                x = F.relu(torch.cat([F.avg_pool2d(x, 3, stride=2, padding=1), out], 1))
+            else:
+                x = F.relu(x + out)
+    return s.linear("fc", mean(x))
+
+
+def cbr(s: Layers, key: str, x: Tensor, stride: int = 1, padded: bool = True) -> Tensor:
+    """Convolution, BatchNorm, ReLU under the names of Inception, once or in a row; the last has the
+    stride."""
+    if f"{key}.conv.weight" not in s:
+        places = [n for n in range(9) if f"{key}.{n}.conv.weight" in s]
+        for place in places[:-1]:
+            x = cbr(s, f"{key}.{place}", x)
+        return cbr(s, f"{key}.{places[-1]}", x, stride, padded)
+    weight = s.get(f"{key}.conv.weight")
+    pads = tuple(side // 2 for side in weight.shape[2:]) if padded else 0
+    return F.relu(s.bn(f"{key}.bn", F.conv2d(x, weight, None, stride, pads)))
+
+
+def inceptionv3_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    def averaged(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, stride=1, padding=1)
+
+    for p in ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1"):
+        x = cbr(s, f"Conv2d_{p}", x)
+    x = cbr(s, "Conv2d_4a_3x3", x, padded=False)
+    for p in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+        parts = [cbr(s, f"{p}.branch{kind}", x) for kind in ("1x1", "5x5", "3x3")]
+        x = torch.cat([*parts, cbr(s, f"{p}.branchpool", averaged(x))], 1)
+    parts = [cbr(s, f"Mixed_6a.branch3x3{kind}", x, 2, False) for kind in ("", "stack")]
+    x = torch.cat([*parts, F.max_pool2d(x, 3, 2)], 1)
+    for p in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+        parts = [cbr(s, f"{p}.branch{kind}", x) for kind in ("1x1", "7x7", "7x7stack")]
+        x = torch.cat([*parts, cbr(s, f"{p}.branch_pool", averaged(x))], 1)
+    parts = [cbr(s, f"Mixed_7a.branch{kind}", x, 2, False) for kind in ("3x3", "7x7")]
+    x = torch.cat([*parts, F.avg_pool2d(x, 3, 2)], 1)
+    for p in ("Mixed_7b", "Mixed_7c"):
+        one = cbr(s, f"{p}.branch3x3_1", x)
+        two = cbr(s, f"{p}.branch3x3stack_2", cbr(s, f"{p}.branch3x3stack_1", x))
+        parts = [cbr(s, f"{p}.branch1x1", x)]
+        parts += [cbr(s, f"{p}.branch3x3_2{fork}", one) for fork in "ab"]
+        parts += [cbr(s, f"{p}.branch3x3stack_3{fork}", two) for fork in "ab"]
+        x = torch.cat([*parts, cbr(s, f"{p}.branch_pool", averaged(x))], 1)
+    return s.linear("linear", mean(x))
+
+
+def inception_stem(s: Layers, x: Tensor) -> Tensor:
+    x = cbr(s, "stem.conv1.0", x, padded=False)
+    x = cbr(s, "stem.conv1.2", cbr(s, "stem.conv1.1", x))
+    x = torch.cat([cbr(s, "stem.branch3x3_conv", x), F.max_pool2d(x, 3, 1, 1)], 1)
+    x = torch.cat([cbr(s, f"stem.branch7x7{fork}", x) for fork in "ab"], 1)
+    return torch.cat([F.max_pool2d(x, 3, 1, 1), cbr(s, "stem.branchpoolb", x)], 1)
+
+
+def reduction_a(s: Layers, x: Tensor) -> Tensor:
+    parts = [cbr(s, f"reduction_a.branch3x3{kind}", x, 2, False) for kind in ("stack", "")]
+    return torch.cat([*parts, F.max_pool2d(x, 3, 2)], 1)
+
+
+def inceptionv4_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    def branches(p: str, kinds: tuple[str, ...], x: Tensor) -> list[Tensor]:
+        return [cbr(s, f"{p}.branch{kind}", x) for kind in kinds]
+
+    def pooled(p: str, x: Tensor) -> Tensor:
+        return cbr(s, f"{p}.branchpool", F.avg_pool2d(x, 3, stride=1, padding=1))
+
+    x = inception_stem(s, x)
+    for block in s.blocks("inception_a"):
+        p = f"inception_a.InceptionA_{block}"
+        x = torch.cat([*branches(p, ("3x3stack", "3x3", "1x1"), x), pooled(p, x)], 1)
+    x = reduction_a(s, x)
+    for block in s.blocks("inception_b"):
+        p = f"inception_b.InceptionB_{block}"
+        x = torch.cat([*branches(p, ("1x1", "7x7", "7x7stack"), x), pooled(p, x)], 1)
+    parts = [cbr(s, f"reduction_b.branch{kind}", x, 2) for kind in ("3x3", "7x7")]
+    x = torch.cat([*parts, F.max_pool2d(x, 3, 2, 1)], 1)
+    assert x.shape[2:] == (7, 7)  # the repository's last pooling has this size
+    for block in s.blocks("inception_c"):
+        p = f"inception_c.InceptionC_{block}"
+        forks = [
+            torch.cat(branches(p, (f"{kind}a", f"{kind}b"), cbr(s, f"{p}.branch{kind}", x)), 1)
+            for kind in ("3x3", "3x3stack")
+        ]
+        x = torch.cat([cbr(s, f"{p}.branch1x1", x), *forks, pooled(p, x)], 1)
+    return s.linear("linear", mean(x))
+
+
+def inceptionresnet_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    def stage(letter: str, x: Tensor, kinds: tuple[str, ...], scale: float, beside: str) -> Tensor:
+        name = f"inception_resnet_{letter.lower()}"
+        for block in s.blocks(name):
+            p = f"{name}.InceptionResNet{letter}_{block}"
+            out = torch.cat([cbr(s, f"{p}.branch{kind}", x) for kind in kinds], 1)
+            out = scale * s.conv(f"{p}.reduction1x1", out) + s.conv(f"{p}.{beside}", x)
+            x = F.relu(s.bn(f"{p}.bn", out))
+        return x
+
+    x = stage("A", inception_stem(s, x), ("1x1", "3x3", "3x3stack"), 1, "shortcut")
+    x = stage("B", reduction_a(s, x), ("1x1", "7x7"), 0.1, "shortcut")
+    parts = [cbr(s, f"reduction_b.branch3x3{kind}", x, 2, False) for kind in ("a", "b", "stack")]
+    x = torch.cat([*parts, F.max_pool2d(x, 3, 2)], 1)
+    return s.linear("linear", mean(stage("C", x, ("1x1", "3x3"), 0.1, "shorcut")))
+
+
+def xception_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    def separable(p: str, place: int, x: Tensor) -> Tensor:
+        out = s.conv(f"{p}.{place}.pointwise", s.depthwise(f"{p}.{place}.depthwise", x))
+        return s.bn(f"{p}.{place + 1}", out)
+
+    def residual(p: str, x: Tensor, place: int, stride: int) -> Tensor:
+        out = F.relu(separable(p, place, x))
+        return F.max_pool2d(separable(p, place + 3, out), 3, stride, padding=1)
+
+    def shortcut(p: str, x: Tensor, stride: int) -> Tensor:
+        return s.bn(f"{p}.1", s.conv(f"{p}.0", x, stride))
+
+    for p in ("entry_flow.conv1", "entry_flow.conv2"):
+        x = F.relu(s.bn(f"{p}.1", s.conv(f"{p}.0", x)))
+    p = "entry_flow.conv3"
+    x = residual(f"{p}_residual", x, 0, 2) + shortcut(f"{p}_shortcut", x, 2)
+    for p, stride in (("entry_flow.conv4", 2), ("entry_flow.conv5", 1)):
+        x = F.relu(x)  # in place there, before both branches
+        x = residual(f"{p}_residual", x, 1, stride) + shortcut(f"{p}_shortcut", x, stride)
+    for block in range(8):
+        x = out = F.relu(x)  # in place, too
+        for conv in ("conv1", "conv2", "conv3"):
+            out = separable(f"middel_flow.middel_block.{block}.{conv}", 1, F.relu(out))
+        x = x + out
+    beside = shortcut("exit_flow.shortcut", x, 2)
+    x = residual("exit_flow.residual", F.relu(x), 1, 2) + beside
+    for place in (0, 3):
+        x = F.relu(separable("exit_flow.conv", place, x))
+    return s.linear("fc", mean(x))
+
+
+def nasnet_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    def reduced(p: str, x: Tensor) -> Tensor:
+        return s.bn(f"{p}.2", s.conv(f"{p}.1", F.relu(x)))
+
+    def branch(p: str, x: Tensor, stride: int = 1) -> Tensor:
+        for block, step in (("block1", stride), ("block2", 1)):
+            x = s.depthwise(f"{p}.{block}.1.depthwise", F.relu(x), step)
+            x = s.bn(f"{p}.{block}.2", s.conv(f"{p}.{block}.1.pointwise", x))
+        return x
+
+    def fit(p: str, x: Tensor, before: Tensor, width: int) -> Tensor:
+        if before.shape[2] != x.shape[2]:
+            before = F.relu(before)
+            odd = s.conv(f"{p}.p2.3", before[:, :, 1::2, 1::2])
+            even = s.conv(f"{p}.p1.1", before[:, :, ::2, ::2])
+            return s.bn(f"{p}.bn", torch.cat([even, odd], 1))
+        return before if before.shape[1] == width else reduced(f"{p}.dim_reduce", before)
+
+    before = x = s.bn("stem.1", s.conv("stem.0", x))
+    width = 44
+    for number in range(14):
+        p = f"cell_layers.{number}"
+        if number in (4, 9):
+            width *= 2
+            other, h = fit(f"{p}.fit", x, before, width), reduced(f"{p}.dim_reduce", x)
+            p += ".layer1block"
+            one = branch(f"{p}1_left", other, 2) + branch(f"{p}1_right", h, 2)
+            two = F.max_pool2d(h, 3, 2, 1) + branch(f"{p}2_right", other, 2)
+            three = F.avg_pool2d(h, 3, 2, 1) + branch(f"{p}3_right", other, 2)
+            p = f"cell_layers.{number}.layer2block"
+            four = F.max_pool2d(h, 3, 2, 1) + branch(f"{p}1_right", one)
+            five = F.avg_pool2d(one, 3, 1, 1) + two
+            before, x = x, torch.cat([two, three, four, five], 1)
+            continue
+        other, h = fit(f"{p}.fit", x, before, width), reduced(f"{p}.dem_reduce", x)
+        p += ".block"
+        one = branch(f"{p}1_left", h) + h
+        two = branch(f"{p}2_left", other) + branch(f"{p}2_right", h)
+        three = F.avg_pool2d(h, 3, 1, 1) + h
+        four = F.avg_pool2d(other, 3, 1, 1) + F.avg_pool2d(other, 3, 1, 1)
+        five = branch(f"{p}5_left", other) + branch(f"{p}5_right", other)
+        before, x = x, torch.cat([other, one, two, three, four, five], 1)
+    return s.linear("fc", mean(F.relu(x)))
+
+
+def attention_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    def unit(p: str, x: Tensor, stride: int = 1) -> Tensor:
+        out = x
+        for place in (0, 3, 6):
+            out = F.relu(s.bn(f"{p}.residual_function.{place}", out))
+            step = stride if place == 0 else 1
+            out = s.conv(f"{p}.residual_function.{place + 2}", out, step)
+        return out + s.conv(f"{p}.shortcut", x, stride)
+
+    def attention(p: str, x: Tensor, kind: int) -> Tensor:
+        def up(number: int, x: Tensor) -> Tensor:
+            return unit(f"{p}.soft_resup{number}.0", x)
+
+        def down(number: int, x: Tensor) -> Tensor:
+            return unit(f"{p}.soft_resdown{number}.0", x)
+
+        x = unit(f"{p}.pre.0", x)
+        trunk = unit(f"{p}.trunk.1", unit(f"{p}.trunk.0", x))
+        small = F.max_pool2d(x, 3, stride=2, padding=1)
+        if kind == 1:
+            long = unit(f"{p}.shortcut_long", down(1, small))
+            short = down(3, down(2, small))
+            mask = up(2, up(1, down(4, down(3, small)))) + short
+            mask = up(4, up(3, mask) + long)
+        elif kind == 2:
+            mask = up(2, up(1, down(3, down(2, small)))) + unit(f"{p}.shortcut", down(1, small))
+            mask = up(3, mask)
+        else:
+            mask = up(2, up(1, down(2, down(1, small))))
+        mask = mask.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        for place in (0, 3):
+            mask = F.relu(s.bn(f"{p}.sigmoid.{place}", mask))
+            mask = s.conv(f"{p}.sigmoid.{place + 2}", mask)
+        return unit(f"{p}.last.0", trunk + mask.sigmoid() * trunk)
+
+    x = F.relu(s.bn("pre_conv.1", s.conv("pre_conv.0", x)))
+    for stage in (1, 2, 3):
+        x = unit(f"stage{stage}.0", x, 2)
+        for module in s.blocks(f"stage{stage}")[1:]:
+            x = attention(f"stage{stage}.{module}", x, stage)
+    x = unit("stage4.2", unit("stage4.1", unit("stage4.0", x, 2)))
+    return s.linear("linear", mean(x))
+
+
+def stochastic_weiaicunzai(s: Layers, x: Tensor, name: str) -> Tensor:
+    x = F.relu(s.bn("conv1.1", s.conv("conv1.0", x)))
+    stages = ("conv2_x", "conv3_x", "conv4_x", "conv5_x")
+    blocks = [(stage, block) for stage in stages for block in s.blocks(stage)]
+    for (stage, block), survival in zip(blocks, torch.linspace(1, 0.5, len(blocks)), strict=True):
+        p = f"{stage}.{block}"
+        stride = 2 if block == 0 and stage != "conv2_x" else 1
+        layers = (0, 3, 6) if f"{p}.residual.6.weight" in s else (0, 3)
+        out = x
+        for layer in layers:
+            own = stride if layer == layers[-2] else 1
+            out = s.bn(f"{p}.residual.{layer + 1}", s.conv(f"{p}.residual.{layer}", out, own))
+            out = F.relu(out) if layer != layers[-1] else out
+        if f"{p}.shortcut.0.weight" in s:
+            x = s.bn(f"{p}.shortcut.1", s.conv(f"{p}.shortcut.0", x, stride))
+        x = float(survival) * out + x
+    return s.linear("fc", mean(x))
+
+
 Reference = Callable[[Layers, Tensor, str], Tensor]
 FAST: dict[str, Reference] = {
     "vgg11-kuangliu": vgg,
@@ -607,6 +861,8 @@ FAST: dict[str, Reference] = {
     "shufflenetv2_x0_5-weiaicunzai": shufflenetv2_weiaicunzai,
     "preresnet20-bearpaw": preresnet_bearpaw,
     "wrn-16-2-weiaicunzai": wrn_weiaicunzai,
+    "shufflenet-weiaicunzai": shufflenet_weiaicunzai,
+    "stochasticdepth18-weiaicunzai": stochastic_weiaicunzai,
     "repvgg_a0-chenyaofo": repvgg,
     "mobilenetv2_x1_0-chenyaofo": mobilenetv2_chenyaofo,
     "shufflenetv2_x0_5-chenyaofo": shufflenetv2_chenyaofo,
@@ -637,11 +893,26 @@ SLOW: dict[str, Reference] = {
     "shufflenetv2_x2_0-kuangliu": shufflenetv2,
     "pnasnetb-kuangliu": pnasnet,
     "repvgg_a2-chenyaofo": repvgg,
+    "inceptionv3-weiaicunzai": inceptionv3_weiaicunzai,
+    "inceptionv4-weiaicunzai": inceptionv4_weiaicunzai,
+    "inceptionresnetv2-weiaicunzai": inceptionresnet_weiaicunzai,
+    "xception-weiaicunzai": xception_weiaicunzai,
+    "nasnet-weiaicunzai": nasnet_weiaicunzai,
+    "attention56-weiaicunzai": attention_weiaicunzai,
+    "attention92-weiaicunzai": attention_weiaicunzai,
+    "stochasticdepth50-weiaicunzai": stochastic_weiaicunzai,
     "mobilenetv2_x1_4-chenyaofo": mobilenetv2_chenyaofo,
     "shufflenetv2_x2_0-chenyaofo": shufflenetv2_chenyaofo,
 }
 ALL = [*one_in(2, FAST), *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-UNUSED = {"efficientnetb0-kuangliu": r"layers\.0\.(conv1|bn1)\."}
+UNUSED = {
+    "efficientnetb0-kuangliu": r"layers\.0\.(conv1|bn1)\.",
+    "nasnet-weiaicunzai": r"cell_layers\.\d+\.fit\.",
+    **{
+        f"attention{n}-weiaicunzai": r"stage1\.\d\.shortcut_short\.|stage3\.\d\.shortcut\."
+        for n in (56, 92)
+    },
+}
 """Weights that are published and take no part in the forward pass."""
 
 
@@ -763,6 +1034,46 @@ def test_resnets_of_openood_are_those_of_kuangliu() -> None:
 def test_a_data_parallel_part_of_vgg_is_recognised() -> None:
     state = rekeyed(layout("vgg19_bn-chengyangfu"), (r"^features\.", "features.module."))
     assert recognise(state).name == "vgg19_bn-chengyangfu"
+
+
+def fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """RepVGG's blocks as single convolutions (Ding et al. 2021, section 3.3)."""
+
+    def scaled(norm: str) -> tuple[Tensor, Tensor]:
+        parts = ("weight", "running_var", "bias", "running_mean")
+        scale, var, bias, mean = (state[f"{norm}.{part}"].double() for part in parts)
+        scale = scale / (var + 1e-5).sqrt()
+        return scale, bias - mean * scale
+
+    found = {key: tensor for key, tensor in state.items() if "rbr_" not in key}
+    for key in state:
+        if not key.endswith("rbr_dense.conv.weight"):
+            continue
+        p = key.removesuffix(".rbr_dense.conv.weight")
+        scale, bias = scaled(f"{p}.rbr_dense.bn")
+        kernel = state[key] * scale.view(-1, 1, 1, 1)
+        scale, shift = scaled(f"{p}.rbr_1x1.bn")
+        kernel[:, :, 1, 1] += state[f"{p}.rbr_1x1.conv.weight"][:, :, 0, 0] * scale[:, None]
+        bias = bias + shift
+        if f"{p}.rbr_identity.weight" in state:
+            scale, shift = scaled(f"{p}.rbr_identity")
+            kernel[:, :, 1, 1] += torch.diag(scale)
+            bias = bias + shift
+        found |= {f"{p}.rbr_reparam.weight": kernel, f"{p}.rbr_reparam.bias": bias}
+    return {key: tensor.float() for key, tensor in found.items()}
+
+
+def test_a_deployed_repvgg_has_the_logits_of_the_trained_one(tmp_path) -> None:
+    state = lively(build("repvgg_a0-chenyaofo", 10))
+    torch.save(state, tmp_path / "trained.pt")
+    torch.save(fused(state), tmp_path / "deployed.pt")
+    trained, deployed = (load_classifier(tmp_path / f"{n}.pt") for n in ("trained", "deployed"))
+    assert deployed.arch == "repvgg_a0-chenyaofo+deployed"
+    assert deployed.preprocessing == trained.preprocessing
+    with torch.no_grad():
+        expected, found = trained.network(images()), deployed.network(images())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    assert recognise(skeleton("repvgg_a1-chenyaofo+deployed", 1000).state_dict()) is None
 
 
 def test_imagenets_repvgg_is_not_read_as_cifars() -> None:

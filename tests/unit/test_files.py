@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import struct
+import subprocess
+import sys
 from dataclasses import replace
 
 import h5py
@@ -249,6 +252,34 @@ def test_virtual_images(tmp_path, made):
         assert file["images"].dtype == "float16"
         assert torch.equal(torch.from_numpy(file["images"][()]), images)
         assert json.loads(file.attrs["quality"]) == {"agreement": 1.0}
+
+
+READ = """
+import sys
+from pathlib import Path
+from oodcli.files.virtual import read_provenance
+try:
+    read_provenance(Path(sys.argv[1]))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("size", [0, 2**64 - 16, 5000])
+def test_hdf5_comes_to_the_end_of_a_damaged_heap(tmp_path, made, size):
+    """By free space of no bytes, and by texts that go back or beyond the end, HDF5 itself would
+    loop."""
+    path = tmp_path / "v.h5"
+    with writing(path) as new:
+        VirtualWriter(new.file, made, 1, {})
+    content = bytearray(path.read_bytes())
+    second = content.index(b"GCOL") + 16 + 16 + 16  # after "oodcli-virtual"
+    content[second : second + 2] = struct.pack("<H", 2 if size else 0)
+    content[second + 8 : second + 16] = struct.pack("<Q", size)
+    path.write_bytes(content)
+    done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, timeout=120)
+    assert done.stdout.startswith(b"FileError"), done
+    assert b"is truncated, damaged or not an HDF5 file" in done.stdout
 
 
 # ---------------------------------------------------------------------------- artefacts

@@ -215,6 +215,17 @@ def test_a_processor_that_cannot_be_followed_needs_a_resize(vit: Path, tmp_path:
 
 
 @needs_transformers
+def test_the_nearest_resize_is_proposed(vit: Path, tmp_path: Path) -> None:
+    """Of Perceiver's processor, which crops before it resizes."""
+    folder = Path(shutil.copytree(vit, tmp_path / "network"))
+    said = {"image_processor_type": "PerceiverImageProcessor", "resample": 3}
+    sizes = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 40, "width": 40}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said | sizes), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="; --resize 40 --interpolation bicubic is nearest"):
+        oodcli.load_classifier(folder)
+
+
+@needs_transformers
 def test_a_processor_that_leaves_sizes_open_needs_a_crop(vit: Path, tmp_path: Path) -> None:
     """As TextNet's, which resizes the shorter side and crops nothing."""
     folder = Path(shutil.copytree(vit, tmp_path / "network"))

@@ -357,6 +357,38 @@ def test_padding_and_pooling_as_the_specification_says(tmp_path: Path) -> None:
         assert math.isfinite(float(found.sum()))
 
 
+def ints(*numbers: int) -> Any:
+    return np.array(numbers, np.int64)
+
+
+OPERATIONS: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "Slice": ([node("Slice", "x", "a", "b", "c", "d", to="o")],
+              {"a": ints(1, -1), "b": ints(-2, -100), "c": ints(2, 3), "d": ints(1, -2)}),
+    "Max": ([node("Max", "x", "a", "b", to="o")],
+            {"a": np.float32(-0.2), "b": np.full((1, 3, 1, 1), 0.3, np.float32)}),
+    "Where": ([node("Less", "x", "a", to="l"), node("Where", "l", "a", "x", to="o")],
+              {"a": np.float32(0.1)}),
+    "Softmax": ([node("LogSoftmax", "x", to="l", axis=2), node("Softmax", "l", to="o")], {}),
+    "Split": ([onnx.helper.make_node("Split", ["x"], ["l", "r"], axis=2),
+               node("Split", "r", "a", to="o", axis=3)], {"a": ints(9)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_as_the_specification_says(name: str, tmp_path: Path) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    nodes, constants = OPERATIONS[name]
+    path = tmp_path / "net.onnx"
+    last = (node("GlobalAveragePool", "o", to="g"), node("Flatten", "g", to="f"))
+    linear = node("MatMul", "f", "w")
+    graph(path, *nodes, *last, linear, shape=["n", 3, 7, 9], **head(**constants))
+    images = np.random.default_rng(1).normal(size=(2, 3, 7, 9)).astype(np.float32)
+    (expected,) = ReferenceEvaluator(onnx.load(path)).run(None, {"x": images})
+    found = load_classifier(path).network(torch.from_numpy(images))
+    torch.testing.assert_close(found, torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize("name", ["net.keras", "net.h5", "folder", "net.pb", "net.tflite"])
 def test_keras_and_tensorflow(name: str, tmp_path: Path) -> None:
     import h5py

@@ -2,7 +2,8 @@
 
 One grammar: ``NAME[+OPTION…]``. NAME is built in (``resnet20-cifar``, ``wrn-28-10``,
 ``densenet-bc-100-12``, ``resnet18-kuangliu`` …) or ``torchvision:NAME``; ``+grey`` means one input
-channel, the other options belong to torchvision's models (see :mod:`.imagenet`). What ``--arch``
+channel, ``+deployed`` belongs to RepVGG, the other options to torchvision's models (see
+:mod:`.imagenet`). What ``--arch``
 takes after that, a retrained head, is no part of NAME here (see :mod:`.heads`).
 
 Nothing heavy is imported here: completion needs the names only.
@@ -71,12 +72,22 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "cifar_shuffle_v2": tuple(
         f"shufflenetv2_x{size}-weiaicunzai" for size in ("0_5", "1_0", "1_5", "2_0")
     ),
+    "cifar_shuffle_v1": ("shufflenet-weiaicunzai",),
     "cifar_squeeze": ("squeezenet-weiaicunzai",),
     "cifar_preresnet": tuple(f"preresnet{n}-bearpaw" for n in (20, 32, 56, 110, 164)),
     "cifar_inception": ("googlenet-kuangliu", "googlenet-weiaicunzai"),
+    "cifar_inception_v4": tuple(
+        f"inception{kind}-weiaicunzai" for kind in ("v3", "v4", "resnetv2")
+    ),
+    "cifar_xception": ("xception-weiaicunzai",),
+    "cifar_nasnet": ("nasnet-weiaicunzai",),
+    "cifar_attention": ("attention56-weiaicunzai", "attention92-weiaicunzai"),
+    "cifar_stochastic": tuple(f"stochasticdepth{n}-weiaicunzai" for n in (18, 34, 50, 101, 152)),
     "cifar_dla": ("dla-kuangliu", "simpledla-kuangliu"),
     "cifar_pnasnet": ("pnasneta-kuangliu", "pnasnetb-kuangliu"),
-    "cifar_repvgg": tuple(f"repvgg_a{n}-chenyaofo" for n in range(3)),
+    "cifar_repvgg": tuple(
+        f"repvgg_a{n}-chenyaofo{option}" for option in ("", "+deployed") for n in range(3)
+    ),
     "imagenet": tuple(f"resnet{n}-kuangliu" for n in (18, 34, 50, 101, 152)),
     "torchvision_cifar": (
         *(f"mobilenetv2_x{size}-chenyaofo" for size in ("0_5", "0_75", "1_0", "1_4")),

@@ -1,5 +1,6 @@
-"""RepVGG for 32x32 pixels (Ding et al. 2021), with its branches, as of
-chenyaofo/pytorch-cifar-models: ``repvgg_a0-chenyaofo``, a1 and a2.
+"""RepVGG for 32x32 pixels (Ding et al. 2021), as of chenyaofo/pytorch-cifar-models:
+``repvgg_a0-chenyaofo``, a1 and a2, with its branches; ``repvgg_a0-chenyaofo+deployed`` has one
+convolution in the place of each block's, as ``convert_to_inference_model`` makes it.
 
 The ImageNet network has the same keys and shapes and other strides, so a checkpoint of 1000 classes
 is not recognised. Keys and widths: pytorch_cifar_models/repvgg.py there.
@@ -20,6 +21,7 @@ _WIDTHS = {
     "repvgg_a1-chenyaofo": (64, 64, 128, 256, 1280),
     "repvgg_a2-chenyaofo": (64, 96, 192, 384, 1408),
 }
+_DEPLOYED = "+deployed"
 _COUNTS = (1, 2, 4, 14, 1)
 """Blocks of the five stages; the last three stages halve the sides."""
 
@@ -48,14 +50,31 @@ class RepBlock(nn.Module):
         return F.relu(out if self.rbr_identity is None else out + self.rbr_identity(x))
 
 
-class RepVGG(nn.Module):
-    def __init__(self, widths: tuple[int, ...], num_classes: int, channels: int) -> None:
+class Deployed(nn.Module):
+    """The sum of a block's branches as one convolution."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
-        self.stage0 = RepBlock(channels, widths[0], 1)
+        self.rbr_reparam = nn.Conv2d(width_in, width, 3, stride, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.rbr_reparam(x))
+
+
+class RepVGG(nn.Module):
+    def __init__(
+        self,
+        block: type[RepBlock | Deployed],
+        widths: tuple[int, ...],
+        num_classes: int,
+        channels: int,
+    ) -> None:
+        super().__init__()
+        self.stage0 = block(channels, widths[0], 1)
         for place in range(1, 5):
             stride = 1 if place == 1 else 2
-            first = RepBlock(widths[place - 1], widths[place], stride)
-            rest = [RepBlock(widths[place], widths[place], 1) for _ in range(_COUNTS[place] - 1)]
+            first = block(widths[place - 1], widths[place], stride)
+            rest = [block(widths[place], widths[place], 1) for _ in range(_COUNTS[place] - 1)]
             self.add_module(f"stage{place}", nn.Sequential(first, *rest))
         self.linear = nn.Linear(widths[-1], num_classes)
 
@@ -67,7 +86,10 @@ class RepVGG(nn.Module):
 
 def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
     """As of a Family."""
-    return RepVGG(_WIDTHS[name], num_classes, channels) if name in _WIDTHS else None
+    base = name.removesuffix(_DEPLOYED)
+    if base not in _WIDTHS:
+        return None
+    return RepVGG(RepBlock if name == base else Deployed, _WIDTHS[base], num_classes, channels)
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,9 +100,10 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """As of a Family: by the width of the stages."""
     state = rename(state)
-    for name, widths in _WIDTHS.items():
-        key = "stage3.0.rbr_dense.conv.weight"
-        if key in state and state[key].shape[0] == widths[3]:
-            found = named(name, state, first="stage0.rbr_dense.conv.weight")
-            return None if found is not None and found[1] == 1000 else found
+    for ending, layer in (("", "rbr_dense.conv.weight"), (_DEPLOYED, "rbr_reparam.weight")):
+        last = state.get(f"stage3.0.{layer}")
+        for name, widths in _WIDTHS.items():
+            if last is not None and last.shape[:1] == (widths[3],):
+                found = named(name + ending, state, first=f"stage0.{layer}")
+                return None if found is not None and found[1] == 1000 else found
     return None
