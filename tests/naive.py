@@ -299,7 +299,9 @@ def adascale(kind, low=75, high=85, top=1, level=5, weight=10):
         for (z, u), q in zip(each(test), shifts(test), strict=True):
             share = sum(k <= q for k in known) / len(known)
             r = ratio(u, low + (1 - share) * (high - low))
-            found.append(free_energy(matrix @ (u * math.exp(r)) + bias if kind == "a" else z * r**2))
+            found.append(
+                free_energy(matrix @ (u * math.exp(r)) + bias if kind == "a" else z * r**2)
+            )
         return np.array(found)
 
     return score

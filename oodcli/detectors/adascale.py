@@ -152,7 +152,6 @@ class AdaScaleL(Detector):
 
     def _ratio(self, test: Features) -> Tensor:
         """r of each row, (N,) float64."""
-        test.require_made_with(self.made_with, self.name)
         u, moved = recorded(test.embedding), recorded(test.adascale_u)
         q = shift(u, moved, self.top, self.level, self.weight)
         p = percentile_of_each(q, self.quantiles.to(q.device), self.low, self.high)
