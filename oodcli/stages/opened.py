@@ -23,7 +23,7 @@ from oodcli.images import ImageSource
 from oodcli.jobs.kept import Kept
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import Recorder, recordable
-from oodcli.stages.chosen import Chosen, FitReference, fit_on_noise, needs, odin_step
+from oodcli.stages.chosen import Chosen, FitReference, fit_on_noise, made_with, needs
 from oodcli.stages.model import Model
 from oodcli.stages.record import (
     Progress,
@@ -74,7 +74,8 @@ def from_cache(path: Path, stack: ExitStack, *, mirror: bool, command: str) -> O
     def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
         views = {"mirror"} if mirror else set()
         for each in chosen:
-            cache.require(each.detector.score_needs | views, detectors.word_for(each.detector.name))
+            detector, word = each.detector, detectors.word_for(each.detector.name)
+            cache.require(detector.score_needs | views, word, detector.made_with)
 
         def rows(start: int, stop: int) -> Iterator[Rows]:
             for block in cache.blocks(needs(chosen, mirror=mirror), start=start, stop=stop):
@@ -121,7 +122,7 @@ def from_images(
         recorder = Recorder(
             classifier,
             needs(chosen, mirror=mirror),
-            odin=odin_step(each.detector for each in chosen),
+            made_with=made_with(each.detector for each in chosen),
             precision=precision,
         )
         log_records(recorder)
