@@ -45,8 +45,9 @@ class Layer:
     divisor HW). gradient: (N, C), spatial mean of ∂y_c/∂A. sensitivity: (N, C), virtual images
     only: gradient/Δy averaged over the trajectory (C2IR, eq. 8-9). gram: (N, 10·C), stages only:
     row sums of the Gram matrices of orders 1 to 10, order by order. peak: (N, C), the last layer
-    with positions only: the largest of each channel over them, 0 where none is positive. kind:
-    batchnorm, block, stage or other."""
+    with positions only: the largest of each channel over them, 0 where none is positive. rank1:
+    (N, C), the same layer: what its first singular triplet adds to the mean. kind: batchnorm,
+    block, stage or other."""
 
     kind: str
     mean: Tensor | None = None
@@ -55,6 +56,7 @@ class Layer:
     sensitivity: Tensor | None = None
     gram: Tensor | None = None
     peak: Tensor | None = None
+    rank1: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -471,6 +471,13 @@ def davis(test, fit=None, gamma=1):
     return np.array([free_energy(weight @ (m + gamma * s) + bias) for m, s in pairs])
 
 
+def rankfeat(test, fit=None):
+    """What tests/unit/test_rankfeat.py compares with the singular values is recorded."""
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    pairs = zip(array(test.embedding), array(last(test).rank1), strict=True)
+    return np.array([free_energy(weight @ (u - first) + bias) for u, first in pairs])
+
+
 def catalyst(test, fit, percentile=95):
     c = np.percentile(array(last(fit.train).std), percentile)
     pairs = zip(array(test.logits), array(last(test).std), strict=True)
@@ -1167,6 +1174,7 @@ NAIVE = {
     "peak": peak,
     "peak-energy": peak_energy,
     "davis": davis,
+    "rankfeat": rankfeat,
     "catalyst": catalyst,
     "feature-norm": feature_norm,
     "c2ir-peak": c2ir_peak,

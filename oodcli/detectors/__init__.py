@@ -102,6 +102,7 @@ _CLASSES = {
     "peak": "Peak",
     "peak-energy": "PeakEnergy",
     "davis": "Davis",
+    "rankfeat": "RankFeat",
     "catalyst": "Catalyst",
     "feature-norm": "FeatureNorm",
     "c2ir-peak": "C2IRPeak",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.detectors.gram import gram_sums
+from oodcli.detectors.rankfeat import rank_one
 from oodcli.errors import DetectorError, OodcliError
 from oodcli.features import INPUT, BatchNorm, Features, Layer, OdinStep, concatenate
 from oodcli.networks.classifier import Classifier, Tap
@@ -184,7 +185,7 @@ class Recorder:
         embedding: list[Tensor] = []
         readings: dict[str, Tensor] = {}
         retrained = self.classifier.retrained
-        last = self.classifier.last_map if "layers.peak" in self.what else None
+        last = self.classifier.last_map
 
         def receive(tap: Tap, given: Tensor, output: Tensor) -> Tensor | None:
             mean = variance = None
@@ -205,7 +206,10 @@ class Recorder:
                 gram=gram_sums(seen.movedim(tap.channel_dim, 1))
                 if tap.kind == "stage" and "layers.gram" in self.what
                 else None,
-                peak=peaks(seen, tap.channel_dim) if tap is last else None,
+                peak=peaks(seen, tap.channel_dim)
+                if tap is last and "layers.peak" in self.what
+                else None,
+                rank1=rank_one(seen) if tap is last and "layers.rank1" in self.what else None,
             )
             if "layers.gradient" in self.what and tap.name in self._composite:
                 outputs[tap.name] = given  # a copy: its output is no longer what was normalised
@@ -373,7 +377,7 @@ def recordable(classifier: Classifier) -> frozenset[str]:
     if any(tap.kind == "stage" for tap in classifier.taps):
         words |= {"layers.gram"}
     if classifier.pooled:
-        words |= {"pooled"}
+        words |= {"pooled", "layers.rank1"}
     if classifier.last_map is not None:
         words |= {"layers.peak"}
     if classifier.batchnorms:
@@ -390,6 +394,7 @@ def records_of(classifier: Classifier, tap: Tap) -> list[str]:
         words |= {"layers.gram"}
     if tap == classifier.last_map:
         words |= {"layers.peak"}
+        words |= {"layers.rank1"} if classifier.pooled else set()
     return [word for word in ROW_RECORDS if word in words]
 
 
