@@ -798,6 +798,18 @@ def corp(test, fit, gamma=2.0):
     return reconstruction(*(np.array([features(u) for u in part]) for part in (train, rows)))
 
 
+def pca_fused(test, fit, percentile=90.0):
+    train, rows = array(fit.train.embedding), array(test.embedding)
+    c = np.percentile(train, percentile)
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    found = []
+    for u, error in zip(rows, reconstruction(train, rows), strict=True):
+        clipped = np.minimum(u, c)
+        e = free_energy(np.append(weight @ clipped + bias, 0))
+        found.append(e * (1 - error / length(clipped)))
+    return np.array(found)
+
+
 def relation(test, fit):
     bank = [(u / length(u), softmax(z)) for z, u in each(fit.train)]
     found = []
@@ -1166,6 +1178,7 @@ NAIVE = {
     "neco": neco,
     "cop": cop,
     "corp": corp,
+    "pca-fused": pca_fused,
     "gram": gram,
     "1d": one_dimensional,
     "lsgm": lsgm,

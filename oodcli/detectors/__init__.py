@@ -94,6 +94,7 @@ _CLASSES = {
     "neco": "NECO",
     "cop": "CoP",
     "corp": "CoRP",
+    "pca-fused": "PCAFused",
     "gram": "Gram",
     "1d": "one_dimensional:OneDimensional",
     "lsgm": "LSGM",
