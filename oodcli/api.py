@@ -58,7 +58,7 @@ from oodcli.stages.chosen import (
     choose_detectors,
     fit_on_noise,
     is_artefact,
-    odin_step,
+    made_with,
     require_same_network,
 )
 from oodcli.stages.evaluate import Evaluated, draw_layers
@@ -264,7 +264,9 @@ def record(
     what = frozenset(words).union(*(each.score_needs for each in chosen))
     if needs is None:
         what = CHEAP & recordable(classifier)
-    recorder = Recorder(classifier, what | {"logits"}, odin=odin_step(chosen), precision=precision)
+    recorder = Recorder(
+        classifier, what | {"logits"}, made_with=made_with(chosen), precision=precision
+    )
     if isinstance(images, Tensor) and images.is_floating_point():
         return _of_inputs(recorder, images, batch_size)
     source: ImageSource = (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,8 +46,9 @@ class Layer:
     only: gradient/Δy averaged over the trajectory (C2IR, eq. 8-9). gram: (N, 10·C), stages only:
     row sums of the Gram matrices of orders 1 to 10, order by order. peak: (N, C), the last layer
     with positions only: the largest of each channel over them, 0 where none is positive. rank1:
-    (N, C), the same layer: what its first singular triplet adds to the mean. kind: batchnorm,
-    block, stage or other."""
+    (N, C), the same layer: what its first singular triplet adds to the mean. nonzero: (N, C) in
+    0 … 1, BatchNorm layers only: at which share of the positions the gradient of the largest logit
+    by the output is not 0. kind: batchnorm, block, stage or other."""
 
     kind: str
     mean: Tensor | None = None
@@ -57,6 +58,7 @@ class Layer:
     gram: Tensor | None = None
     peak: Tensor | None = None
     rank1: Tensor | None = None
+    nonzero: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,55 @@ class BatchNorm:
     var: Tensor | None = None
 
 
+Where = Literal["all", "largest"]
+Confidence = Literal["gen", "msp", "entropy"]
+
+
 @dataclass(frozen=True)
 class OdinStep:
-    """ODIN's perturbation: epsilon in pixel units of [0, 1], temperature of the cross entropy."""
+    """ODIN's perturbation: epsilon in pixel units of [0, 1], temperature of the cross entropy.
+    where: whether all values of the image change, or the one of largest gradient."""
+
+    group: ClassVar[str] = "odin"
 
     epsilon: float = 0.0014
     temperature: float = 1000.0
+    where: Where = "all"
+
+
+@dataclass(frozen=True)
+class ProSteps:
+    """PRO's perturbations: ``steps`` of length epsilon, in units of the normalised image, against a
+    confidence of softmax(z/temperature). gamma, M: those of ``gen``."""
+
+    group: ClassVar[str] = "pro"
+
+    confidence: Confidence = "gen"
+    epsilon: float = 0.0001
+    steps: int = 3
+    temperature: float = 1.0
+    gamma: float = 0.1
+    M: int = 100
+
+
+@dataclass(frozen=True)
+class AdaScaleStep:
+    """AdaSCALE's perturbation: by epsilon, in units of the normalised image, of the fraction of its
+    values with the smallest gradients."""
+
+    group: ClassVar[str] = "adascale"
+
+    epsilon: float = 0.5
+    fraction: float = 0.05
+
+
+Making = OdinStep | ProSteps | AdaScaleStep
+"""How a record was made. ``group`` is the first part of the record's place, and the key under which
+``Features`` and the Recorder have it."""
+
+MAKINGS: Mapping[str, type[Making]] = {
+    kind.group: kind for kind in (OdinStep, ProSteps, AdaScaleStep)
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +138,7 @@ class Features:
     mirror: the records of the mirrored images, if recorded. logits_level: False if the logits are
     log-probabilities, which lack an unknown constant per row. multi_label: True if each label has
     its own sigmoid. pooled: True if the embedding is the mean of the last map over its positions.
-    Raises ValueError if the tensors disagree about N.
+    made_with: group → how its records were made. Raises ValueError if the tensors disagree about N.
     """
 
     count: int
@@ -103,7 +148,9 @@ class Features:
     layers: Mapping[str, Layer] = field(default_factory=dict)
     batchnorm: Mapping[str, BatchNorm] = field(default_factory=dict)
     odin_logits: Tensor | None = None  # (N, K)
-    odin_step: OdinStep | None = None
+    pro_steps: Tensor | None = None  # (N, T + 1), the uncertainty before and after each step
+    adascale_u: Tensor | None = None  # (N, D), the embedding of the changed image
+    made_with: Mapping[str, Making] = field(default_factory=dict)
     logits_level: bool = True
     multi_label: bool = False
     pooled: bool = False
@@ -210,6 +257,16 @@ class Features:
         if missing:
             raise DetectorError(f"{who} needs {lacking(missing, who)}")
 
+    def require_made_with(self, wanted: Making, who: str) -> None:
+        """Raises DetectorError where the records of a group were made otherwise."""
+        found = self.made_with.get(wanted.group)
+        if found != wanted:
+            made = "unknown settings" if found is None else in_words(found)
+            raise DetectorError(
+                f"{who} wants {in_words(wanted)}, but these rows were recorded with {made}: "
+                f"extract again with -p {who}.KEY=VALUE, or set {who} as they were recorded"
+            )
+
     def shared(self, compute: Callable[..., Value], *args: Hashable) -> Value:
         """``compute(self, *args)``, computed once per block for all detectors."""
         key = (compute, *args)
@@ -223,6 +280,12 @@ class Features:
         found = [self.shared(_finite, need) for need in needs]
         masks = [mask for mask in found if mask is not None]
         return torch.stack(masks).all(0) if masks else torch.ones(self.count, dtype=torch.bool)
+
+
+def in_words(making: Making) -> str:
+    """epsilon=0.0014, temperature=1000, where=all."""
+    values = asdict(making).items()
+    return ", ".join(f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}" for k, v in values)
 
 
 def _finite(block: Features, need: str) -> Tensor | None:

@@ -49,6 +49,10 @@ RECORDS: Mapping[str, Record] = {
         "layers/*/rank1", cannot="its embedding is not the mean of the last map of its layers"
     ),
     "layers.gradient": Record("layers/*/gradient", cannot=_NO_TAPS),
+    "layers.nonzero": Record(
+        "layers/*/nonzero",
+        cannot="it has no BatchNorm layer, or only activations without a flat part, such as GELU",
+    ),
     "layers.sensitivity": Record(
         "layers/*/sensitivity",
         lacks="sensitivities exist only for virtual images: extract a file from invert",
@@ -57,6 +61,12 @@ RECORDS: Mapping[str, Record] = {
     "batchnorm.mean": Record("batchnorm/*/mean", cheap=True),
     "batchnorm.var": Record("batchnorm/*/var", cheap=True),
     "odin.logits": Record("odin/logits"),
+    "pro.steps": Record("pro/steps"),
+    "adascale.u": Record(
+        "adascale/u",
+        lacks=_NOT_LINEAR,
+        cannot="its last layer is not linear, so there is no embedding",
+    ),
     "deconf.h": Record(
         "deconf/h",
         cheap=True,

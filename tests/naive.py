@@ -119,6 +119,21 @@ def odin(test, fit=None):
     return np.array([1 - softmax(z / 1000).max() for z in array(test.odin_logits)])
 
 
+def pro(test, fit=None):
+    return np.array([max(u) for u in array(test.pro_steps)])
+
+
+def gaia_z(test, fit=None):
+    found = np.zeros(len(test))
+    count = 0
+    for layer in test.layers.values():
+        if layer.kind == "batchnorm":
+            for channel in array(layer.nonzero).T:
+                found += channel**2
+                count += 1
+    return found / count
+
+
 def joint_energy(test, fit=None):
     return np.array([-sum(np.logaddexp(0, z)) for z in array(test.logits)])
 
@@ -267,6 +282,27 @@ def scale(test, fit=None, p=85):
 
 def lts(test, fit=None, p=95):
     return np.array([free_energy(z * ratio(u, p) ** 2) for z, u in each(test)])
+
+
+def adascale(kind, low=75, high=85, top=1, level=5, weight=10):
+    def shifts(rows):
+        found = []
+        for u, moved in zip(array(rows.embedding), array(rows.adascale_u), strict=True):
+            far = sum(abs(u[i] - moved[i]) for i in largest_of(u, 100 - top))
+            found.append(weight * far + sum(max(moved[i], 0) for i in largest_of(u, 100 - level)))
+        return found
+
+    def score(test, fit):
+        known = shifts(fit.train)
+        matrix, bias = array(test.head.weight), array(test.head.bias)
+        found = []
+        for (z, u), q in zip(each(test), shifts(test), strict=True):
+            share = sum(k <= q for k in known) / len(known)
+            r = ratio(u, low + (1 - share) * (high - low))
+            found.append(free_energy(matrix @ (u * math.exp(r)) + bias if kind == "a" else z * r**2))
+        return np.array(found)
+
+    return score
 
 
 def ash(kind, p=90):
@@ -1111,6 +1147,8 @@ NAIVE = {
     "mls": mls,
     "energy": energy,
     "odin": odin,
+    "pro": pro,
+    "gaia-z": gaia_z,
     "joint-energy": joint_energy,
     "godin": godin,
     "mos": mos,
@@ -1147,6 +1185,8 @@ NAIVE = {
     "ash-s": ash("s"),
     "dice": dice,
     "vra": vra,
+    "adascale-a": adascale("a"),
+    "adascale-l": adascale("l"),
     "ras": ras,
     "optfs": optfs,
     "fdbd-norm": fdbd_norm,

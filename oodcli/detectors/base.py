@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oodcli.detectors.bank import moved
 from oodcli.detectors.blocks import Blocks, largest_in_words, score_in_halves
-from oodcli.features import Features, OdinStep
+from oodcli.features import Features, Making
 
 
 class Detector(ABC):
@@ -79,14 +79,19 @@ class Detector(ABC):
         """Records that ``fit`` reads with these hyper-parameters."""
         return cls.needs if cls.fitted else frozenset()
 
+    @classmethod
+    def records_with(cls, **hyperparameters: Any) -> Making | None:
+        """``made_with`` of a detector that is fitted with these hyper-parameters."""
+        return None if cls.fitted else cls(**hyperparameters).made_with
+
     @property
     def score_needs(self) -> frozenset[str]:
         """Records that ``_score`` reads with these settings."""
         return self.needs
 
     @property
-    def odin_step(self) -> OdinStep | None:
-        """The perturbation with which ``odin.logits`` must have been recorded."""
+    def made_with(self) -> Making | None:
+        """How its records must have been made; None where there is but one way."""
         return None
 
     @abstractmethod

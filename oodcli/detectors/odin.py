@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
 from oodcli.detectors.hyperparameters import require_positive
 from oodcli.detectors.msp import max_softmax
-from oodcli.errors import DetectorError
-from oodcli.features import Features, OdinStep, recorded
+from oodcli.features import Features, OdinStep, Where, recorded
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,19 @@ class ODIN(Detector):
 
     epsilon: Annotated[float, "length of the step, in pixel units of [0, 1]"] = 0.0014
     T: Annotated[float, "temperature of the loss and of the softmax, above 0"] = 1000.0
+    where: Annotated[
+        Where, "which values of the image change: all, or the one of largest gradient (i-ODIN)"
+    ] = "all"
+
+    later: ClassVar[Mapping[str, Any]] = {"where": "all"}
 
     def __post_init__(self) -> None:
         require_positive(self.name, T=self.T)
 
     @property
-    def odin_step(self) -> OdinStep:
-        return OdinStep(self.epsilon, self.T)
+    def made_with(self) -> OdinStep:
+        return OdinStep(self.epsilon, self.T, self.where)
 
     def _score(self, test: Features) -> Tensor:
-        if test.odin_step != self.odin_step:
-            raise DetectorError(
-                f"odin wants epsilon={self.epsilon:g} and T={self.T:g}, but these logits were "
-                f"recorded with {test.odin_step}: extract again with -p odin.epsilon=… -p odin.T=…"
-            )
+        test.require_made_with(self.made_with, self.name)
         return max_softmax(recorded(test.odin_logits), self.T)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor
 from oodcli.errors import FileError
 from oodcli.features import (
     INPUT,
+    MAKINGS,
     BatchNorm,
     Features,
     Layer,
     LinearHead,
-    OdinStep,
+    Making,
+    ProSteps,
     Rows,
     concatenate,
 )
@@ -47,6 +49,9 @@ MULTI_LABEL = "multi_label"
 
 POOLED = "pooled"
 """Root attribute, True if /embedding is the mean of the last map; otherwise absent."""
+
+LATER = {"where"}
+"""Attributes of how a record was made that older files lack; their defaults hold."""
 
 BLOCK_BYTES = 1 << 26
 BLOCK_ROWS = 8192
@@ -141,9 +146,8 @@ class CacheWriter:
             self._file.attrs[POOLED] = True
         if features.mirror is not None:
             self._file.require_group("mirror")
-        if features.odin_step is not None:
-            self._file["odin"].attrs["epsilon"] = features.odin_step.epsilon
-            self._file["odin"].attrs["temperature"] = features.odin_step.temperature
+        for group, making in features.made_with.items():
+            self._file[group].attrs.update(asdict(making))
 
 
 class FeatureCache:
@@ -217,17 +221,17 @@ class FeatureCache:
         head = None
         if "head" in file:
             head = LinearHead(whole("head/weight"), whole("head/bias"))
-        step = None
-        if "odin" in file:
-            attributes = file["odin"].attrs
-            step = OdinStep(float(attributes["epsilon"]), float(attributes["temperature"]))
         return Features(
             count=0,
             label=torch.zeros(0, dtype=torch.int64),
             layers=layers,
             batchnorm=norms,
             **{field_of(place): empty(place) for place in WHOLE},
-            odin_step=step,
+            made_with={
+                group: _made_with(file[group].attrs, kind)
+                for group, kind in MAKINGS.items()
+                if group in file
+            },
             logits_level=bool(file.attrs.get(LOGITS_LEVEL, True)),
             multi_label=bool(file.attrs.get(MULTI_LABEL, False)),
             pooled=bool(file.attrs.get(POOLED, False)),
@@ -292,6 +296,17 @@ class FeatureCache:
         return CachedRows(self, frozenset(needs), part)
 
 
+def _made_with(attributes: Any, kind: type[Making]) -> Making:
+    """Of the attributes of a group."""
+    usual = asdict(kind())
+    values = {
+        name: type(value)(attributes[name])
+        for name, value in usual.items()
+        if name in attributes or name not in LATER
+    }
+    return kind(**values)
+
+
 def _block_rows(constants: Features) -> int:
     width = sum(rows.shape[1] for rows in constants.rows().values() if rows.ndim == 2)
     return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * max(width, 1))))
@@ -318,7 +333,11 @@ def _unlike(features: Features, classes: int) -> str:
                 return f"/batchnorm/{name} has statistics of different lengths"
             expected |= {f"{view}batchnorm/{name}/{part}": width for part in ("mean", "var")}
         if features.head is not None:
-            expected[f"{view}embedding"] = features.head.weight.shape[1]
+            width = features.head.weight.shape[1]
+            expected |= {f"{view}embedding": width, f"{view}adascale/u": width}
+        pro = features.made_with.get(ProSteps.group)
+        if isinstance(pro, ProSteps):
+            expected[f"{view}pro/steps"] = pro.steps + 1
     if features.head is not None and len(features.head.weight) != classes:
         return f"/head/weight is for {len(features.head.weight)} classes, not {classes}"
     for name, width in expected.items():

@@ -3,30 +3,57 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.detectors.gram import gram_sums
+from oodcli.detectors.pro import uncertainty
 from oodcli.detectors.rankfeat import rank_one
 from oodcli.errors import DetectorError, OodcliError
-from oodcli.features import INPUT, BatchNorm, Features, Layer, OdinStep, concatenate
+from oodcli.features import (
+    INPUT,
+    MAKINGS,
+    AdaScaleStep,
+    BatchNorm,
+    Features,
+    Layer,
+    Making,
+    OdinStep,
+    ProSteps,
+    concatenate,
+)
 from oodcli.networks.classifier import Classifier, Tap
 from oodcli.networks.outputs import as_logits, copy_input, first_tensor, with_first
 from oodcli.out_of_memory import halving, too_short
 from oodcli.recording.channels_last import in_channels_last
+from oodcli.recording.perturbed import (
+    in_turn,
+    moved_by_adascale,
+    moved_by_odin,
+    moved_by_pro,
+    odin_loss,
+    pro_loss,
+    sum_of_logits,
+)
 from oodcli.records import CONSTANTS, ROW_RECORDS, impossible
 
 log = logging.getLogger(__name__)
 
 KINDS = frozenset({"batchnorm", "block", "stage", "other"})
+
+BY_LAYER = frozenset({"layers.gradient", "layers.nonzero"})
+BACKWARD = BY_LAYER | {"odin.logits", "pro.steps", "adascale.u"}
+"""Records that need a backward pass."""
+
+IMAGE = ""
+"""Key of the gradient by the image; those by a layer's output have the name of its tap."""
 
 Receive = Callable[[Tap, Tensor, Tensor], Tensor | None]
 
@@ -98,13 +125,20 @@ def peaks(activation: Tensor, channel_dim: int = 1) -> Tensor:
     return activation.movedim(channel_dim, 1).flatten(2).amax(2).clamp_min(0).float()
 
 
+def nonzero_shares(gradient: Tensor, channel_dim: int = 1) -> Tensor:
+    """At which share of the positions (N, C, …) or (N, …, C) is not 0: (N, C) float32."""
+    flags = gradient.movedim(channel_dim, 1) != 0
+    return flags.float() if flags.ndim == 2 else flags.flatten(2).float().mean(2)
+
+
 class Recorder:
     """Runs the network once per batch and keeps what was asked for; in smaller batches, from then
     on, where the memory is too short.
 
     what: words of ``records.ROW_RECORDS`` (plus ``label`` and ``head``, always kept), and
     ``mirror`` for a second pass over the mirror images.
-    Gradients and ODIN add one backward pass each, ODIN one more forward pass.
+    made_with: group → how to make its records, by default as usual.
+    Gradients add a backward pass, records of a changed image another forward pass: ``passes``.
     Raises DetectorError for a word that is unknown, or that this network cannot give.
     """
 
@@ -113,7 +147,7 @@ class Recorder:
         classifier: Classifier,
         what: frozenset[str],
         *,
-        odin: OdinStep | None = None,
+        made_with: Mapping[str, Making] | None = None,
         precision: str = "float32",
         kinds: frozenset[str] = KINDS,
     ) -> None:
@@ -122,7 +156,11 @@ class Recorder:
         self._layout = torch.channels_last if last else torch.contiguous_format
         self.asked = what
         self.what = (what & frozenset(ROW_RECORDS)) - {"layers.sensitivity"}
-        self.odin = odin or OdinStep()
+        self.made_with = {
+            group: (made_with or {}).get(group) or kind()
+            for group, kind in MAKINGS.items()
+            if any(word.startswith(f"{group}.") for word in self.what)
+        }
         self.precision = precision
         self.kinds = kinds
         self._most: int | None = None
@@ -133,6 +171,21 @@ class Recorder:
         missing = sorted((self.what | constants) - recordable(classifier))
         if missing:
             raise DetectorError(why_not(classifier, missing))
+
+    @cached_property
+    def _dims(self) -> dict[str, int]:
+        """The dimension of the channels by tap name."""
+        return {tap.name: tap.channel_dim for tap in self.classifier.taps}
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Forward and backward passes of a batch. Where images are labelled, and the network does
+        not agree, gradients of the label and of the prediction take a backward pass each."""
+        odin, adascale = "odin.logits" in self.what, "adascale.u" in self.what
+        pro = self.made_with.get(ProSteps.group)
+        steps = pro.steps if isinstance(pro, ProSteps) else 0
+        logit = adascale or bool(self.what & BY_LAYER)
+        return 1 + odin + adascale + steps, logit + odin + steps
 
     @cached_property
     def _constants(self) -> dict[str, BatchNorm]:
@@ -178,7 +231,7 @@ class Recorder:
         images = images.contiguous(memory_format=self._layout)
         images = images.to(device, non_blocking=True)
         labels = labels.to(device)
-        with_graph = bool(self.what & {"layers.gradient", "odin.logits"})
+        with_graph = bool(self.what & BACKWARD)
         layers: dict[str, Layer] = {}
         norms: dict[str, BatchNorm] = {}
         outputs: dict[str, Tensor] = {}
@@ -211,22 +264,18 @@ class Recorder:
                 else None,
                 rank1=rank_one(seen) if tap is last and "layers.rank1" in self.what else None,
             )
-            if "layers.gradient" in self.what and tap.name in self._composite:
+            wanted = "layers.gradient" in self.what
+            wanted |= "layers.nonzero" in self.what and tap.kind == "batchnorm"
+            if wanted and tap.name in self._composite:
                 outputs[tap.name] = given  # a copy: its output is no longer what was normalised
-            elif "layers.gradient" in self.what:
+            elif wanted:
                 # A following in-place ReLU must change the copy, not what we differentiate by.
                 outputs[tap.name] = output
                 return output.clone()
             return None
 
-        # What follows may change these in place: copies are as small as the logits.
-        def keep_embedding(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            given = args[0].detach()
-            given = given.float().mean((2, 3)) if isinstance(module, nn.Conv2d) else given.clone()
-            embedding.append(given.reshape(len(images), -1).float())
-
         def keep_reading(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if retrained is not None:
+            if retrained is not None:  # what follows may change these in place
                 readings[retrained.word] = retrained.reading(output.detach().clone()).float()
 
         with ExitStack() as stack:
@@ -234,23 +283,21 @@ class Recorder:
             stack.enter_context(self._autocast())
             if any(word.startswith(("layers.", "batchnorm.")) for word in self.what):
                 stack.enter_context(watch(self.classifier, receive, self.kinds))
-            if "layers.gradient" in self.what:
+            if self.what & BY_LAYER:
                 for name in self._composite:
                     norm = self.classifier.batchnorms[name]
                     stack.callback(norm.register_forward_pre_hook(copy_input).remove)
-            if "embedding" in self.what and self.classifier.head_name is not None:
-                head = self.classifier.network.get_submodule(self.classifier.head_name)
-                stack.callback(head.register_forward_hook(keep_embedding).remove)
+            if "embedding" in self.what:
+                embedding = stack.enter_context(self._embeddings(len(images)))
             if retrained is not None and retrained.word in self.what:
                 watched = retrained.get_submodule(retrained.watched)
                 stack.callback(watched.register_forward_hook(keep_reading).remove)
             given = images.detach().requires_grad_() if with_graph else images
             logits = as_logits(self.classifier.network(given)).float()
-            if outputs:
-                target = torch.where(labels >= 0, labels, logits.argmax(1))
-                score = logits.gather(1, target[:, None])[:, 0]
-                layers = self._with_gradients(layers, outputs, score)
-        odin = self._odin_logits(given, logits) if "odin.logits" in self.what else None
+        moved: dict[str, Tensor] = {}
+        if with_graph:
+            with torch.enable_grad():
+                layers, moved = self._differentiated(given, logits, labels, layers, outputs)
         if not any(word.startswith("layers.") for word in self.what):
             layers = {}
         return Features(
@@ -260,8 +307,10 @@ class Recorder:
             embedding=embedding[0] if embedding else None,
             layers=layers,
             batchnorm=self._input_norm(images) | norms,
-            odin_logits=odin,
-            odin_step=None if odin is None else self.odin,
+            odin_logits=self._logits(moved["odin"]) if "odin" in moved else None,
+            pro_steps=self._uncertainties(logits, moved["pro"]) if "pro" in moved else None,
+            adascale_u=self._embedding_of(moved["adascale"]) if "adascale" in moved else None,
+            made_with=self.made_with,
             logits_level=self.classifier.logits_level,
             multi_label=self.classifier.multi_label,
             pooled=self.classifier.pooled,
@@ -291,36 +340,120 @@ class Recorder:
             return {}
         return {INPUT: self._normed(self._constants[INPUT], *spatial_moments(images))}
 
-    def _with_gradients(
-        self, layers: dict[str, Layer], outputs: dict[str, Tensor], score: Tensor
-    ) -> dict[str, Layer]:
-        gradients = torch.autograd.grad(
-            score.sum(),
-            list(outputs.values()),
-            retain_graph="odin.logits" in self.what,
-            allow_unused=True,
-        )
-        dims = {tap.name: tap.channel_dim for tap in self.classifier.taps}
-        found = dict(layers)
-        for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
-            gradient = torch.zeros_like(output) if gradient is None else gradient
-            mean, _ = spatial_moments(by_image(gradient, len(score), dims[name]), dims[name])
-            if name in self._composite:
-                mean = before_batchnorm(self._constants[name], mean)
-            found[name] = replace(layers[name], gradient=mean)
-        return found
+    def _differentiated(
+        self,
+        given: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        layers: dict[str, Layer],
+        outputs: dict[str, Tensor],
+    ) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+        """The layers with what the gradients by their outputs give, and the changed images by
+        group. One backward pass serves all records of the same loss."""
+        top = logits.detach().argmax(1)
+        target = torch.where(labels >= 0, labels, top)
+        alike = torch.equal(target, top)
+        image = {IMAGE: given}
+        means = outputs if "layers.gradient" in self.what else {}
+        shares = {}
+        if "layers.nonzero" in self.what:
+            shares = {n: each for n, each in outputs.items() if layers[n].kind == "batchnorm"}
+        by_top = {**shares, **(image if "adascale" in self.made_with else {})}
+        calls: dict[str, tuple[Callable[[], Tensor], Mapping[str, Tensor]]] = {
+            "label": (
+                partial(sum_of_logits, logits, target),
+                {**means, **by_top} if alike else means,
+            ),
+            "adascale": (partial(sum_of_logits, logits, top), {} if alike else by_top),
+        }
+        odin, pro = self.made_with.get("odin"), self.made_with.get("pro")
+        if isinstance(odin, OdinStep):
+            calls["odin"] = partial(odin_loss, logits, odin), image
+        if isinstance(pro, ProSteps):
+            calls["pro"] = partial(pro_loss, logits, pro), image
+        found, moved = dict(layers), {}
+        for loss, gradients in in_turn(calls):
+            for name, gradient in gradients.items():
+                if name == IMAGE:
+                    group = "adascale" if loss == "label" else loss
+                    moved[group] = self._moved(group, given.detach(), gradient)
+                    continue
+                if name in shares and (alike or loss != "label"):
+                    found[name] = replace(found[name], nonzero=self._share(name, gradient, logits))
+                if name in means and loss == "label":
+                    found[name] = replace(found[name], gradient=self._mean(name, gradient, logits))
+        return found, moved
 
-    def _odin_logits(self, given: Tensor, logits: Tensor) -> Tensor:
-        """(N, K) logits of x' = x − ε sign(∇ₓ CE(z/T, argmax z)) (Liang et al. 2018, eq. 2), ε in
-        pixels, so divided by the preprocessing's std."""
-        loss = F.cross_entropy(
-            logits / self.odin.temperature, logits.argmax(1).detach(), reduction="sum"
-        )
-        (gradient,) = torch.autograd.grad(loss, given)
-        std = given.new_tensor(self.classifier.preprocessing.std).view(-1, 1, 1)
-        perturbed = given.detach() - self.odin.epsilon / std * gradient.sign()
+    def _mean(self, name: str, gradient: Tensor, logits: Tensor) -> Tensor:
+        """(N, C) over the positions, of the gradient by the output of a tap."""
+        dim = self._dims[name]
+        mean, _ = spatial_moments(by_image(gradient, len(logits), dim), dim)
+        if name in self._composite:
+            mean = before_batchnorm(self._constants[name], mean)
+        return mean
+
+    def _share(self, name: str, gradient: Tensor, logits: Tensor) -> Tensor:
+        """(N, C) of the positions with a gradient, NaN for an image whose logits are not finite.
+        Of the input of a BatchNorm layer as of its output, unless its weight is 0."""
+        dim = self._dims[name]
+        shares = nonzero_shares(by_image(gradient, len(logits), dim), dim)
+        return shares + logits.detach().sum(1, keepdim=True) * 0
+
+    def _moved(self, group: str, images: Tensor, gradient: Tensor) -> Tensor:
+        """The images changed along a gradient."""
+        how = self.made_with[group]
+        if isinstance(how, OdinStep):
+            std = images.new_tensor(self.classifier.preprocessing.std).view(-1, 1, 1)
+            return moved_by_odin(images, gradient, std, how)
+        if isinstance(how, AdaScaleStep):
+            return moved_by_adascale(images, gradient, how)
+        return moved_by_pro(images, gradient, how)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """(N, K) of changed images."""
         with torch.inference_mode(), self._autocast():
-            return as_logits(self.classifier.network(perturbed)).float()
+            return as_logits(self.classifier.network(images)).float()
+
+    def _embedding_of(self, images: Tensor) -> Tensor:
+        """(N, D) of changed images."""
+        with self._embeddings(len(images)) as found:
+            self._logits(images)
+        return found[0]
+
+    def _uncertainties(self, logits: Tensor, moved: Tensor) -> Tensor:
+        """(N, T + 1) float32: PRO's uncertainty of the images and after each step. logits: of the
+        images. moved: the images after the first step."""
+        how = self.made_with[ProSteps.group]
+        assert isinstance(how, ProSteps)
+        found = [uncertainty(logits.detach(), how)]
+        for _ in range(how.steps - 1):
+            given = moved.requires_grad_()
+            with torch.enable_grad():
+                with self._autocast():
+                    z = as_logits(self.classifier.network(given)).float()
+                (gradient,) = torch.autograd.grad(pro_loss(z, how), given)
+            found.append(uncertainty(z.detach(), how))
+            moved = moved_by_pro(given.detach(), gradient, how)
+        found.append(uncertainty(self._logits(moved), how))
+        return torch.stack(found, 1).float()
+
+    @contextmanager
+    def _embeddings(self, count: int) -> Iterator[list[Tensor]]:
+        """While open, each forward pass appends the input of the head, (N, D). count: N."""
+        found: list[Tensor] = []
+
+        # What follows may change it in place: a copy is as small as the logits.
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given = args[0].detach()
+            given = given.float().mean((2, 3)) if isinstance(module, nn.Conv2d) else given.clone()
+            found.append(given.reshape(count, -1).float())
+
+        head = self.classifier.network.get_submodule(self.classifier.head_name or "")
+        handle = head.register_forward_hook(keep)
+        try:
+            yield found
+        finally:
+            handle.remove()
 
 
 def only_normalises(norm: _BatchNorm) -> bool:
@@ -361,13 +494,14 @@ def before_batchnorm(norm: BatchNorm, gradient: Tensor) -> Tensor:
 
 def recordable(classifier: Classifier) -> frozenset[str]:
     """Which words of ``ROW_RECORDS`` this network can give."""
-    words = {"logits", "odin.logits", "batchnorm.mean", "batchnorm.var"}  # of the image itself
+    words = {"logits", "odin.logits", "pro.steps"}
+    words |= {"batchnorm.mean", "batchnorm.var"}  # of the image itself
     if classifier.logits_level:
         words |= {"logits.level"}
     if classifier.multi_label:
         words |= {"multi-label"}
     if classifier.head_name is not None:
-        words |= {"embedding"}
+        words |= {"embedding", "adascale.u"}
     if classifier.head is not None:
         words |= {"head"}
     if classifier.retrained is not None:
@@ -382,7 +516,21 @@ def recordable(classifier: Classifier) -> frozenset[str]:
         words |= {"layers.peak"}
     if classifier.batchnorms:
         words |= {"batchnorm.running", "layers.sensitivity"}
+    if classifier.batchnorms and not only_smooth(classifier.network):
+        words |= {"layers.nonzero"}
     return frozenset(words)
+
+
+FLAT = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardtanh, nn.Threshold)
+SMOOTH = (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.PReLU, nn.Softplus)
+"""Activations with and without a part on which the gradient is 0."""
+
+
+def only_smooth(network: nn.Module) -> bool:
+    """Whether the network has activation modules, and no gradient is ever 0 behind them."""
+    modules = list(network.modules())
+    smooth, flat = (any(isinstance(m, kinds) for m in modules) for kinds in (SMOOTH, FLAT))
+    return smooth and not flat
 
 
 def records_of(classifier: Classifier, tap: Tap) -> list[str]:
@@ -390,6 +538,8 @@ def records_of(classifier: Classifier, tap: Tap) -> list[str]:
     words = {"layers.mean", "layers.std", "layers.gradient"}
     if tap.kind == "batchnorm":
         words |= {"batchnorm.mean", "batchnorm.var", "layers.sensitivity"}
+    if tap.kind == "batchnorm":
+        words |= recordable(classifier) & {"layers.nonzero"}
     if tap.kind == "stage":
         words |= {"layers.gram"}
     if tap == classifier.last_map:

@@ -19,7 +19,7 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.calibration import Calibration
 from oodcli.detectors.hyperparameters import parse
 from oodcli.errors import DetectorError
-from oodcli.features import Features, OdinStep
+from oodcli.features import Features, Making, in_words
 from oodcli.files.artefact import Artefact, read_artefact
 from oodcli.files.origin import Origin, Words
 from oodcli.images import open_images
@@ -278,9 +278,25 @@ def fit_on_noise(
     return kind.fit([rows.features for rows in blocks if rows.features is not None], **given)
 
 
-def odin_step(chosen: Iterable[Detector]) -> OdinStep | None:
-    """ODIN's perturbation, if a chosen detector needs it."""
-    return next((d.odin_step for d in chosen if d.odin_step is not None), None)
+def made_with(chosen: Iterable[Detector]) -> dict[str, Making]:
+    """How to make the records of the chosen detectors, by group. Raises DetectorError where two
+    want one made differently."""
+    return one_way((each.name, each.made_with) for each in chosen)
+
+
+def one_way(wanted: Iterable[tuple[str, Making | None]]) -> dict[str, Making]:
+    """The same of names and what each wants."""
+    found: dict[str, tuple[str, Making]] = {}
+    for name, making in wanted:
+        if making is None:
+            continue
+        before, known = found.setdefault(making.group, (name, making))
+        if known != making:
+            raise DetectorError(
+                f"{before} wants {in_words(known)}, but {name} wants {in_words(making)}: use one "
+                "at a time"
+            )
+    return {group: making for group, (_, making) in found.items()}
 
 
 def needs(chosen: Iterable[Chosen], *, mirror: bool = False) -> frozenset[str]:

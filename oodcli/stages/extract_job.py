@@ -13,7 +13,7 @@ from oodcli import detectors, notes
 from oodcli.detectors.base import Detector
 from oodcli.detectors.hyperparameters import parse
 from oodcli.errors import OodcliError
-from oodcli.features import OdinStep
+from oodcli.features import Making
 from oodcli.files.atomic import refuse_suffix
 from oodcli.files.hdf5 import format_of
 from oodcli.files.origin import Origin, Words
@@ -27,7 +27,7 @@ from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import INPUTS
 from oodcli.recording.recorder import Recorder, recordable
 from oodcli.records import CHEAP, KNOWN_RECORDS, impossible
-from oodcli.stages.chosen import odin_step
+from oodcli.stages.chosen import one_way
 from oodcli.stages.extract import degrading, extract_to_file
 from oodcli.stages.model import Model
 from oodcli.stages.record import Work, job_of, listing, paths_sha256, provenance, shard_of
@@ -94,7 +94,7 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
     source, reading = open_source(request.images, classifier, timeout=request.timeout)
     if request.virtual:
         _require_same_network(request, classifier)
-    what, odin = records_of(request, classifier)
+    what, made_with = records_of(request, classifier)
     precision = request.model.precision(fast=False)
     batch_size = request.model.batch_size(classifier)
     if request.match_accuracy is not None and not isinstance(source, VirtualImages):
@@ -102,7 +102,7 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
             f"--match-accuracy needs virtual images from invert, but {request.images} is not a "
             "file of these"
         )
-    recorder = Recorder(classifier, what | {"logits"}, odin=odin, precision=precision)
+    recorder = Recorder(classifier, what | {"logits"}, made_with=made_with, precision=precision)
     log_records(recorder)
     made = provenance(
         classifier,
@@ -157,20 +157,24 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
 
 def records_of(
     request: ExtractRequest, classifier: Classifier
-) -> tuple[frozenset[str], OdinStep | None]:
-    """Records to store, and ODIN's perturbation. Raises OodcliError for an unknown record, and for
-    parameters of a detector that is not among ``--for``."""
+) -> tuple[frozenset[str], dict[str, Making]]:
+    """Records to store, and how to make them, by group. Raises OodcliError for an unknown record,
+    and for parameters of a detector that is not among ``--for`` and decides how no record is
+    made."""
     given = request.parameters or {}
     kinds = [detectors.find(name) for name in request.for_detectors]
-    unused = sorted(given.keys() - {kind.name for kind in kinds} - {"odin"})
-    if unused:
-        raise OodcliError(f"-p {unused[0]}.…: {unused[0]} is not among the detectors of --for")
-    odin = detectors.get("odin")
-    step = odin_step([odin(**parse(odin, given.get("odin", {})))])
+    named = {kind.name: kind for kind in kinds}
+    for name in sorted(given.keys() - named.keys()):
+        if not detectors.is_known(name) or detectors.get(name).records_with() is None:
+            raise OodcliError(f"-p {name}.…: {name} is not among the detectors of --for")
+        named[name] = detectors.get(name)  # for a record that --record names
+    wants = {
+        name: kind.records_with(**parse(kind, given.get(name, {}))) for name, kind in named.items()
+    }
     what = _records(request, classifier, for_kinds=bool(kinds))
     for kind in kinds:
         what |= _needs_of(kind, given, virtual=request.virtual)
-    return what | ({"mirror"} if request.mirror else set()), step
+    return what | ({"mirror"} if request.mirror else set()), one_way(wants.items())
 
 
 def _needs_of(kind: type[Detector], given: Parameters, *, virtual: bool) -> frozenset[str]:
@@ -215,7 +219,7 @@ def _settings(
         "the list of images": listing(source),
         **({} if reading == 0 else {"the reading of its labels": reading}),
         "--record": sorted(recorder.asked),
-        "odin": asdict(recorder.odin),
+        **{group: asdict(making) for group, making in recorder.made_with.items()},
         "--match-accuracy": None if matched is None else ["equal patches", matched],
         "--batch-size": batch_size,
     }

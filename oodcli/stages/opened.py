@@ -22,7 +22,7 @@ from oodcli.files.virtual import FORMAT as VIRTUAL
 from oodcli.images import ImageSource
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import Recorder, recordable
-from oodcli.stages.chosen import Chosen, FitReference, fit_on_noise, needs, odin_step
+from oodcli.stages.chosen import Chosen, FitReference, fit_on_noise, made_with, needs
 from oodcli.stages.model import Model
 from oodcli.stages.record import (
     Progress,
@@ -119,7 +119,7 @@ def from_images(
         recorder = Recorder(
             classifier,
             needs(chosen, mirror=mirror),
-            odin=odin_step(each.detector for each in chosen),
+            made_with=made_with(each.detector for each in chosen),
             precision=precision,
         )
         log_records(recorder)

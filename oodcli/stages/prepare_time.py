@@ -50,11 +50,11 @@ class Clock:
     def _extraction(self, request: ExtractRequest) -> float:
         known = self.rows.get(Path(request.images))
         classifier, size = self.classifier, min(TRIAL, request.model.batch_size(self.classifier))
-        what, odin = records_of(request, classifier)
+        what, made_with = records_of(request, classifier)
         recorder = Recorder(
             classifier,
             what | {"logits"},
-            odin=odin,
+            made_with=made_with,
             precision=request.model.precision(fast=False),
         )
         preprocessing = classifier.preprocessing

@@ -40,7 +40,7 @@ from oodcli.networks.classifier import Classifier
 from oodcli.networks.load import load_classifier
 from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording.recorder import Recorder
-from oodcli.stages.chosen import Chosen, needs, odin_step, placed
+from oodcli.stages.chosen import Chosen, made_with, needs, placed
 from oodcli.stages.record import Progress, Work, recorded_batch
 from oodcli.stages.score import Scoring, stored_scores
 
@@ -228,7 +228,7 @@ class Scorer:
         self._recorder = Recorder(
             self._classifier,
             needs(job.chosen, mirror=job.mirror),
-            odin=odin_step(each.detector for each in job.chosen),
+            made_with=made_with(each.detector for each in job.chosen),
             precision=job.precision,
         )
 

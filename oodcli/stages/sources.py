@@ -46,11 +46,10 @@ def log_cache(use: str, cache: FeatureCache) -> None:
 def log_records(recorder: Recorder) -> None:
     """What is recorded of a batch, and how many passes that takes."""
     what = recorder.asked
-    odin, gradient = "odin.logits" in what, "layers.gradient" in what
     views = ", and again of its mirror images" if "mirror" in what else ""
     log.debug(
         "records %s; passes of a batch: %d forward, %d backward%s",
-        *(", ".join(sorted(what - {"mirror"})), 1 + odin, odin + gradient, views),
+        *(", ".join(sorted(what - {"mirror"})), *recorder.passes, views),
     )
 
 

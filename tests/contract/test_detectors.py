@@ -99,6 +99,7 @@ ELSEWHERE = {
     "1c-sum": "one_class_sum",
     "1d": "one_dimensional",
     **dict.fromkeys(("scale", "lts", "ash-p", "ash-b", "ash-s"), "shaping"),
+    **dict.fromkeys(("adascale-a", "adascale-l"), "adascale"),
 }
 
 

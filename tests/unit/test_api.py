@@ -105,7 +105,7 @@ def test_what_is_recorded(classifier):
     assert {"logits", "layers.gradient"} <= both.recorded
     odin = oodcli.load_detector("odin", epsilon=0.01)
     found = oodcli.record(classifier, images, odin)
-    assert found.odin_step.epsilon == 0.01
+    assert found.made_with["odin"].epsilon == 0.01
     assert odin.score(found).shape == (3,)
 
 

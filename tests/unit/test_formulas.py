@@ -98,7 +98,7 @@ def test_odin_refuses_logits_of_another_step():
     test = networks.recorded(5)
     with pytest.raises(DetectorError, match=r"wants epsilon=0\.1"):
         detectors.get("odin")(epsilon=0.1).score(test)
-    other = replace(test, odin_step=OdinStep(0.1, 1000.0))
+    other = replace(test, made_with={"odin": OdinStep(0.1, 1000.0)})
     torch.testing.assert_close(
         detectors.get("odin")(epsilon=0.1).score(other), max_softmax(test.odin_logits, 1000.0)
     )

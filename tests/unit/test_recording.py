@@ -107,7 +107,7 @@ def test_gradients_are_those_of_a_bump(residual):
 def test_odin_is_a_step_against_the_loss(residual):
     images = networks.images(4)
     step = OdinStep(epsilon=0.02, temperature=10.0)
-    seen = Recorder(residual, EVERYTHING, odin=step)(images)
+    seen = Recorder(residual, EVERYTHING, made_with={"odin": step})(images)
     given = images.clone().requires_grad_()
     logits = residual.network(given)
     losses = F.cross_entropy(logits / 10.0, logits.argmax(1), reduction="none")
@@ -116,12 +116,13 @@ def test_odin_is_a_step_against_the_loss(residual):
     moved = images - 0.02 / std * gradient.sign()
     with torch.no_grad():
         torch.testing.assert_close(seen.odin_logits, residual.network(moved))
-    assert seen.odin_step == step
+    assert seen.made_with["odin"] == step
 
 
 def test_moving_as_odin_does_lowers_the_loss(residual):
     images = networks.images(16)
-    seen = Recorder(residual, EVERYTHING, odin=OdinStep(0.001, 1000.0))(images)
+    step = {"odin": OdinStep(0.001, 1000.0)}
+    seen = Recorder(residual, EVERYTHING, made_with=step)(images)
     label = seen.logits.argmax(1)
     before = F.cross_entropy(seen.logits, label)
     assert F.cross_entropy(seen.odin_logits, label) < before
@@ -242,7 +243,8 @@ def test_a_batchnorm_that_holds_its_activation_is_recorded_before_it():
     expected, seen = (each.rows() for each in rows)
     assert seen.keys() == expected.keys() >= {"layers/bn/gradient"}
     assert expected["layers/bn/gradient"][:, 2].any()
-    seen["layers/bn/gradient"][:, 2] = expected["layers/bn/gradient"][:, 2]
+    for part in ("gradient", "nonzero"):
+        seen[f"layers/bn/{part}"][:, 2] = expected[f"layers/bn/{part}"][:, 2]
     seen.pop("layers/bn/peak")  # of the map that is pooled
     for name, tensor in seen.items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-4, msg=name)
@@ -402,7 +404,7 @@ def test_batches_are_halved_until_they_fit(residual, short, caplog):
     for name, rows in expected.rows().items():
         assert torch.equal(seen.rows()[name], rows), name
     assert torch.equal(seen.head.weight, expected.head.weight)
-    assert seen.odin_step == expected.odin_step
+    assert seen.made_with == expected.made_with
 
 
 @pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:40])

@@ -1,0 +1,82 @@
+"""Images that are changed along a gradient: the losses, and the changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oodcli.detectors.pro import ascent
+from oodcli.features import AdaScaleStep, OdinStep, ProSteps
+
+
+def in_turn(
+    calls: Mapping[str, tuple[Callable[[], Tensor], Mapping[str, Tensor]]],
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Gradients of some losses of one pass through a network: the name of a loss, and its gradient
+    by each of its inputs, 0 where it does not depend on one. calls: name → function that computes
+    the loss, and its inputs by name; a loss without inputs is left out. The last frees the pass."""
+    wanted = {name: call for name, call in calls.items() if call[1]}
+    for left, (name, (loss, inputs)) in zip(
+        reversed(range(len(wanted))), wanted.items(), strict=True
+    ):
+        found = torch.autograd.grad(
+            loss(), list(inputs.values()), retain_graph=left > 0, allow_unused=True
+        )
+        yield (
+            name,
+            {
+                key: torch.zeros_like(each) if gradient is None else gradient
+                for (key, each), gradient in zip(inputs.items(), found, strict=True)
+            },
+        )
+
+
+def sum_of_logits(logits: Tensor, classes: Tensor) -> Tensor:
+    """Of one logit a row: the gradients are those of each row's. logits: (N, K), classes: (N,)."""
+    return logits.gather(1, classes[:, None]).sum()
+
+
+def odin_loss(logits: Tensor, step: OdinStep) -> Tensor:
+    """Cross entropy of softmax(z/T) and the predicted class, summed over the rows."""
+    classes = logits.detach().argmax(1)
+    return F.cross_entropy(logits / step.temperature, classes, reduction="sum")
+
+
+def pro_loss(logits: Tensor, how: ProSteps) -> Tensor:
+    """Its gradient by the image has the signs of that of the uncertainty, row for row."""
+    return (logits * ascent(logits, how).to(logits.dtype)).sum()
+
+
+def moved_by_odin(images: Tensor, gradient: Tensor, std: Tensor, step: OdinStep) -> Tensor:
+    """x' = x − ε sign(∇ₓ CE(z/T, argmax z)) (Liang et al. 2018, eq. 2), ε in pixels, so divided by
+    the preprocessing's std (C, 1, 1); or only the value of largest gradient, i-ODIN. images,
+    gradient: (N, C, H, W)."""
+    change = step.epsilon / std * gradient.sign()
+    if step.where == "largest":
+        change = change * chosen(gradient, gradient.flatten(1).abs().argmax(1, keepdim=True))
+    return images - change
+
+
+def moved_by_pro(images: Tensor, gradient: Tensor, how: ProSteps) -> Tensor:
+    """A step that raises the uncertainty (Chen et al. 2025, eq. 5). images, gradient:
+    (N, C, H, W)."""
+    return images + how.epsilon * gradient.sign()
+
+
+def moved_by_adascale(images: Tensor, gradient: Tensor, step: AdaScaleStep) -> Tensor:
+    """x' = x + ε sign(∇ₓ z_k) for the fraction of the values with the smallest gradients, at least
+    one; the others stay (Regmi 2025, eq. 3). images, gradient: (N, C, H, W)."""
+    sizes = gradient.flatten(1).abs()
+    count = max(1, int(sizes.shape[1] * step.fraction))
+    smallest = sizes.topk(count, dim=1, largest=False, sorted=False).indices
+    return images + step.epsilon * gradient.sign() * chosen(gradient, smallest)
+
+
+def chosen(images: Tensor, places: Tensor) -> Tensor:
+    """1 at some places of each image, else 0, of the same shape. places: (N, n) indices into the
+    values of an image, in the order of its dimensions."""
+    flat = torch.zeros(len(images), images[0].numel(), device=images.device, dtype=images.dtype)
+    return flat.scatter_(1, places, 1).view(images.shape)
