@@ -122,12 +122,22 @@ class AdaScaleStep:
     fraction: float = 0.05
 
 
-Making = OdinStep | ProSteps | AdaScaleStep
+@dataclass(frozen=True)
+class DropoutPasses:
+    """Passes with dropout. seed: of their masks, which all images share."""
+
+    group: ClassVar[str] = "dropout"
+
+    passes: int = 5
+    seed: int = 0
+
+
+Making = OdinStep | ProSteps | AdaScaleStep | DropoutPasses
 """How a record was made. ``group`` is the first part of the record's place, and the key under which
 ``Features`` and the Recorder have it."""
 
 MAKINGS: Mapping[str, type[Making]] = {
-    kind.group: kind for kind in (OdinStep, ProSteps, AdaScaleStep)
+    kind.group: kind for kind in (OdinStep, ProSteps, AdaScaleStep, DropoutPasses)
 }
 
 
@@ -150,6 +160,7 @@ class Features:
     odin_logits: Tensor | None = None  # (N, K)
     pro_steps: Tensor | None = None  # (N, T + 1), the uncertainty before and after each step
     adascale_u: Tensor | None = None  # (N, D), the embedding of the changed image
+    dropout_logits: Tensor | None = None  # (N, n·K), of n passes with dropout, pass by pass
     made_with: Mapping[str, Making] = field(default_factory=dict)
     logits_level: bool = True
     multi_label: bool = False

@@ -67,6 +67,9 @@ RECORDS: Mapping[str, Record] = {
         lacks=_NOT_LINEAR,
         cannot="its last layer is not linear, so there is no embedding",
     ),
+    "dropout.logits": Record(
+        "dropout/logits", cannot="it has no dropout layer (nn.Dropout with p > 0)"
+    ),
     "deconf.h": Record(
         "deconf/h",
         cheap=True,

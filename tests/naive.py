@@ -134,6 +134,14 @@ def gaia_z(test, fit=None):
     return found / count
 
 
+def mc_dropout(test, fit=None, passes=5):
+    found = []
+    for row in array(test.dropout_logits):
+        p = np.mean([softmax(z) for z in row.reshape(passes, -1)], axis=0)
+        found.append(-sum(x * math.log(x) for x in p if x > 0))
+    return np.array(found)
+
+
 def joint_energy(test, fit=None):
     return np.array([-sum(np.logaddexp(0, z)) for z in array(test.logits)])
 
@@ -299,7 +307,9 @@ def adascale(kind, low=75, high=85, top=1, level=5, weight=10):
         for (z, u), q in zip(each(test), shifts(test), strict=True):
             share = sum(k <= q for k in known) / len(known)
             r = ratio(u, low + (1 - share) * (high - low))
-            found.append(free_energy(matrix @ (u * math.exp(r)) + bias if kind == "a" else z * r**2))
+            found.append(
+                free_energy(matrix @ (u * math.exp(r)) + bias if kind == "a" else z * r**2)
+            )
         return np.array(found)
 
     return score
@@ -1150,6 +1160,7 @@ NAIVE = {
     "pro": pro,
     "gaia-z": gaia_z,
     "joint-energy": joint_energy,
+    "mc-dropout": mc_dropout,
     "godin": godin,
     "mos": mos,
     "norm": norm,

@@ -30,6 +30,7 @@ _CLASSES = {
     "odin": "ODIN",
     "pro": "PRO",
     "gaia-z": "GaiaZ",
+    "mc-dropout": "MCDropout",
     "godin": "GeneralizedODIN",
     "mos": "MOS",
     "norm": "Norm",
