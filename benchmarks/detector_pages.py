@@ -43,7 +43,7 @@ NOISE_IMAGES = "noise:uniform?n=1000&seed=1"
 ROWS = "auroc and tnr95"
 """The key of a network's figures."""
 
-OWN_NETWORK = ("joint-energy", "godin", "mos")
+OWN_NETWORK = ("joint-energy", "godin", "mos", "mc-dropout")
 """They need a network trained for them, which these are not."""
 
 

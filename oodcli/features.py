@@ -45,9 +45,10 @@ class Layer:
     divisor HW). gradient: (N, C), spatial mean of ∂y_c/∂A. sensitivity: (N, C), virtual images
     only: gradient/Δy averaged over the trajectory (C2IR, eq. 8-9). gram: (N, 10·C), stages only:
     row sums of the Gram matrices of orders 1 to 10, order by order. peak: (N, C), the last layer
-    with positions only: the largest of each channel over them, 0 where none is positive. nonzero:
-    (N, C) in 0 … 1, BatchNorm layers only: at which share of the positions the gradient of the
-    largest logit by the output is not 0. kind: batchnorm, block, stage or other."""
+    with positions only: the largest of each channel over them, 0 where none is positive. rank1:
+    (N, C), the same layer: what its first singular triplet adds to the mean. nonzero: (N, C) in
+    0 … 1, BatchNorm layers only: at which share of the positions the gradient of the largest logit
+    by the output is not 0. kind: batchnorm, block, stage or other."""
 
     kind: str
     mean: Tensor | None = None
@@ -56,6 +57,7 @@ class Layer:
     sensitivity: Tensor | None = None
     gram: Tensor | None = None
     peak: Tensor | None = None
+    rank1: Tensor | None = None
     nonzero: Tensor | None = None
 
 
@@ -120,12 +122,22 @@ class AdaScaleStep:
     fraction: float = 0.05
 
 
-Making = OdinStep | ProSteps | AdaScaleStep
+@dataclass(frozen=True)
+class DropoutPasses:
+    """Passes with dropout. seed: of their masks, which all images share."""
+
+    group: ClassVar[str] = "dropout"
+
+    passes: int = 5
+    seed: int = 0
+
+
+Making = OdinStep | ProSteps | AdaScaleStep | DropoutPasses
 """How a record was made. ``group`` is the first part of the record's place, and the key under which
 ``Features`` and the Recorder have it."""
 
 MAKINGS: Mapping[str, type[Making]] = {
-    kind.group: kind for kind in (OdinStep, ProSteps, AdaScaleStep)
+    kind.group: kind for kind in (OdinStep, ProSteps, AdaScaleStep, DropoutPasses)
 }
 
 
@@ -148,6 +160,7 @@ class Features:
     odin_logits: Tensor | None = None  # (N, K)
     pro_steps: Tensor | None = None  # (N, T + 1), the uncertainty before and after each step
     adascale_u: Tensor | None = None  # (N, D), the embedding of the changed image
+    dropout_logits: Tensor | None = None  # (N, n·K), of n passes with dropout, pass by pass
     made_with: Mapping[str, Making] = field(default_factory=dict)
     logits_level: bool = True
     multi_label: bool = False

@@ -17,8 +17,8 @@ class Record:
     """One record.
 
     place: dataset in a feature cache; ``*`` stands for the name of a layer. cheap: a plain forward
-    pass gives it. lacks: advice for a cache without it, if recording it is not the whole answer.
-    cannot: reason why a network cannot give it.
+    pass gives it at little cost. lacks: advice for a cache without it, if recording it is not the
+    whole answer. cannot: reason why a network cannot give it.
     """
 
     place: str
@@ -45,6 +45,9 @@ RECORDS: Mapping[str, Record] = {
     "layers.peak": Record(
         "layers/*/peak", cheap=True, cannot="none of its layers has several positions"
     ),
+    "layers.rank1": Record(
+        "layers/*/rank1", cannot="its embedding is not the mean of the last map of its layers"
+    ),
     "layers.gradient": Record("layers/*/gradient", cannot=_NO_TAPS),
     "layers.nonzero": Record(
         "layers/*/nonzero",
@@ -63,6 +66,9 @@ RECORDS: Mapping[str, Record] = {
         "adascale/u",
         lacks=_NOT_LINEAR,
         cannot="its last layer is not linear, so there is no embedding",
+    ),
+    "dropout.logits": Record(
+        "dropout/logits", cannot="it has no dropout layer (nn.Dropout with p > 0)"
     ),
     "deconf.h": Record(
         "deconf/h",

@@ -134,6 +134,14 @@ def gaia_z(test, fit=None):
     return found / count
 
 
+def mc_dropout(test, fit=None, passes=5):
+    found = []
+    for row in array(test.dropout_logits):
+        p = np.mean([softmax(z) for z in row.reshape(passes, -1)], axis=0)
+        found.append(-sum(x * math.log(x) for x in p if x > 0))
+    return np.array(found)
+
+
 def joint_energy(test, fit=None):
     return np.array([-sum(np.logaddexp(0, z)) for z in array(test.logits)])
 
@@ -509,6 +517,13 @@ def davis(test, fit=None, gamma=1):
     return np.array([free_energy(weight @ (m + gamma * s) + bias) for m, s in pairs])
 
 
+def rankfeat(test, fit=None):
+    """What tests/unit/test_rankfeat.py compares with the singular values is recorded."""
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    pairs = zip(array(test.embedding), array(last(test).rank1), strict=True)
+    return np.array([free_energy(weight @ (u - first) + bias) for u, first in pairs])
+
+
 def catalyst(test, fit, percentile=95):
     c = np.percentile(array(last(fit.train).std), percentile)
     pairs = zip(array(test.logits), array(last(test).std), strict=True)
@@ -829,6 +844,18 @@ def corp(test, fit, gamma=2.0):
     return reconstruction(*(np.array([features(u) for u in part]) for part in (train, rows)))
 
 
+def pca_fused(test, fit, percentile=90.0):
+    train, rows = array(fit.train.embedding), array(test.embedding)
+    c = np.percentile(train, percentile)
+    weight, bias = array(test.head.weight), array(test.head.bias)
+    found = []
+    for u, error in zip(rows, reconstruction(train, rows), strict=True):
+        clipped = np.minimum(u, c)
+        e = free_energy(np.append(weight @ clipped + bias, 0))
+        found.append(e * (1 - error / length(clipped)))
+    return np.array(found)
+
+
 def relation(test, fit):
     bank = [(u / length(u), softmax(z)) for z, u in each(fit.train)]
     found = []
@@ -1133,6 +1160,7 @@ NAIVE = {
     "pro": pro,
     "gaia-z": gaia_z,
     "joint-energy": joint_energy,
+    "mc-dropout": mc_dropout,
     "godin": godin,
     "mos": mos,
     "norm": norm,
@@ -1201,6 +1229,7 @@ NAIVE = {
     "neco": neco,
     "cop": cop,
     "corp": corp,
+    "pca-fused": pca_fused,
     "gram": gram,
     "1d": one_dimensional,
     "lsgm": lsgm,
@@ -1209,6 +1238,7 @@ NAIVE = {
     "peak": peak,
     "peak-energy": peak_energy,
     "davis": davis,
+    "rankfeat": rankfeat,
     "catalyst": catalyst,
     "feature-norm": feature_norm,
     "c2ir-peak": c2ir_peak,

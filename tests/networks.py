@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oodcli.features import Features, LinearHead
+from oodcli.features import DropoutPasses, Features, LinearHead
 from oodcli.networks.architectures import skeleton
 from oodcli.networks.assemble import assemble
 from oodcli.networks.classifier import Classifier
@@ -141,6 +141,22 @@ class Tokens(Apart):
         return self.fc(F.relu(self.bn(x.flatten(0, 1)).reshape(x.shape)).mean(1))
 
 
+class Dropping(nn.Module):
+    """Dropout of channels, of numbers, and before the head; with p = 0, not there."""
+
+    def __init__(self, channels: float = 0.3, numbers: float = 0.2, head: float = 0.5) -> None:
+        super().__init__()
+        self.conv1, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.channels, self.numbers = nn.Dropout2d(channels), nn.Dropout(numbers)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=1)
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Dropout(head), nn.Linear(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.channels(F.relu(self.bn(self.conv1(x))))
+        x = F.relu(self.conv2(self.numbers(x)))
+        return self.classifier(F.dropout(x, 0.4, self.training).mean((2, 3)))
+
+
 def settled(network: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights, and running statistics from a few batches of noise."""
     generator = torch.Generator().manual_seed(seed)
@@ -176,8 +192,12 @@ def recorded(count: int, seed: int = 1, *, classes: int = 3, labelled: bool = Tr
     seen = Recorder(network, recordable(network))(images(count, seed), labels)
     usual = Recorder(network, frozenset({"logits"}))(images(24, 1)).logits.mean(0)
     generator = torch.Generator().manual_seed(seed)
+    passes = DropoutPasses()
+    noise = torch.randn(count, passes.passes, classes, generator=generator)
     return replace(
         seen,
+        dropout_logits=((seen.logits - usual)[:, None] + noise).flatten(1),
+        made_with={**seen.made_with, passes.group: passes},
         logits=seen.logits - usual,
         odin_logits=seen.odin_logits - usual,
         head=LinearHead(seen.head.weight, seen.head.bias - usual),

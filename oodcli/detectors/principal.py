@@ -1,4 +1,4 @@
-"""What neco, cop and corp share: the directions in which the rows fitted on vary most."""
+"""What detectors of subspaces share: the directions in which the rows fitted on vary most."""
 
 from __future__ import annotations
 

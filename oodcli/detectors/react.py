@@ -15,6 +15,26 @@ from oodcli.detectors.percentiles import percentile_of
 from oodcli.errors import DetectorError
 from oodcli.features import Features, LinearHead, recorded
 
+C = "upper bound of each component; by default the percentile"
+PERCENTILE = "percentile of all entries of the embeddings, 0 to 100"
+"""Meanings of settings."""
+
+
+def upper_bound(
+    train: Blocks, needs: frozenset[str], who: str, c: float | None, percentile: float
+) -> float:
+    """c, or where it is None the percentile of all entries of the embeddings, in two passes. Raises
+    DetectorError for a percentile outside 0 … 100, for a c that is not positive, and when there is
+    no row to take the percentile of."""
+    if c is not None:
+        require_positive(who, c=c)
+        return c
+    if not 0 <= percentile <= 100:
+        raise DetectorError(f"{who}.percentile={percentile:g} must be in 0 … 100")
+    return percentile_of(
+        lambda: (recorded(block.embedding) for block in finite_rows(train, needs, who)), percentile
+    )
+
 
 def react(embedding: Tensor, head: LinearHead, c: float) -> Tensor:
     """−logsumexp(W min(u, c) + b) (Sun et al. 2021, eq. 3).
@@ -46,25 +66,12 @@ class ReAct(Detector):
         cls,
         train: Blocks,
         *,
-        c: Annotated[
-            float | None, "upper bound of each component; by default the percentile"
-        ] = None,
-        percentile: Annotated[
-            float, "percentile of all entries of the embeddings, 0 to 100"
-        ] = 90.0,
+        c: Annotated[float | None, C] = None,
+        percentile: Annotated[float, PERCENTILE] = 90.0,
     ) -> Self:
         """Two passes, none where c is given. Raises DetectorError for a percentile outside 0 …
         100, and for a c that is not positive."""
-        if c is None:
-            if not 0 <= percentile <= 100:
-                raise DetectorError(f"{cls.name}.percentile={percentile:g} must be in 0 … 100")
-            c = percentile_of(
-                lambda: (recorded(b.embedding) for b in finite_rows(train, cls.needs, cls.name)),
-                percentile,
-            )
-        else:
-            require_positive(cls.name, c=c)
-        return cls(c)
+        return cls(upper_bound(train, cls.needs, cls.name, c, percentile))
 
     def _score(self, test: Features) -> Tensor:
         return react(recorded(test.embedding), recorded(test.head), self.c)

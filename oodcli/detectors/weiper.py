@@ -13,8 +13,6 @@ from torch import Tensor
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, drawn_rows, finite_rows
 from oodcli.detectors.hyperparameters import require_positive
-from oodcli.detectors.knn import unit
-from oodcli.detectors.msp import softmax
 from oodcli.features import Features, LinearHead, recorded
 
 EPSILON = 0.01
@@ -25,20 +23,25 @@ ROWS_OF_WEIGHTS = 1024
 """Of perturbed heads that are in memory at once, if a head has no more."""
 
 
-def perturbed_heads(head: LinearHead, delta: float, copies: int, seed: int) -> Iterator[LinearHead]:
-    """W + δ‖w_c‖ n_c, n_c random of length 1, and the same b (Granz et al. 2024, §3.1), in float64:
-    for a seed always the same ones, some at a time, because all may not fit into memory. Yields
-    heads of (G·K, D), G copies below each other."""
+def perturbed_logits(
+    embedding: Tensor, head: LinearHead, delta: float, copies: int, seed: int
+) -> Iterator[Tensor]:
+    """The logits Wu + b + δ‖w_c‖ n_c·u of heads with perturbed weights, n_c random of length 1
+    (Granz et al. 2024, §3.1): for a seed always the same ones, some heads at a time, because the
+    n_c of all may not fit into memory. embedding: (N, D). Yields (N, G, K) float64, of G heads
+    each."""
     generator = torch.Generator().manual_seed(seed)
-    weight, bias = head.weight.double(), head.bias.double()
-    length = delta * weight.norm(dim=1, keepdim=True)
-    some = max(1, ROWS_OF_WEIGHTS // len(bias))
+    u, weight = embedding.double(), head.weight.double()
+    plain = (u @ weight.T + head.bias.double())[:, None]  # (N, 1, K)
+    length = delta * weight.norm(dim=1)
+    some = min(copies, max(1, ROWS_OF_WEIGHTS // len(weight)))
+    space = weight.new_empty(some, *weight.shape)  # new memory would take as long as the noise
     for start in range(0, copies, some):
-        many = [
-            torch.randn(weight.shape, generator=generator) for _ in range(copies - start)[:some]
-        ]
-        noise = unit(torch.cat(many).to(weight.device)).view(-1, *weight.shape)
-        yield LinearHead((weight + length * noise).flatten(0, 1), bias.repeat(len(many)))
+        noise = space[: copies - start]  # (G, K, D)
+        for each in noise:
+            each.copy_(torch.randn(weight.shape, generator=generator))
+        along = (u @ noise.flatten(0, 1).T).view(len(u), *noise.shape[:2])
+        yield along.mul_(length / noise.norm(dim=2)).add_(plain)
 
 
 def counts(values: Tensor, range_: Tensor, bins: int) -> Tensor:
@@ -141,8 +144,8 @@ class WeiPer(Detector):
         u = drawn_rows(embeddings, rows, seed).double()
 
         def logits() -> Iterator[Tensor]:
-            for each in perturbed_heads(head, delta, copies, seed):
-                yield u @ each.weight.T + each.bias
+            for z in perturbed_logits(u, head, delta, copies, seed):
+                yield z.flatten(1)
 
         ends = torch.stack([torch.stack([z.min(), z.max()]) for z in logits()])
         range_of_u = torch.stack([u.min(), u.max()])
@@ -168,10 +171,9 @@ class WeiPer(Detector):
         bins, classes = len(self.usual), len(head.bias)
         perturbed = u.new_zeros(len(u), bins)
         largest = u.new_zeros(len(u))
-        for each in perturbed_heads(head, self.delta, self.copies, self.seed):
-            z = u @ each.weight.T + each.bias
-            perturbed += counts(z, self.range_of_logits, bins)
-            largest += softmax(z.view(-1, classes)).amax(1).view(len(u), -1).sum(1)
+        for z in perturbed_logits(u, head, self.delta, self.copies, self.seed):
+            perturbed += counts(z.flatten(1), self.range_of_logits, bins)
+            largest += (z.amax(2) - z.logsumexp(2)).exp().sum(1)
         number = self.copies * classes
         own = divergence(
             counts(u, self.range_of_u, bins) / u.shape[1], self.usual, self.smooth, EPSILON

@@ -19,6 +19,7 @@ from oodcli.features import (
     INPUT,
     MAKINGS,
     BatchNorm,
+    DropoutPasses,
     Features,
     Layer,
     LinearHead,
@@ -338,6 +339,9 @@ def _unlike(features: Features, classes: int) -> str:
         if features.head is not None:
             width = features.head.weight.shape[1]
             expected |= {f"{view}embedding": width, f"{view}adascale/u": width}
+        dropout = features.made_with.get(DropoutPasses.group)
+        if isinstance(dropout, DropoutPasses):
+            expected[f"{view}dropout/logits"] = dropout.passes * classes
         pro = features.made_with.get(ProSteps.group)
         if isinstance(pro, ProSteps):
             expected[f"{view}pro/steps"] = pro.steps + 1

@@ -32,6 +32,7 @@ from oodcli.networks.outputs import (
     sparing_input,
 )
 from oodcli.networks.preprocessing import Preprocessing
+from oodcli.networks.thinned import drops
 from oodcli.out_of_memory import ran_out, too_short
 
 
@@ -137,7 +138,13 @@ def assemble(
         logits_level=reading.level,
         named=class_names is not None,
     )
-    return replace(classifier, pooled=_is_pooled(classifier, calls))
+    dropped = [call for call in calls if drops(call.module)]
+    return replace(
+        classifier,
+        pooled=_is_pooled(classifier, calls),
+        dropouts=tuple(dict.fromkeys(call.name for call in dropped)),
+        drops_embedding=len(dropped) == 1 and _is_before_head(dropped[0], classifier, calls),
+    )
 
 
 FAILURES = (
@@ -244,6 +251,18 @@ def _is_pooled(classifier: Classifier, calls: Sequence[Call]) -> bool:
     if mean.shape != embedding.shape:
         return False
     return bool((mean - embedding).abs().max() <= 1e-4 * embedding.abs().max())
+
+
+def _is_before_head(call: Call, classifier: Classifier, calls: Sequence[Call]) -> bool:
+    """Whether the output of a call is the input of the linear head, with no module between."""
+    inner = [each for each in calls if not list(each.module.children())]
+    numbers = [number for number, each in enumerate(inner) if each is call]
+    head = None if not numbers else dict(enumerate(inner)).get(numbers[0] + 1)
+    if head is None or head.name != classifier.head_name or not isinstance(head.module, nn.Linear):
+        return False
+    if head.given is None or call.output is None or classifier.head is None:
+        return False
+    return torch.equal(head.given.flatten(), call.output.flatten())
 
 
 def _two_logits(network: nn.Module, calls: Sequence[Call], logits: Tensor) -> bool:

@@ -42,7 +42,9 @@ class Classifier:
     of a checkpoint that has plain ones, too. logits_level: False where the network returns
     log-probabilities, which are logits up to a constant for each image.
     multi_label: whether each label has its own sigmoid, instead of one softmax. pooled: whether the
-    embedding is the mean of the last map over its positions.
+    embedding is the mean of the last map over its positions. dropouts: names of the dropout layers
+    with p > 0 in the forward pass. drops_embedding: whether there is one alone, whose output is the
+    input of a linear head.
     """
 
     network: nn.Module
@@ -60,6 +62,8 @@ class Classifier:
     named: bool = False
     multi_label: bool = False
     pooled: bool = False
+    dropouts: tuple[str, ...] = ()
+    drops_embedding: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -15,12 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.detectors.gram import gram_sums
 from oodcli.detectors.pro import uncertainty
+from oodcli.detectors.rankfeat import rank_one
 from oodcli.errors import DetectorError, OodcliError
 from oodcli.features import (
     INPUT,
     MAKINGS,
     AdaScaleStep,
     BatchNorm,
+    DropoutPasses,
     Features,
     Layer,
     Making,
@@ -30,6 +32,7 @@ from oodcli.features import (
 )
 from oodcli.networks.classifier import Classifier, Tap
 from oodcli.networks.outputs import as_logits, copy_input, first_tensor, with_first
+from oodcli.networks.thinned import Thinned
 from oodcli.out_of_memory import halving, too_short
 from oodcli.recording.channels_last import in_channels_last
 from oodcli.recording.perturbed import (
@@ -183,8 +186,11 @@ class Recorder:
         odin, adascale = "odin.logits" in self.what, "adascale.u" in self.what
         pro = self.made_with.get(ProSteps.group)
         steps = pro.steps if isinstance(pro, ProSteps) else 0
+        dropout = self.made_with.get(DropoutPasses.group)
+        again = 0 if self.classifier.drops_embedding else 1
+        thinned = again * dropout.passes if isinstance(dropout, DropoutPasses) else 0
         logit = adascale or bool(self.what & BY_LAYER)
-        return 1 + odin + adascale + steps, logit + odin + steps
+        return 1 + odin + adascale + steps + thinned, logit + odin + steps
 
     @cached_property
     def _constants(self) -> dict[str, BatchNorm]:
@@ -237,7 +243,7 @@ class Recorder:
         embedding: list[Tensor] = []
         readings: dict[str, Tensor] = {}
         retrained = self.classifier.retrained
-        last = self.classifier.last_map if "layers.peak" in self.what else None
+        last = self.classifier.last_map
 
         def receive(tap: Tap, given: Tensor, output: Tensor) -> Tensor | None:
             mean = variance = None
@@ -258,7 +264,10 @@ class Recorder:
                 gram=gram_sums(seen.movedim(tap.channel_dim, 1))
                 if tap.kind == "stage" and "layers.gram" in self.what
                 else None,
-                peak=peaks(seen, tap.channel_dim) if tap is last else None,
+                peak=peaks(seen, tap.channel_dim)
+                if tap is last and "layers.peak" in self.what
+                else None,
+                rank1=rank_one(seen) if tap is last and "layers.rank1" in self.what else None,
             )
             wanted = "layers.gradient" in self.what
             wanted |= "layers.nonzero" in self.what and tap.kind == "batchnorm"
@@ -283,7 +292,9 @@ class Recorder:
                 for name in self._composite:
                     norm = self.classifier.batchnorms[name]
                     stack.callback(norm.register_forward_pre_hook(copy_input).remove)
-            if "embedding" in self.what:
+            if "embedding" in self.what or (
+                "dropout.logits" in self.what and self.classifier.drops_embedding
+            ):
                 embedding = stack.enter_context(self._embeddings(len(images)))
             if retrained is not None and retrained.word in self.what:
                 watched = retrained.get_submodule(retrained.watched)
@@ -300,12 +311,15 @@ class Recorder:
             count=len(images),
             label=labels,
             logits=logits.detach() if "logits" in self.what else None,
-            embedding=embedding[0] if embedding else None,
+            embedding=embedding[0] if "embedding" in self.what else None,
             layers=layers,
             batchnorm=self._input_norm(images) | norms,
             odin_logits=self._logits(moved["odin"]) if "odin" in moved else None,
             pro_steps=self._uncertainties(logits, moved["pro"]) if "pro" in moved else None,
             adascale_u=self._embedding_of(moved["adascale"]) if "adascale" in moved else None,
+            dropout_logits=self._dropout_logits(images, embedding)
+            if "dropout.logits" in self.what
+            else None,
             made_with=self.made_with,
             logits_level=self.classifier.logits_level,
             multi_label=self.classifier.multi_label,
@@ -403,6 +417,7 @@ class Recorder:
             return moved_by_odin(images, gradient, std, how)
         if isinstance(how, AdaScaleStep):
             return moved_by_adascale(images, gradient, how)
+        assert isinstance(how, ProSteps)
         return moved_by_pro(images, gradient, how)
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -432,6 +447,27 @@ class Recorder:
             moved = moved_by_pro(given.detach(), gradient, how)
         found.append(uncertainty(self._logits(moved), how))
         return torch.stack(found, 1).float()
+
+    @cached_property
+    def _thinned(self) -> Thinned:
+        how = self.made_with[DropoutPasses.group]
+        assert isinstance(how, DropoutPasses)
+        return Thinned(self.classifier.network, how)
+
+    def _dropout_logits(self, images: Tensor, embedding: list[Tensor]) -> Tensor:
+        """(N, n·K) of n passes with dropout. The passes need the head alone where there is no
+        dropout before its input. embedding: that, (N, D)."""
+        thinned, head = self._thinned, self.classifier.head
+        found = []
+        for number in range(thinned.how.passes):
+            if self.classifier.drops_embedding and head is not None:
+                mask = thinned.mask(number, self.classifier.dropouts[0], 1, embedding[0])
+                weight, bias = (each.to(mask.device) for each in (head.weight, head.bias))
+                found.append((embedding[0] * mask.flatten()) @ weight.T + bias)
+                continue
+            with thinned.passing(number, len(images)):
+                found.append(self._logits(images))
+        return torch.cat(found, 1)
 
     @contextmanager
     def _embeddings(self, count: int) -> Iterator[list[Tensor]]:
@@ -507,9 +543,11 @@ def recordable(classifier: Classifier) -> frozenset[str]:
     if any(tap.kind == "stage" for tap in classifier.taps):
         words |= {"layers.gram"}
     if classifier.pooled:
-        words |= {"pooled"}
+        words |= {"pooled", "layers.rank1"}
     if classifier.last_map is not None:
         words |= {"layers.peak"}
+    if classifier.dropouts:
+        words |= {"dropout.logits"}
     if classifier.batchnorms:
         words |= {"batchnorm.running", "layers.sensitivity"}
     if classifier.batchnorms and not only_smooth(classifier.network):
@@ -540,6 +578,7 @@ def records_of(classifier: Classifier, tap: Tap) -> list[str]:
         words |= {"layers.gram"}
     if tap == classifier.last_map:
         words |= {"layers.peak"}
+        words |= {"layers.rank1"} if classifier.pooled else set()
     return [word for word in ROW_RECORDS if word in words]
 
 

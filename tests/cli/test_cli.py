@@ -40,8 +40,9 @@ COMMANDS = (
 BASH = {"_OODCLI_COMPLETE": "complete_bash"}
 ZSH = {"_OODCLI_COMPLETE": "complete_zsh"}
 FISH = {"_OODCLI_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-ORDINARY = [name for name in detectors.names() if name not in ("godin", "mos", "joint-energy")]
-"""Those that need no head trained to tell what is out of distribution."""
+SPECIAL = ("godin", "mos", "joint-energy", "mc-dropout")
+"""Those that need a network made for them, or with dropout."""
+ORDINARY = [name for name in detectors.names() if name not in SPECIAL]
 ALL = ("c2ir", "c2ir-z", "msp", "energy", "odin")
 MODEL = "Model (overrides the model card)"
 

@@ -24,7 +24,7 @@ POOL = ("c2ir-peak", "duo", "trio")
 PLAIN = tuple(
     name
     for name in detectors.names()
-    if not (detectors.get(name).fitted or name in (*RETRAINED, "joint-energy"))
+    if not (detectors.get(name).fitted or name in (*RETRAINED, "joint-energy", "mc-dropout"))
 )
 REAL = tuple(
     name

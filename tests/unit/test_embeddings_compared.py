@@ -11,12 +11,13 @@ from naive import NAIVE, Fit
 from scipy import stats
 
 from oodcli import detectors
+from oodcli.detectors import weiper
 from oodcli.detectors.actsub import balanced, closeness, directions
 from oodcli.detectors.blocks import drawn_rows
 from oodcli.detectors.openmax import distribution, unknown_log_odds, weibull
 from oodcli.detectors.optfs import bin_of
 from oodcli.detectors.pnml import normalised_logits, regret
-from oodcli.detectors.weiper import counts, divergence, perturbed_heads, smoothed
+from oodcli.detectors.weiper import counts, divergence, perturbed_logits, smoothed
 from oodcli.errors import DetectorError
 from oodcli.features import Features, LinearHead
 
@@ -177,11 +178,26 @@ def test_histograms_of_weiper():
 
 
 @pytest.mark.parametrize("classes", [4, 600])
-def test_perturbed_heads_are_the_same_however_many_at_a_time(classes):
+def test_perturbed_heads_are_the_same_however_many_at_a_time(classes, monkeypatch):
+    """The logits of unit vectors are the weights."""
     head = some(classes=classes).head
-    found = torch.cat([each.weight for each in perturbed_heads(head, 1.8, 3, 0)])
-    found = (found.view(3, classes, -1) - head.weight.double()).norm(dim=2)
-    torch.testing.assert_close(found, (1.8 * head.weight.double().norm(dim=1)).expand(3, -1))
+    unit = torch.eye(head.weight.shape[1])
+
+    def weights():
+        found = [z.clone() for z in perturbed_logits(unit, head, 1.8, 3, 0)]
+        return torch.cat(found, 1).permute(1, 2, 0) - head.bias.double()[:, None]
+
+    noise = weights() - head.weight.double()  # (3, K, D)
+    length = 1.8 * head.weight.double().norm(dim=1)
+    torch.testing.assert_close(noise.norm(dim=2), length.expand(3, -1))
+    generator = torch.Generator().manual_seed(0)
+    for each in noise:
+        drawn = torch.randn(head.weight.shape, generator=generator).double()
+        torch.testing.assert_close(each, drawn * (length / drawn.norm(dim=1))[:, None])
+    before = weights()
+    for rows in (1, 2 * classes):
+        monkeypatch.setattr(weiper, "ROWS_OF_WEIGHTS", rows)
+        torch.testing.assert_close(weights(), before, rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------- at the edges

@@ -21,7 +21,7 @@ from oodcli import detectors
 from oodcli.detectors import serial
 from oodcli.detectors.energy import Energy
 from oodcli.errors import DetectorError, FileError
-from oodcli.features import Rows, concatenate
+from oodcli.features import DropoutPasses, Rows, concatenate
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
 from oodcli.files.atomic import atomic, make_folder, refuse_existing
 from oodcli.files.cache import CacheWriter, open_cache
@@ -43,7 +43,9 @@ def features(network):
     recorder = Recorder(network, recordable(network))
     seen = recorder(networks.images(5), LABELS)
     trained = {"deconf_h": seen.logits / 2, "mos_others": -seen.logits[:, :2].exp()}
-    return replace(seen, multi_label=True, **trained)
+    dropout = {"dropout_logits": seen.logits.repeat(1, DropoutPasses().passes)}
+    made_with = {**seen.made_with, "dropout": DropoutPasses()}
+    return replace(seen, multi_label=True, made_with=made_with, **trained, **dropout)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from oodcli.features import Features, Layer, LinearHead
 
 ON_HEAD = ("fdbd-norm", "fdbd", "ora", "nci", "caref", "cadref", "nac")
 ON_MEANS = ("she", "ctm", "proto-fusion", "mds++", "gmm", "rmds", "rmds++")
-ON_SPACES = ("residual", "neco", "cop", "corp")
+ON_SPACES = ("residual", "neco", "cop", "corp", "pca-fused")
 ON_ROWS = ("knn", "nnguide", "relation")
 ALL = (*ON_HEAD, *ON_MEANS, *ON_SPACES, *ON_ROWS)
 
@@ -287,6 +287,20 @@ def test_reconstruction_fused_with_the_energy(name):
     assert fitted(name).score_needs == {"embedding"}
 
 
+def test_reconstruction_fused_with_react():
+    """All of u is reconstructed where the space has all its directions."""
+    train, test = rows(), rows(9, seed=3)
+    whole = detectors.get("pca-fused").fit(train, share=1.0, c=0.3)
+    logits = test.embedding.clamp_max(0.3) @ test.head.weight.T + test.head.bias
+    energy = torch.logsumexp(torch.cat([logits, torch.zeros(9, 1)], 1).double(), 1)
+    torch.testing.assert_close(whole.score(test), -energy, rtol=1e-5, atol=0)
+    less = detectors.get("pca-fused").fit(train, share=0.5, c=0.3)
+    assert less.basis.shape[1] < 5
+    assert (less.score(test) > whole.score(test)).all()
+    react = detectors.get("react").fit(train, percentile=70.0)
+    assert detectors.get("pca-fused").fit(train, percentile=70.0).c == react.c
+
+
 def test_random_features_approximate_a_gaussian_kernel():
     train = rows()
     u = torch.nn.functional.normalize(train.embedding[:8].double())
@@ -335,6 +349,9 @@ def test_relation_raises_to_a_power():
         ("nac", {"bins": 0}, "must be positive"),
         ("cop", {"share": 90.0}, r"cop\.share=90 must be in 0 … 1, a fraction"),
         ("corp", {"gamma": 0.0}, "must be positive"),
+        ("pca-fused", {"share": 90.0}, r"pca-fused\.share=90 must be in 0 … 1, a fraction"),
+        ("pca-fused", {"c": 0.0}, r"pca-fused\.c=0 must be positive"),
+        ("pca-fused", {"percentile": 101.0}, r"pca-fused\.percentile=101 must be in 0 … 100"),
         ("neco", {"dim": 6}, r"neco\.dim=6 must be in 1 … 5"),
         ("residual", {"dim": 5}, r"residual\.dim=5 must be at least 1 and below 5"),
     ],

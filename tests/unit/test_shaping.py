@@ -69,7 +69,7 @@ def test_how_many_entries_are_largest(width, p, count):
 def test_of_equal_entries_the_first_are_largest():
     u = double([[0, 2, 2, 2], [0, 0, 0, 0], [1, 0, 3, 0]])
     expected = [[False, True, True, False], [True, True, False, False], [True, False, True, False]]
-    assert shaping.largest(u, 2).tolist() == expected
+    assert shaping.largest(u, shaping.ascending(u), 2).tolist() == expected
 
 
 def test_scores_by_hand():
