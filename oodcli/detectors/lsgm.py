@@ -19,7 +19,8 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.hyperparameters import require_positive
 from oodcli.detectors.layer_choice import LAYERS, chosen_layers, layer_mean, layer_rows
-from oodcli.errors import DetectorError
+from oodcli.detectors.mixture_fit import Fitted, fit_dirichlet_process, fit_gaussian_mixture
+from oodcli.errors import DetectorError, first_line
 from oodcli.features import Features
 
 log = logging.getLogger(__name__)
@@ -324,29 +325,19 @@ class Recipe:
     covariance: str
     seed: int
 
-    def model(self, data: np.ndarray[Any, Any], components: int) -> Any:
-        """scikit-learn's, to be fitted to data (N, d) of unit mean variance."""
-        from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
-
-        settings: dict[str, Any] = {
-            "n_components": components,
-            "covariance_type": self.covariance,
-            "reg_covar": RIDGE,
-            "max_iter": MAX_ITERATIONS,
-            "random_state": self.seed,
-        }
+    def fitted(self, data: Tensor, components: int) -> Fitted:
+        """A mixture of data, (N, d) float64 of unit mean variance."""
+        shape: dict[str, Any] = {"ridge": RIDGE, "most": MAX_ITERATIONS, "seed": self.seed}
         if self.kind == "em":
-            return GaussianMixture(**settings)
+            return fit_gaussian_mixture(data, components, self.covariance, **shape)
         # A component without rows gets the prior divided by its degrees of freedom, d. That is to
         # be the layer's covariance: scikit-learn's default, a d-th of it, has a component for every
         # few rows, other ones with every seed. The ridge keeps it positive definite.
         width = data.shape[1]
-        whole = width * (data.T @ data / len(data) + RIDGE * np.eye(width))
-        return BayesianGaussianMixture(
-            weight_concentration_prior_type="dirichlet_process",
-            covariance_prior=np.diag(whole) if self.covariance == "diag" else whole,
-            **settings,
-        )
+        ridge = RIDGE * torch.eye(width, dtype=data.dtype)
+        whole = width * (data.T @ data / len(data) + ridge)
+        prior = whole.diagonal() if self.covariance == "diag" else whole
+        return fit_dirichlet_process(data, components, self.covariance, prior=prior, **shape)
 
 
 def _sample(
@@ -454,26 +445,25 @@ def _fit_mixture(rows: Tensor, components: int, recipe: Recipe) -> tuple[Mixture
     center = rows.mean(0)
     apart = rows - center
     scale = float(apart.square().mean().sqrt()) or 1.0
-    data = (apart / scale).numpy()
-    model = recipe.model(data, components)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            model.fit(data)
-        except ValueError as error:
-            raise DetectorError(f"lsgm: no mixture could be fitted ({error})") from error
+            model = recipe.fitted(apart / scale, components)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            reason = first_line(error)
+            raise DetectorError(f"lsgm: no mixture could be fitted ({reason})") from error
     found = Mixture(
-        torch.from_numpy(model.weights_),
-        torch.from_numpy(model.means_) * scale + center,
-        torch.from_numpy(model.covariances_) * scale**2,
+        model.weights,
+        model.means * scale + center,
+        model.covariance * scale**2,
         recipe.covariance,
     )
     used = int((found.assigned(rows).bincount() > 0).sum())
-    words = f"{used} of {components} after {model.n_iter_} iterations"
-    if caught:  # once each, without the advice that follows
-        sentences = dict.fromkeys(str(each.message).split(". ")[0] for each in caught)
-        words += f" ({'; '.join(sentences)})"
-    return found, words
+    words = f"{used} of {components} after {model.steps} iterations"
+    # k-means warns once, with advice that follows.
+    notes = dict.fromkeys(str(each.message).split(". ")[0] for each in caught)
+    notes |= {} if model.converged else {"did not converge": None}
+    return found, f"{words} ({'; '.join(notes)})" if notes else words
 
 
 def count_steps(blocks: Iterator[Features], mixtures: Mapping[str, Mixture]) -> dict[str, Tensor]:

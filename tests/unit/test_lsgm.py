@@ -17,7 +17,7 @@ from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
 
-from oodcli.detectors import lsgm, serial
+from oodcli.detectors import lsgm, mixture_fit, serial
 from oodcli.detectors.lsgm import (
     LSGM,
     Projection,
@@ -272,6 +272,26 @@ def test_dp_is_scikit_learns(covariance):
         np.testing.assert_allclose(detector.covariance["stage1"][idle], whole, rtol=1e-3)
 
 
+@pytest.mark.parametrize("at_once", [1, 1 << 19])
+@pytest.mark.parametrize("covariance", ["full", "tied", "diag"])
+def test_densities_that_differ_by_a_constant_are_computed_once(covariance, at_once, monkeypatch):
+    """In passes of one row and of all."""
+    monkeypatch.setattr(mixture_fit, "AT_ONCE", at_once)
+    rows = mixture_fit.Rows(random(3, 40), covariance)
+    means = random(5, 3, seed=1)
+    means[[1, 3, 4]] = 0.5
+    spread = torch.ones(5, 3) if covariance == "diag" else torch.eye(3).expand(5, 3, 3)
+    spread = spread.double()[: 1 if covariance == "tied" else 5]
+    density, _ = mixture_fit.normal_density(rows, means, spread)
+    density = density._replace(constant=density.constant + torch.arange(5) / 5)
+    alike = torch.tensor([False, True, False, True, True])
+    found, entropy = mixture_fit.grouped_expectation(rows, density, alike)
+    apart, _, expected = mixture_fit.expectation(rows, density)
+    for one, other in zip(found, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert entropy == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_order_of_rows_does_not_matter():
     rows = block(count=300, groups=7)
     shuffled = rows.select(torch.randperm(300, generator=torch.Generator().manual_seed(3)))
@@ -370,7 +390,7 @@ def test_a_fit_that_does_not_converge_says_so(caplog, monkeypatch):
     with caplog.at_level(logging.INFO), warnings.catch_warnings():
         warnings.simplefilter("error")
         LSGM.fit(block(), components=5)
-    assert "initialization did not converge)" in caplog.messages[-1]
+    assert "(did not converge)" in caplog.messages[-1]
 
 
 def test_the_sample_is_seeded_and_covers_all_blocks():
