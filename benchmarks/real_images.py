@@ -213,7 +213,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     shown = [name for name in next(iter(found.values())) if not name.startswith(("nci", "peak"))]
@@ -242,7 +242,9 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
     right.axhline(100 * RATE, color="black", linewidth=0.8, linestyle="--")
-    left.legend(fontsize=7)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
     figure.savefig(path, dpi=150)
 
 

@@ -87,7 +87,8 @@ class LogDeviation(Detector):
 class C2IRPeak(Summed):
     """r(r(−log E) + r(mean_l log d_l)) + r(−log‖p‖): free energy and deviations from the class's
     virtual images layer by layer, which go as one, and the highest positions, which means over
-    positions hide. r: by median and quartiles on accuracy-matched virtual images.
+    positions hide. r: by median and quartiles on accuracy-matched virtual images. Real images may
+    take the place of both.
 
     median, spread: of the first two so that their sum has the median 0 and the interquartile
     range 1. with_peak: whether the last term counts. It does not where uniform noise has higher
