@@ -190,7 +190,7 @@ def _draw(
     json: bool,
     **given: Any,
 ) -> None:
-    from oodcli import api
+    from oodcli.cli.library import api
 
     if output is None:
         raise OodcliError("--layers draws figures: give a folder for them with -o DIR")

@@ -87,7 +87,7 @@ def command(
     model: ModelOptions,
 ) -> None:
     """Run the network over images once and cache what detectors need."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     with console.watching("extract") as progress:
         extracted = api.extract(

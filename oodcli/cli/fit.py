@@ -85,7 +85,7 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Fit and calibrate detectors on virtual or real images."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     with console.steps("fit", "detectors") as progress:
         fitted = api.fit(

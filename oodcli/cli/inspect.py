@@ -74,7 +74,7 @@ def command(
         else:
             console.emit_table(facts_table(of_file(found)))
         return
-    from oodcli import api
+    from oodcli.cli.library import api
 
     card = card_path(file) if write_card else None
     found = api.inspect(model.checkpoint(file), card=card, force=force, **model.running())

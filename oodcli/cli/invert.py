@@ -85,7 +85,7 @@ def command(
     model: ModelOptions,
 ) -> None:
     """Recall virtual images from the statistics of BatchNorm layers."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     given: dict[str, Any] = {
         "per_class": per_class,

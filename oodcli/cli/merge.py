@@ -40,7 +40,7 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Merge the outputs of sharded jobs."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     with console.watching("merge") as progress:
         merged = api.merge(

@@ -81,7 +81,7 @@ def command(
     model: ModelOptions,
 ) -> None:
     """Make everything that score needs of a checkpoint."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     given: dict[str, Any] = {
         "accuracy": accuracy,

@@ -147,7 +147,7 @@ def command(
     model: ModelOptions,
 ) -> None:
     """Score images: higher = more out of distribution."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     if json and output is None:
         raise OodcliError(

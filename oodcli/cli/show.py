@@ -59,7 +59,7 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Show scores on one HTML page, with thumbnails."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     with console.steps("show", "thumbnails") as progress:
         shown = api.show(
