@@ -21,17 +21,13 @@ def command(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE",
-            help="Checkpoint, virtual images, cache, artefact, scores or metrics.",
-            show_default=False,
+            metavar="FILE", help="Checkpoint, virtual images, cache, artefact, scores or metrics."
         ),
     ],
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            metavar="CHECKPOINT",
-            help="Checkpoint that FILE should come from; with --verify.",
-            show_default=False,
+            metavar="CHECKPOINT", help="Checkpoint that FILE should come from; with --verify."
         ),
     ] = None,
     verify: Annotated[

@@ -19,9 +19,7 @@ def command(
     scores: Annotated[
         Path,
         typer.Argument(
-            metavar="SCORES",
-            help="Scores file of score or merge: .csv, .jsonl or .parquet.",
-            show_default=False,
+            metavar="SCORES", help="Scores file of score or merge: .csv, .jsonl or .parquet."
         ),
     ],
     images: Annotated[
