@@ -23,7 +23,7 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Run the whole pipeline on a small network trained on digits."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     made = api.demo(output, force=force, watching=console.stage, finished=_print)
     console.say(

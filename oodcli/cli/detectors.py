@@ -28,7 +28,6 @@ def command(
             help="Detectors to describe with their settings: names, or FILE.py:CLASS for your own. "
             "By default all are listed.",
             autocompletion=_complete,
-            show_default=False,
         ),
     ] = None,
     needs: Annotated[
@@ -37,7 +36,6 @@ def command(
             help="Only detectors for which you need this: checkpoint (alone), virtual, real or ood "
             "images. Repeatable.",
             autocompletion=completions.words("checkpoint", "virtual", "real", "ood"),
-            show_default=False,
         ),
     ] = None,
     search: Annotated[
@@ -45,7 +43,6 @@ def command(
         typer.Option(
             metavar="WORD",
             help="Only detectors with this text in their name, explanation or source.",
-            show_default=False,
         ),
     ] = "",
     json: Json = False,

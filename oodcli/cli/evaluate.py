@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from oodcli.errors import OodcliError
 if TYPE_CHECKING:
     from oodcli.api import Evaluated
 
-_LAYERS = "Figures of layers, from feature caches"
+_of_layers = partial(typer.Option, rich_help_panel="Figures of layers, from feature caches")
 
 
 def command(
@@ -24,10 +25,7 @@ def command(
     id_file: Annotated[
         Path | None,
         typer.Option(
-            "--id",
-            metavar="F",
-            help="Scores of in-distribution images (.csv, .jsonl or .parquet).",
-            show_default=False,
+            "--id", metavar="F", help="Scores of in-distribution images (.csv, .jsonl or .parquet)."
         ),
     ] = None,
     ood: Annotated[
@@ -53,11 +51,7 @@ def command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Folder for report.html, tables and figures.",
-            show_default=False,
+            "--output", "-o", metavar="DIR", help="Folder for report.html, tables and figures."
         ),
     ] = None,
     resamples: Annotated[
@@ -66,15 +60,11 @@ def command(
     min_auroc: Annotated[
         float | None,
         typer.Option(
-            min=0,
-            max=1,
-            help="Gate: exit with 4 when the mean AUROC of a detector is lower.",
-            show_default=False,
+            min=0, max=1, help="Gate: exit with 4 when the mean AUROC of a detector is lower."
         ),
     ] = None,
     thumbnails: Annotated[
-        bool,
-        typer.Option("--thumbnails/--no-thumbnails", help="Show thumbnails in report.html."),
+        bool, typer.Option("--thumbnails/--no-thumbnails", help="Show thumbnails in report.html.")
     ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     json: Json = False,
@@ -83,39 +73,20 @@ def command(
     verbose: Verbose = False,
     layers: Annotated[
         Path | None,
-        typer.Option(
+        _of_layers(
             metavar="F.h5",
             help="Feature cache of in-distribution images: draw the papers' figures instead.",
-            show_default=False,
-            rich_help_panel=_LAYERS,
         ),
     ] = None,
     virtual: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="F.h5",
-            help="Feature cache of virtual images.",
-            show_default=False,
-            rich_help_panel=_LAYERS,
-        ),
+        Path | None, _of_layers(metavar="F.h5", help="Feature cache of virtual images.")
     ] = None,
     images: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="F.h5",
-            help="Virtual images to show beside real ones.",
-            show_default=False,
-            rich_help_panel=_LAYERS,
-        ),
+        Path | None, _of_layers(metavar="F.h5", help="Virtual images to show beside real ones.")
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            "--map",
-            help="Projection of the features: pca or tsne.",
-            show_default="pca",
-            rich_help_panel=_LAYERS,
-        ),
+        _of_layers("--map", help="Projection of the features: pca or tsne.", show_default="pca"),
     ] = None,
 ) -> None:
     """Compare how well detectors separate ID from OOD images."""
@@ -190,7 +161,7 @@ def _draw(
     json: bool,
     **given: Any,
 ) -> None:
-    from oodcli import api
+    from oodcli.cli.library import api
 
     if output is None:
         raise OodcliError("--layers draws figures: give a folder for them with -o DIR")

@@ -34,12 +34,7 @@ def command(
     images: Images,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Cache to write, by default IMAGES.features.h5.",
-            show_default=False,
-        ),
+        typer.Option("--output", "-o", help="Cache to write, by default IMAGES.features.h5."),
     ] = None,
     record: Annotated[
         str | None,
@@ -57,7 +52,6 @@ def command(
             metavar="NAME,NAME",
             help="Detectors whose records to store; FILE.py:CLASS for your own.",
             autocompletion=complete_detector_list,
-            show_default=False,
         ),
     ] = None,
     match_accuracy: Annotated[
@@ -68,7 +62,6 @@ def command(
             help="Published test accuracy of the network: degrade virtual images with patches of "
             "others until the network has this accuracy on them. Use the cache with fit "
             "--calibrate.",
-            show_default=False,
         ),
     ] = None,
     mirror: Annotated[
@@ -87,7 +80,7 @@ def command(
     model: ModelOptions,
 ) -> None:
     """Run the network over images once and cache what detectors need."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     with console.watching("extract") as progress:
         extracted = api.extract(

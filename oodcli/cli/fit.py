@@ -10,14 +10,7 @@ import typer
 
 from oodcli.cli import console
 from oodcli.cli.completions import complete_detectors
-from oodcli.cli.options import (
-    Force,
-    Json,
-    Parameters,
-    Quiet,
-    Verbose,
-    parameters,
-)
+from oodcli.cli.options import Force, Json, Parameters, Quiet, Verbose, parameters
 
 
 def command(
@@ -27,7 +20,6 @@ def command(
             metavar="CACHE.h5",
             help="Cache written by extract. Leave it out to calibrate detectors that need no "
             "fitting.",
-            show_default=False,
         ),
     ] = None,
     detector: Annotated[
@@ -39,7 +31,6 @@ def command(
             help="Detector: a name, an artefact's path, or FILE.py:CLASS for your own; 'all' for "
             "every detector that CACHE.h5 can fit. Repeatable.",
             autocompletion=complete_detectors,
-            show_default=False,
         ),
     ] = None,
     param: Parameters = None,
@@ -55,17 +46,13 @@ def command(
     ood: Annotated[
         Path | None,
         typer.Option(
-            metavar="F.h5",
-            help="Cache of OOD images, for detectors that learn from them.",
-            show_default=False,
+            metavar="F.h5", help="Cache of OOD images, for detectors that learn from them."
         ),
     ] = None,
     noise: Annotated[
         Path | None,
         typer.Option(
-            metavar="F.h5",
-            help="Cache of noise images, for 1c-sum, c2ir-peak, duo and trio.",
-            show_default=False,
+            metavar="F.h5", help="Cache of noise images, for 1c-sum, c2ir-peak, duo and trio."
         ),
     ] = None,
     labelled: Annotated[
@@ -73,7 +60,6 @@ def command(
         typer.Option(
             metavar="F.csv",
             help="Labels of rows of CACHE.h5: a table with the columns path and ood (0 or 1).",
-            show_default=False,
         ),
     ] = None,
     output: Annotated[
@@ -85,7 +71,7 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Fit and calibrate detectors on virtual or real images."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     api.limit_threads()
     with console.steps("fit", "detectors") as progress:

@@ -21,17 +21,13 @@ def command(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE",
-            help="Checkpoint, virtual images, cache, artefact, scores or metrics.",
-            show_default=False,
+            metavar="FILE", help="Checkpoint, virtual images, cache, artefact, scores or metrics."
         ),
     ],
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            metavar="CHECKPOINT",
-            help="Checkpoint that FILE should come from; with --verify.",
-            show_default=False,
+            metavar="CHECKPOINT", help="Checkpoint that FILE should come from; with --verify."
         ),
     ] = None,
     verify: Annotated[
@@ -74,7 +70,7 @@ def command(
         else:
             console.emit_table(facts_table(of_file(found)))
         return
-    from oodcli import api
+    from oodcli.cli.library import api
 
     card = card_path(file) if write_card else None
     found = api.inspect(model.checkpoint(file), card=card, force=force, **model.running())

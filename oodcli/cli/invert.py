@@ -18,6 +18,7 @@ from oodcli.cli.options import (
     Restart,
     Shard,
     Verbose,
+    mirroring,
     takes_model,
 )
 
@@ -30,12 +31,7 @@ def command(
     ] = 100,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="File to write, by default CHECKPOINT.virtual.h5.",
-            show_default=False,
-        ),
+        typer.Option("--output", "-o", help="File to write, by default CHECKPOINT.virtual.h5."),
     ] = None,
     objective: Annotated[
         str,
@@ -47,23 +43,13 @@ def command(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Optimisation steps per image.",
-            show_default="50 for kl, otherwise 2000",
+            min=1, help="Optimisation steps per image.", show_default="50 for kl, otherwise 2000"
         ),
     ] = None,
     classes: Annotated[
-        str | None,
-        typer.Option(metavar="0-4,7", help="Classes to invert.", show_default="all"),
+        str | None, typer.Option(metavar="0-4,7", help="Classes to invert.", show_default="all")
     ] = None,
-    mirror: Annotated[
-        bool | None,
-        typer.Option(
-            help="Mirror images at random while inverting. Turn it off for classes that mirroring "
-            "changes, such as text or left and right hands.",
-            show_default="on for kl, otherwise off",
-        ),
-    ] = None,
+    mirror: Annotated[bool | None, mirroring("on for kl, otherwise off")] = None,
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -85,7 +71,7 @@ def command(
     model: ModelOptions,
 ) -> None:
     """Recall virtual images from the statistics of BatchNorm layers."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     given: dict[str, Any] = {
         "per_class": per_class,

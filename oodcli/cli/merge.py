@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from oodcli.cli import console, verdicts
-from oodcli.cli.options import Force, Json, Quiet, Verbose
+from oodcli.cli.options import Force, Json, MaxOodFraction, Quiet, Verbose
 
 
 def command(
@@ -17,30 +17,17 @@ def command(
         typer.Argument(
             metavar="SHARD",
             help="Every file that invert, extract or score wrote with --shard, in any order.",
-            show_default=False,
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Merged file.", show_default=False)
-    ],
-    max_ood_fraction: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            min=0,
-            max=1,
-            help="Gate: exit with 4 when any detector calls more than this share OOD. Images "
-            "without a verdict, unreadable or left out count as OOD.",
-            show_default=False,
-        ),
-    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Merged file.")],
+    max_ood_fraction: MaxOodFraction = None,
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Merge the outputs of sharded jobs."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     with console.watching("merge") as progress:
         merged = api.merge(

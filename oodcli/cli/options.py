@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -25,18 +25,15 @@ Checkpoint = Annotated[
         metavar="CHECKPOINT",
         help="Checkpoint: a .pt, .pth, .th, .bin, .safetensors, .pt2 or .onnx file, or a folder of "
         "Hugging Face.",
-        show_default=False,
     ),
 ]
-Images = Annotated[
-    str,
-    typer.Argument(
-        metavar="IMAGES",
-        help="Images: a folder, a list of paths, an .npz, .tar or .zip file, the .h5 of invert, "
-        "torchvision:DATASET?…, noise:KIND?…, or - for a list on standard input.",
-        show_default=False,
-    ),
-]
+_IMAGES = typer.Argument(
+    metavar="IMAGES",
+    help="Images: a folder, a list of paths, an .npz, .tar or .zip file, the .h5 of invert, "
+    "torchvision:DATASET?…, noise:KIND?…, or - for a list on standard input.",
+)
+Images = Annotated[str, _IMAGES]
+OptionalImages = Annotated[str | None, _IMAGES]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 Restart = Annotated[
     bool,
@@ -50,7 +47,6 @@ Shard = Annotated[
         "--shard",
         metavar="N/OF",
         help="Part of the job to run, such as 3/64. 'oodcli merge' merges the parts.",
-        show_default=False,
     ),
 ]
 Timeout = Annotated[
@@ -62,7 +58,6 @@ Timeout = Annotated[
         max=86400,
         help="Time limit for decoding an image, in a separate process. An image that exceeds it "
         "or crashes the process becomes a row with an error.",
-        show_default=False,
     ),
 ]
 
@@ -85,7 +80,6 @@ MaxPixels = Annotated[
         callback=_limit_pixels,
         help="Largest image to decode, in pixels. Larger ones become rows with an error; Pillow's "
         "limit is 89478485.",
-        show_default=False,
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors to stderr.")]
@@ -105,7 +99,6 @@ Detectors = Annotated[
         help="Detector: a name, an artefact's path, or FILE.py:CLASS for your own; 'all' for every "
         "detector that needs no fitting. Repeatable.",
         autocompletion=complete_detectors,
-        show_default=False,
     ),
 ]
 Parameters = Annotated[
@@ -115,12 +108,33 @@ Parameters = Annotated[
         "-p",
         metavar="NAME.KEY=VALUE",
         help="Hyper-parameter of a detector, such as knn.k=20. Repeatable.",
-        show_default=False,
     ),
 ]
 
-_MODEL = "Model (overrides the model card)"
-_RUN = "Execution"
+verdict = partial(typer.Option, rich_help_panel="Verdicts")
+MaxOodFraction = Annotated[
+    float | None,
+    verdict(
+        metavar="SHARE",
+        min=0,
+        max=1,
+        help="Gate: exit with 4 when any detector calls more than this share OOD. Images "
+        "without a verdict, unreadable or left out count as OOD.",
+    ),
+]
+
+
+def mirroring(usual: str) -> Any:
+    """The option --mirror of inversion. usual: its default, for the help."""
+    return typer.Option(
+        help="Mirror images at random while inverting. Turn it off for classes that mirroring "
+        "changes, such as text or left and right hands.",
+        show_default=usual,
+    )
+
+
+_model = partial(typer.Option, rich_help_panel="Model (overrides the model card)")
+_run = partial(typer.Option, rich_help_panel="Execution")
 
 
 @dataclass(frozen=True)
@@ -129,157 +143,107 @@ class ModelOptions:
 
     arch: Annotated[
         str | None,
-        typer.Option(
+        _model(
             help="Architecture: a built-in name, torchvision:NAME, timm:NAME or FILE.py:FACTORY. "
             "Append a retrained head: +mos:4,3,3, +deconf-cosine, +deconf-euclid or "
             "+deconf-inner.",
             autocompletion=complete_architectures,
-            rich_help_panel=_MODEL,
         ),
     ] = None
     num_classes: Annotated[
-        int | None,
-        typer.Option(min=2, help="Number of classes; must match the head.", rich_help_panel=_MODEL),
+        int | None, _model(min=2, help="Number of classes; must match the head.")
     ] = None
     input_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="H,W",
-            help="Input height and width, or one number for both.",
-            rich_help_panel=_MODEL,
-        ),
+        str | None, _model(metavar="H,W", help="Input height and width, or one number for both.")
     ] = None
-    mean: Annotated[
-        str | None,
-        typer.Option(metavar="R,G,B", help="Mean of pixels in [0, 1].", rich_help_panel=_MODEL),
-    ] = None
+    mean: Annotated[str | None, _model(metavar="R,G,B", help="Mean of pixels in [0, 1].")] = None
     std: Annotated[
-        str | None,
-        typer.Option(
-            metavar="R,G,B",
-            help="Standard deviation of pixels in [0, 1].",
-            rich_help_panel=_MODEL,
-        ),
+        str | None, _model(metavar="R,G,B", help="Standard deviation of pixels in [0, 1].")
     ] = None
     resize: Annotated[
         str | None,
-        typer.Option(
+        _model(
             metavar="N|H,W",
             help="Size before the centre crop: the shorter side, or height and width.",
-            rich_help_panel=_MODEL,
         ),
     ] = None
     interpolation: Annotated[
         str | None,
-        typer.Option(
+        _model(
             help="Filter of the resize: nearest, bilinear, bicubic, lanczos, box or hamming.",
             autocompletion=words("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
-            rich_help_panel=_MODEL,
         ),
     ] = None
     crop: Annotated[
         str | None,
-        typer.Option(
+        _model(
             help="Crop: center resizes the shorter side, then crops the centre; squash resizes "
             "both sides.",
             autocompletion=words("center", "squash"),
-            rich_help_panel=_MODEL,
         ),
     ] = None
     exif: Annotated[
         str | None,
-        typer.Option(
+        _model(
             help="EXIF orientation: turn rotates photographs upright (default); keep leaves them "
             "as stored.",
             autocompletion=words("turn", "keep"),
-            rich_help_panel=_MODEL,
         ),
     ] = None
     image_range: Annotated[
         str | None,
-        typer.Option(
-            metavar="LOW,HIGH",
-            help="Values of black and white in images of more than 8 bits.",
-            rich_help_panel=_MODEL,
-        ),
+        _model(metavar="LOW,HIGH", help="Values of black and white in images of more than 8 bits."),
     ] = None
     class_names: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B,…|FILE",
-            help="Class names, or a file with one name per line.",
-            rich_help_panel=_MODEL,
-        ),
+        _model(metavar="A,B,…|FILE", help="Class names, or a file with one name per line."),
     ] = None
     multi_label: Annotated[
         bool,
-        typer.Option(
+        _model(
             "--multi-label",
             help="Each label has its own sigmoid: an image can have several labels, or none.",
-            rich_help_panel=_MODEL,
         ),
     ] = False
     card: Annotated[
-        Path | None,
-        typer.Option(
-            help="Model card to use instead of the one beside CHECKPOINT.", rich_help_panel=_MODEL
-        ),
+        Path | None, _model(help="Model card to use instead of the one beside CHECKPOINT.")
     ] = None
     layers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REGEX",
-            help="Modules to record instead of blocks and stages.",
-            rich_help_panel=_MODEL,
-        ),
+        str | None, _model(metavar="REGEX", help="Modules to record instead of blocks and stages.")
     ] = None
     state_key: Annotated[
         str | None,
-        typer.Option(
-            metavar="KEY",
-            help="Where the weights are in the file, such as net or ema.state_dict.",
-            rich_help_panel=_MODEL,
+        _model(
+            metavar="KEY", help="Where the weights are in the file, such as net or ema.state_dict."
         ),
     ] = None
-    ema: Annotated[
-        bool, typer.Option("--ema", help="Use averaged (EMA) weights.", rich_help_panel=_MODEL)
-    ] = False
+    ema: Annotated[bool, _model("--ema", help="Use averaged (EMA) weights.")] = False
     trust_pickle: Annotated[
         bool,
-        typer.Option(
+        _model(
             "--trust-pickle",
             help="Load a pickled module, or run code that the model card names. Either can run any "
             "code: use it only for files that you trust.",
-            rich_help_panel=_MODEL,
         ),
     ] = False
     device: Annotated[
         str,
-        typer.Option(
+        _run(
             help="Device, such as cpu or cuda:1.",
             autocompletion=words("auto", "cpu", "cuda", "mps"),
-            rich_help_panel=_RUN,
         ),
     ] = "auto"
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per batch.", rich_help_panel=_RUN)
-    ] = None
+    batch_size: Annotated[int | None, _run(min=1, help="Images per batch.")] = None
     precision: Annotated[
         str,
-        typer.Option(
-            help="auto, float32 or bfloat16.",
-            autocompletion=words("auto", "float32", "bfloat16"),
-            rich_help_panel=_RUN,
+        _run(
+            help="auto, float32 or bfloat16.", autocompletion=words("auto", "float32", "bfloat16")
         ),
     ] = "auto"
-    seed: Annotated[int, typer.Option(min=0, help="Random seed.", rich_help_panel=_RUN)] = 0
+    seed: Annotated[int, _run(min=0, help="Random seed.")] = 0
     threads: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Processor threads. Default: as many as this process may use.",
-            rich_help_panel=_RUN,
-        ),
+        _run(min=1, help="Processor threads. Default: as many as this process may use."),
     ] = None
 
     def checkpoint(self, path: Path) -> GivenCheckpoint:

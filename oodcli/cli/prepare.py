@@ -18,6 +18,7 @@ from oodcli.cli.options import (
     Quiet,
     Restart,
     Verbose,
+    mirroring,
     takes_model,
 )
 
@@ -33,7 +34,6 @@ def command(
         typer.Option(
             metavar="SHARE",
             help="Published test accuracy, such as 0.917. Gives verdicts without real images.",
-            show_default=False,
         ),
     ] = None,
     images: Annotated[
@@ -42,7 +42,6 @@ def command(
             metavar="ID_IMAGES",
             help="Real in-distribution images that the network was not trained on, labelled or "
             "not: a folder, an .npz …, as IMAGES of score.",
-            show_default=False,
         ),
     ] = None,
     per_class: Annotated[int, typer.Option(min=2, help="Virtual images per class.")] = 50,
@@ -50,14 +49,7 @@ def command(
         int | None,
         typer.Option(min=1, help="Optimisation steps per virtual image.", show_default="50"),
     ] = None,
-    mirror: Annotated[
-        bool | None,
-        typer.Option(
-            help="Mirror images at random while inverting. Turn it off for classes that mirroring "
-            "changes, such as text or left and right hands.",
-            show_default="on",
-        ),
-    ] = None,
+    mirror: Annotated[bool | None, mirroring("on")] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -69,8 +61,7 @@ def command(
         ),
     ] = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the steps with estimated times, and exit."),
+        bool, typer.Option("--dry-run", help="Print the steps with estimated times, and exit.")
     ] = False,
     json: Json = False,
     force: Force = False,
@@ -81,7 +72,7 @@ def command(
     model: ModelOptions,
 ) -> None:
     """Make everything that score needs of a checkpoint."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     given: dict[str, Any] = {
         "accuracy": accuracy,

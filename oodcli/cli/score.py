@@ -13,8 +13,10 @@ from oodcli.cli.options import (
     Detectors,
     Force,
     Json,
+    MaxOodFraction,
     MaxPixels,
     ModelOptions,
+    OptionalImages,
     Parameters,
     Quiet,
     Restart,
@@ -23,13 +25,12 @@ from oodcli.cli.options import (
     Verbose,
     parameters,
     takes_model,
+    verdict,
 )
 from oodcli.errors import OodcliError
 
 if TYPE_CHECKING:
     from oodcli.api import Scored
-
-_VERDICT = "Verdicts"
 
 
 @takes_model
@@ -39,18 +40,9 @@ def command(
         typer.Argument(
             metavar="CHECKPOINT|CACHE.h5",
             help="Checkpoint, followed by IMAGES; or a cache written by extract.",
-            show_default=False,
         ),
     ],
-    images: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="IMAGES",
-            help="Images: a folder, a list of paths, an .npz, .tar or .zip file, the .h5 of "
-            "invert, torchvision:DATASET?…, noise:KIND?…, or - for a list on standard input.",
-            show_default=False,
-        ),
-    ] = None,
+    images: OptionalImages = None,
     detector: Detectors = None,
     param: Parameters = None,
     output: Annotated[
@@ -59,55 +51,37 @@ def command(
             "--output",
             "-o",
             help="Scores file: .csv, .jsonl or .parquet. Without it, CSV on standard output.",
-            show_default=False,
         ),
     ] = None,
     fpr: Annotated[
         float | None,
-        typer.Option(
+        verdict(
             metavar="RATE",
             min=0,
             max=1,
             help="False-alarm rate of the verdicts, by the artefacts' calibration. Adds NAME.p and "
             "NAME.ood.",
-            show_default=False,
-            rich_help_panel=_VERDICT,
         ),
     ] = None,
     threshold: Annotated[
         list[str] | None,
-        typer.Option(
+        verdict(
             metavar="NAME=NUMBER",
             help="Threshold above which a score is OOD. Adds NAME.ood. Repeatable. Or 'split' for "
             "the two groups with the least variance within (Otsu), or 'labelled' for the "
             "threshold of fit --labelled.",
-            show_default=False,
-            rich_help_panel=_VERDICT,
         ),
     ] = None,
     contamination: Annotated[
         float | None,
-        typer.Option(
+        verdict(
             metavar="SHARE",
             min=0,
             max=1,
             help="Expected share of OOD images: the highest scores are OOD.",
-            show_default=False,
-            rich_help_panel=_VERDICT,
         ),
     ] = None,
-    max_ood_fraction: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            min=0,
-            max=1,
-            help="Gate: exit with 4 when any detector calls more than this share OOD. Images "
-            "without a verdict, unreadable or left out count as OOD.",
-            show_default=False,
-            rich_help_panel=_VERDICT,
-        ),
-    ] = None,
+    max_ood_fraction: MaxOodFraction = None,
     mirror: Annotated[
         bool,
         typer.Option(
@@ -130,16 +104,10 @@ def command(
             metavar="ray|ray://HOST:PORT",
             help="Ray cluster to score on. IMAGES may also be an address such as s3://…, a pattern "
             "of .tar files, or Parquet.",
-            show_default=False,
         ),
     ] = None,
     html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PAGE.html",
-            help="Also write the page of 'oodcli show'.",
-            show_default=False,
-        ),
+        Path | None, typer.Option(metavar="PAGE.html", help="Also write the page of 'oodcli show'.")
     ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -147,7 +115,7 @@ def command(
     model: ModelOptions,
 ) -> None:
     """Score images: higher = more out of distribution."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     if json and output is None:
         raise OodcliError(

@@ -19,9 +19,7 @@ def command(
     scores: Annotated[
         Path,
         typer.Argument(
-            metavar="SCORES",
-            help="Scores file of score or merge: .csv, .jsonl or .parquet.",
-            show_default=False,
+            metavar="SCORES", help="Scores file of score or merge: .csv, .jsonl or .parquet."
         ),
     ],
     images: Annotated[
@@ -59,7 +57,7 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Show scores on one HTML page, with thumbnails."""
-    from oodcli import api
+    from oodcli.cli.library import api
 
     with console.steps("show", "thumbnails") as progress:
         shown = api.show(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from oodcli._version import __version__
@@ -33,6 +32,8 @@ def in_short() -> str:
 
 def installed(package: str) -> str:
     """The version of a package, or ``is not installed``."""
+    from importlib.metadata import PackageNotFoundError, version  # a tenth of the time of --help
+
     try:
         return version(package)
     except PackageNotFoundError:

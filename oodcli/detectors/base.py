@@ -34,6 +34,9 @@ class Detector(ABC):
     needs: ClassVar[frozenset[str]]
     """Records that ``_score`` reads, such as logits, embedding, head: records.KNOWN_RECORDS."""
 
+    fit_also: ClassVar[frozenset[str]] = frozenset()
+    """Further records that ``fit`` reads."""
+
     fitted: ClassVar[bool] = False
     later: ClassVar[Mapping[str, Any]] = {}
     """Fields that artefacts of an earlier version lack, with the values that they had."""
@@ -77,7 +80,7 @@ class Detector(ABC):
     @classmethod
     def fit_needs(cls, **hyperparameters: Any) -> frozenset[str]:
         """Records that ``fit`` reads with these hyper-parameters."""
-        return cls.needs if cls.fitted else frozenset()
+        return cls.needs | cls.fit_also if cls.fitted else frozenset()
 
     @classmethod
     def records_with(cls, **hyperparameters: Any) -> Making | None:

@@ -74,6 +74,7 @@ class GMM(Detector):
     about = "minus the log density of the embedding, a Gaussian for each class"
     formula = r"s = -\log \sum_c \pi_c \, \mathcal{N}(u; \mu_c, \Sigma_c)"
     needs = frozenset({"embedding"})
+    fit_also = frozenset({"logits"})
     fitted = True
     better_on_real = True
     heavy = True
@@ -82,10 +83,6 @@ class GMM(Detector):
     mean: Tensor
     whitening: Tensor
     log_det: Tensor
-
-    @classmethod
-    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
-        return cls.needs | {"logits"}
 
     @classmethod
     def fit(

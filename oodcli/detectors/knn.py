@@ -73,6 +73,7 @@ class KNN(Detector):
     about = "distance of the normalised embedding to its k-th nearest neighbour"
     formula = r"s = \left\lVert \frac{u}{\lVert u \rVert} - r_{(k)} \right\rVert"
     needs = frozenset({"embedding"})
+    fit_also = frozenset({"logits"})
     fitted = True
     better_on_real = True
     heavy = True
@@ -82,10 +83,6 @@ class KNN(Detector):
     k: int
     mean: bool
     predicted: Tensor
-
-    @classmethod
-    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
-        return cls.needs | {"logits"}
 
     @classmethod
     def fit(

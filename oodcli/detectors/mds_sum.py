@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class MDSSum(Detector):
         s = \sum_l \alpha_l \min_c \, (x_l - \mu_{l,c})^\top \Sigma_l^{-1} (x_l - \mu_{l,c})
     """
     needs = frozenset({"layers.mean"})
+    fit_also = frozenset({"logits"})
     fitted = True
     better_on_real = True
     heavy = True
@@ -48,10 +49,6 @@ class MDSSum(Detector):
     mean: Mapping[str, Tensor]
     whitening: Mapping[str, Tensor]
     weight: Tensor
-
-    @classmethod
-    def fit_needs(cls, **hyperparameters: Any) -> frozenset[str]:
-        return cls.needs | {"logits"}
 
     @classmethod
     def fit(

@@ -38,14 +38,11 @@ class OneDimensional(Detector):
     about = "smallest angle to the first singular vector of a class"
     formula = r"s = \min_c \arccos \frac{\lvert u^\top v_c \rvert}{\lVert u \rVert}"
     needs = frozenset({"embedding"})
+    fit_also = frozenset({"logits"})
     fitted = True
     better_on_real = True
 
     direction: Tensor
-
-    @classmethod
-    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
-        return cls.needs | {"logits"}
 
     @classmethod
     def fit(cls, train: Blocks) -> Self:

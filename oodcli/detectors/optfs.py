@@ -46,15 +46,12 @@ class OptFS(Detector):
         \theta \propto I, \qquad I_i = \operatorname{mean}_x \sum_{j : \beta(u_j) = i} W_{k,j} u_j
     """
     needs = frozenset({"embedding", "head"})
+    fit_also = frozenset({"logits"})
     fitted = True
 
     theta: Tensor
     low: float
     high: float
-
-    @classmethod
-    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
-        return cls.needs | {"logits"}
 
     @classmethod
     def fit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
@@ -36,15 +36,12 @@ class ProtoFusion(Detector):
         \rho_{l,c} = \operatorname*{mean}_{\hat x \in c} \frac{\hat x_l}{\lVert \hat x_l \rVert}
     """
     needs = frozenset({"layers.mean"})
+    fit_also = frozenset({"logits"})
     fitted = True
     explains = True
 
     layers: tuple[str, ...]
     prototype: Mapping[str, Tensor]
-
-    @classmethod
-    def fit_needs(cls, **hyperparameters: Any) -> frozenset[str]:
-        return cls.needs | {"logits"}
 
     @classmethod
     def fit(

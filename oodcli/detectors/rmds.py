@@ -62,6 +62,7 @@ class RMDS(Detector):
         s = \min_c \, (u - \mu_c)^\top \Sigma^+ (u - \mu_c) - (u - \mu)^\top \Sigma_0^+ (u - \mu)
     """
     needs = frozenset({"embedding"})
+    fit_also = frozenset({"logits"})
     fitted = True
     better_on_real = True
     heavy = True
@@ -71,10 +72,6 @@ class RMDS(Detector):
     overall: Tensor
     overall_whitening: Tensor
     normalize: float
-
-    @classmethod
-    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
-        return cls.needs | {"logits"}
 
     @classmethod
     def fit(cls, train: Blocks, *, normalize: Annotated[float, NORMALIZE] = 0.0) -> Self:

@@ -48,14 +48,11 @@ class TemperatureScaling(Detector):
         T = \operatorname{argmin}_T \; -\sum_i \log \operatorname{softmax}(z_i / T)_{y_i}
     """
     needs = frozenset({"logits"})
+    fit_also = frozenset({"label"})
     fitted = True
     better_on_real = True
 
     T: float
-
-    @classmethod
-    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
-        return cls.needs | {"label"}
 
     @classmethod
     def fit(cls, train: Blocks) -> Self:

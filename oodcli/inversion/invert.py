@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from oodcli.errors import CheckpointError, OodcliError, first_line
 from oodcli.inversion.mgi import Sensitivity
@@ -165,6 +164,8 @@ def decisions(plan: Plan, step: Step) -> dict[str, Any]:
 
 def _multiply_adds(classifier: Classifier, plan: Plan) -> float:
     """Those of all forward passes, a step at half the side counted as a quarter."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     preprocessing = classifier.preprocessing
     size = (1, preprocessing.channels, *preprocessing.input_size)
     image = torch.zeros(size, device=classifier.device)

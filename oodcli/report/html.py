@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 _FOLDER = Path(__file__).parent
 
 
 def render(template: str, styles: Sequence[str], scripts: Sequence[str], **values: Any) -> str:
     """A page of a template that extends ``base.html.jinja``. styles, scripts: names of files beside
     it; the scripts run as one."""
+    import jinja2
+
     script = "".join(_text(name) for name in scripts)
     digest = encoded(hashlib.sha256(script.encode()).digest())
     templates = jinja2.Environment(

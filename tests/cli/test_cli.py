@@ -87,7 +87,7 @@ def start(words, environment):
         f"sys.argv = ['oodcli', *{words!r}]\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'torchvision', 'numpy', 'h5py', 'sklearn', 'scipy', 'PIL', 'rich', "
-        "'pydantic'}\n"
+        "'pydantic', 'jinja2', 'importlib.metadata'}\n"
         "loaded = {name for name, module in sys.modules.items() if module}\n"
         "print('HEAVY', *sorted(heavy & loaded), file=sys.stderr)\n"
     )

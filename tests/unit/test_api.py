@@ -40,6 +40,8 @@ def test_to_import_it_is_light():
         "assert not heavy, heavy\n"
         "oodcli.load_classifier\n"
         "assert 'torch' in sys.modules\n"
+        "rare = {'triton', 'jinja2', 'matplotlib', 'sklearn', 'timm', 'transformers', 'rich'}\n"
+        "assert not rare & set(sys.modules), rare & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'load'"):

@@ -1,0 +1,13 @@
+"""``oodcli.api``, imported without garbage collection, which takes a tenth of that time."""
+
+from __future__ import annotations
+
+import gc
+
+gc.disable()
+try:
+    from oodcli import api
+finally:
+    gc.enable()
+
+__all__ = ["api"]
