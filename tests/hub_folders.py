@@ -34,6 +34,11 @@ SWIN = {
     "window_size": 4,
 }
 CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+PYRAMID = {
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "num_attention_heads": [1, 2, 2, 2],
+}
 SQUARE = {"height": 64, "width": 64}
 
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
@@ -114,14 +119,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     ),
     "Pvt": (
         "PvtConfig",
-        {
-            "image_size": 64,
-            "hidden_sizes": [8, 16, 24, 32],
-            "depths": [1, 1, 1, 1],
-            "num_attention_heads": [1, 2, 2, 2],
-            "mlp_ratios": [2, 2, 2, 2],
-            "num_labels": 5,
-        },
+        {**PYRAMID, "image_size": 64, "mlp_ratios": [2, 2, 2, 2], "num_labels": 5},
         "PvtImageProcessor",
         {"size": SQUARE},
     ),
@@ -154,6 +152,65 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         "SiglipImageProcessor",
         {"size": SQUARE},
     ),
+    "Bit": (
+        "BitConfig",
+        {**CONVNEXT, "embedding_size": 16, "num_groups": 4},
+        "BitImageProcessor",
+        {"size": {"shortest_edge": 73}, "crop_size": SQUARE},
+    ),
+    "FocalNet": (
+        "FocalNetConfig",
+        {"image_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1]},
+        "BitImageProcessor",
+        {"size": {"shortest_edge": 73}, "crop_size": SQUARE},
+    ),
+    "HGNetV2": (
+        "HGNetV2Config",
+        {
+            "stem_channels": [3, 8, 16],
+            "stage_in_channels": [16, 32, 32, 32],
+            "stage_mid_channels": [8, 8, 8, 8],
+            "stage_out_channels": [32, 32, 32, 64],
+            "stage_num_blocks": [1, 1, 1, 1],
+            "hidden_sizes": [32, 32, 32, 64],
+        },
+        "BitImageProcessor",
+        {"size": {"shortest_edge": 73}, "crop_size": SQUARE},
+    ),
+    "MobileViTV2": (
+        "MobileViTV2Config",
+        {"image_size": 64, "width_multiplier": 0.25},
+        "MobileViTImageProcessor",
+        {"size": {"shortest_edge": 73}, "crop_size": SQUARE},
+    ),
+    "PoolFormer": (
+        "PoolFormerConfig",
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+        "PoolFormerImageProcessor",
+        {"size": {"shortest_edge": 64}, "crop_size": SQUARE, "crop_pct": 0.9},
+    ),
+    "PvtV2": ("PvtV2Config", {**PYRAMID, "image_size": 64}, "PvtImageProcessor", {"size": SQUARE}),
+    "Segformer": ("SegformerConfig", PYRAMID, "SegformerImageProcessor", {"size": SQUARE}),
+    "SwiftFormer": (
+        "SwiftFormerConfig",
+        {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+        "ViTImageProcessor",
+        {"size": {"height": 224, "width": 224}},
+    ),
+    "Data2VecVision": (
+        "Data2VecVisionConfig",
+        VISION,
+        "BeitImageProcessor",
+        {"size": SQUARE, "crop_size": SQUARE},
+    ),
+    "Dinov2WithRegisters": (
+        "Dinov2WithRegistersConfig",
+        {**VISION, "mlp_ratio": 2},
+        "BitImageProcessor",
+        {"size": {"shortest_edge": 73}, "crop_size": SQUARE},
+    ),
+    "IJepa": ("IJepaConfig", VISION, "ViTImageProcessor", {"size": SQUARE}),
+    "ViTMSN": ("ViTMSNConfig", VISION, "ViTImageProcessor", {"size": SQUARE}),
     "CLIP": (
         "CLIPConfig",
         {"vision_config": VISION, "text_config": {**VISION, "vocab_size": 64}},

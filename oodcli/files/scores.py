@@ -754,13 +754,13 @@ def _parquet_texts(path: Path, file: Any) -> list[str]:
     it unpacks to more than scores have; ValueError where one of its pages is damaged."""
     from pyarrow import types
 
-    for index, column in enumerate(file.schema_arrow):
+    for column in file.schema_arrow:
         if types.is_nested(column.type):
             raise FileError(f"{path}: column {column.name!r} is of the type {column.type}")
-        for group in range(file.num_row_groups):
-            chunk = file.metadata.row_group(group).column(index)
-            if chunk.total_uncompressed_size > max(_UNPACKED, 4096 * chunk.num_values):
-                raise _too_large(path, column.name)
+    # Not column by column: pyarrow ends the process where what the file says of one is damaged.
+    for group in map(file.metadata.row_group, range(file.num_row_groups)):
+        if group.total_byte_size > max(_UNPACKED, 4096 * group.num_rows * group.num_columns):
+            raise _too_large(path, "a group of rows")
     kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     return [each.name for each in file.schema_arrow if any(kind(each.type) for kind in kinds)]
 
@@ -772,15 +772,15 @@ def _parquet_cells(path: Path, name: str, column: Any) -> list[Any]:
     if types.is_dictionary(column.type):
         lengths = compute.binary_length(column.dictionary)
         if (compute.sum(lengths.take(column.indices)).as_py() or 0) > _UNPACKED:
-            raise _too_large(path, name)
+            raise _too_large(path, f"column {name!r}")
         column = column.dictionary_decode()
     return list(column.to_pylist())
 
 
-def _too_large(path: Path, name: str) -> FileError:
+def _too_large(path: Path, what: str) -> FileError:
     return FileError(
-        f"{path}: column {name!r} unpacks to more than {_UNPACKED >> 20} MB for a few rows: it is "
-        "not a scores file"
+        f"{path}: {what} unpacks to more than {_UNPACKED >> 20} MB for a few rows: it is not a "
+        "scores file"
     )
 
 

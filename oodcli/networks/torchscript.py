@@ -32,7 +32,7 @@ from oodcli.errors import CheckpointError, first_line
 from oodcli.networks.layers import Flat, batch_norm, convolution, linear
 
 TRUST = "give --trust-pickle if you trust its author"
-FORBIDDEN = re.compile(r"file|save|load|print|warn", re.IGNORECASE)
+FORBIDDEN = re.compile(r"file|save|load|print|warn|append", re.IGNORECASE)
 """In the names of operations that do more than compute."""
 LONGEST = 100_000
 """Expressions in a program."""
@@ -419,9 +419,11 @@ class _Program:
             return self.flat.add(label, layer, given[0])
         if name in PYTHON:
             return self._emit(PYTHON[name], *given, **named)
-        if not name.startswith("torch.") or "." in short or FORBIDDEN.search(short):
-            raise UnlistedError(f"a call of {name[:40]}")
-        packet = getattr(torch.ops.aten, short, None)
+        if short == "append" and isinstance(given[0], list):
+            given[0].append(given[1])
+            return given[0]
+        allowed = name.startswith("torch.") and "." not in short and not FORBIDDEN.search(short)
+        packet = getattr(torch.ops.aten, short, None) if allowed else None
         if packet is None:
             raise UnlistedError(f"a call of {name[:40]}")
         return self._emit(packet, *given, **named)

@@ -176,12 +176,24 @@ def test_a_parquet_file_that_says_it_unpacks_to_much_more_is_refused(
     cells = {"path": ["x" * (1 << 21)], "label": [""], "predicted": ["cat"], "confidence": [0.5]}
     table = arrow.table({**cells, "msp": [0.25], "error": [""]})
     pyarrow.parquet.write_table(table, tmp_path / "s.parquet")
-    with pytest.raises(FileError, match=r"s.parquet: column 'path' unpacks to more than 1 MB"):
+    with pytest.raises(FileError, match=r"s.parquet: a group of rows unpacks to more than 1 MB"):
         read_scores(tmp_path / "s.parquet")
     nested = table.set_column(0, "path", arrow.array([["a", "b"]]))
     pyarrow.parquet.write_table(nested, tmp_path / "s.parquet")
     with pytest.raises(FileError, match=r"column 'path' is of the type list<"):
         read_scores(tmp_path / "s.parquet")
+
+
+def test_a_parquet_file_that_contradicts_itself_does_not_end_the_process(tmp_path: Path) -> None:
+    """A column that is said to have no empty cells, and counts of them."""
+    pytest.importorskip("pyarrow")
+    path = write(tmp_path / "s.parquet", ROWS, ("msp", "energy"))
+    content = path.read_bytes()
+    optional, required = b"\x25\x02\x18\x04path", b"\x25\x00\x18\x04path"  # in Thrift
+    assert content.count(optional) == 1
+    path.write_bytes(content.replace(optional, required))
+    with pytest.raises(FileError, match=r"s.parquet"):
+        read_scores(path)
 
 
 def test_read_back(tmp_path: Path, suffix: str) -> None:

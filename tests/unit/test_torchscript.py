@@ -38,6 +38,15 @@ class Tiny(nn.Module):
         return self.fc(self.drop(x.view(x.size(0), -1)))
 
 
+class Appending(Tiny):
+    """Fills a list, as DenseNet's blocks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [self.conv(x)]
+        maps.append(F.relu(self.bn(maps[0])))
+        return self.fc(torch.cat(maps, 1).view(x.size(0), 2, 8, -1).amax((1, 3)))
+
+
 class Branching(Tiny):
     """Loops as often as the image says."""
 
@@ -91,10 +100,11 @@ def test_weights_that_are_standardised_and_positions_from_sizes(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("how", ["script", "trace"])
-@pytest.mark.parametrize("name", ["tiny", "resnet18"])
+@pytest.mark.parametrize("name", ["tiny", "appending", "resnet18"])
 def test_logits_and_embedding(name: str, how: str, tmp_path: Path) -> None:
-    side = 32 if name == "tiny" else 64
-    network = randomised(Tiny() if name == "tiny" else torchvision.models.resnet18(num_classes=10))
+    side = 64 if name == "resnet18" else 32
+    made = {"tiny": Tiny, "appending": Appending}.get(name, torchvision.models.resnet18)
+    network = randomised(made() if name != "resnet18" else made(num_classes=10))
     embedding: list[Tensor] = []
     save(network, tmp_path / "net.pt", how, side)
     images, logits, found = outputs(tmp_path / "net.pt", side)

@@ -17,6 +17,7 @@ import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,26 +269,33 @@ def nearest(state: Mapping[str, Tensor]) -> tuple[str, list[str]]:
     """The known architecture with the most keys and shapes in common, and what differs; the
     number of classes does not count. Builds many skeletons: a second or more, so for error
     messages only."""
-    first = {names[0]: names for names in FAMILIES.values()}
-    close = sorted(first, key=lambda name: _likeness(*_beside(name, state)))[-3:]
-    candidates = [name for each in close for name in first[each]]
-    candidates += [f"torchvision:{name}" for name in _imagenet().likely(state)]
-    best = max(candidates, key=lambda name: _likeness(*_beside(name, state)))
-    expected, renamed = _beside(best, state)
-    if not _likeness(expected, renamed):
+    renamed = {family: _family(family).rename(state) for family in FAMILIES}
+
+    def alike(family: str, name: str) -> float:
+        return _likeness(_with_head(name, renamed[family]), renamed[family])
+
+    close = sorted(FAMILIES, key=lambda family: alike(family, FAMILIES[family][0]))[-3:]
+    candidates = [(family, name) for family in close for name in FAMILIES[family]]
+    candidates += [("imagenet", f"torchvision:{name}") for name in _imagenet().likely(state)]
+    family, best = max(candidates, key=lambda pair: alike(*pair))
+    if not alike(family, best):
         return "", ["nothing in common"]
-    return best, compare(expected, renamed)
+    return best, compare(_with_head(best, renamed[family]), renamed[family])
 
 
-def _beside(name: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+@cache
+def _probed(name: str) -> Mapping[str, Tensor]:
+    """The state dict of the named network with ``PROBED`` classes, on the meta device."""
+    return skeleton(name, PROBED).state_dict()
+
+
+def _with_head(name: str, renamed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of the named network, with the given one's head if it differs in the number
-    of classes, and the given one with that network's keys."""
-    renamed = rename(name, state)
-    expected = {
+    of classes. renamed: with that network's keys."""
+    return {
         key: renamed[key] if _is_head(key, tensor, renamed) else tensor
-        for key, tensor in skeleton(name, PROBED).state_dict().items()
+        for key, tensor in _probed(name).items()
     }
-    return expected, renamed
 
 
 def _likeness(expected: Mapping[str, Tensor], renamed: Mapping[str, Tensor]) -> float:
