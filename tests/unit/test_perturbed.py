@@ -318,6 +318,12 @@ def test_settings_are_kept_in_the_cache(small, tmp_path):
 def test_one_record_is_made_in_one_way(small, tmp_path):
     from commands import fails
 
+    fails(
+        "adascale-a.fraction=5 must be in 0 … 1, a fraction and not a percentage",
+        *("extract", small / "net.pt", "noise:uniform?n=9", "--for", "adascale-a"),
+        *("-p", "adascale-a.fraction=5", "-o", tmp_path / "c.h5"),
+    )
+
     two = ("--for", "adascale-a,adascale-l", "-p", "adascale-a.epsilon=0.25")
     fails(
         "adascale-a wants epsilon=0.25, fraction=0.05, but adascale-l wants epsilon=0.5",
