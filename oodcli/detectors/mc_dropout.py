@@ -58,7 +58,7 @@ class MCDropout(Detector):
     passes: Annotated[int, "n, above 0; OpenOOD's default, which was not tuned"] = 5
     seed: Annotated[int, "of the masks"] = 0
     measure: Annotated[
-        Measure, "of the passes: entropy, the most common, variance or information"
+        Measure, "what is taken of the passes: entropy (the most common), variance or information"
     ] = "entropy"
 
     def __post_init__(self) -> None:
