@@ -6,11 +6,11 @@
 Against the number of images: seconds of the commands score, extract, invert and fit, without the
 start of Python, on CHECKPOINT (fit: on generated features), and the bytes of the files they leave.
 Against the pixels of an image (ResNet-18, random weights) and against the multiply-adds of a
-network (CIFAR ResNets, random weights): seconds for an image to be recorded for every detector but
-odin, and for an image-step of inversion, uncompiled, float32. 'results' has for each the straight
-line of least squares through the medians: what is there at nothing, what is added by one more, and
-R². 'extrapolated' is what that comes to on this machine: a thousand million images scored,
-ImageNet-1k inverted with a ResNet-50 at 224 × 224.
+network (CIFAR ResNets, random weights): seconds for an image to be recorded for the detectors
+without gradients, and for an image-step of inversion, uncompiled, float32. 'results' has for each
+the straight line of least squares through the medians: what is there at nothing, what is added by
+one more, and R². 'extrapolated' is what that comes to on this machine: a thousand million images
+scored, ImageNet-1k inverted with a ResNet-50 at 224 × 224.
 """
 
 from __future__ import annotations

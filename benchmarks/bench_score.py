@@ -4,8 +4,8 @@
         [--rows 50000] [--id IMAGES --ood IMAGES …] [--device cpu]
 
 The bare pass is what a user would write: evaluation mode, inference mode, float32. Against it, the
-same images through every detector that needs no fitted artefact (all but odin, with 1c-sum fitted
-on noise beforehand), in float32 and in bfloat16, into CSV; and through all that one pass can record
+same images through every detector that needs no fitted artefact and no gradient, with 1c-sum fitted
+on noise beforehand, in float32 and in bfloat16, into CSV; and through all that one pass can record
 into a cache. All take turns, so that a noisy machine is as noisy for all; medians and their ratio
 are printed as JSON. Where pytorch-ood and oodeel are installed, four detectors that they have
 without fitting take their turn, too, and so do ours of the same names. With --id and --ood the mean
@@ -42,7 +42,7 @@ from oodcli.images import batches, open_images
 from oodcli.metrics import auroc
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.load import load_classifier
-from oodcli.recording.recorder import Recorder, recordable
+from oodcli.recording.recorder import AGAIN, Recorder, recordable
 from oodcli.records import CHEAP
 from oodcli.stages.chosen import Chosen, choose_detectors, fit_on_noise, needs
 from oodcli.stages.record import provenance
@@ -74,7 +74,7 @@ def ours(classifier: Classifier, images: Tensor, rounds: int, stack: ExitStack) 
         classifier.sha256,
         lambda kind, given: fit_on_noise(classifier, kind, given, len(images)),
     )
-    chosen = [each for each in chosen if each.name != "odin"]
+    chosen = [each for each in chosen if not each.detector.score_needs & AGAIN]
     four = [Chosen(detectors.get(name)()) for name in FOUR]
 
     def bare() -> None:

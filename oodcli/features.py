@@ -268,10 +268,12 @@ class Features:
         if missing:
             raise DetectorError(f"{who} needs {lacking(missing, who)}")
 
-    def require_made_with(self, wanted: Making, who: str) -> None:
+    def require_made_with(self, wanted: Making | None, who: str) -> None:
         """Raises DetectorError where the records of a group were made otherwise."""
+        if wanted is None:
+            return
         found = self.made_with.get(wanted.group)
-        if found != wanted:
+        if found is None or not serves(found, wanted):
             made = "unknown settings" if found is None else in_words(found)
             raise DetectorError(
                 f"{who} wants {in_words(wanted)}, but these rows were recorded with {made}: "
@@ -291,6 +293,16 @@ class Features:
         found = [self.shared(_finite, need) for need in needs]
         masks = [mask for mask in found if mask is not None]
         return torch.stack(masks).all(0) if masks else torch.ones(self.count, dtype=torch.bool)
+
+
+def serves(found: Making, wanted: Making) -> bool:
+    """Whether a record that was made in one way has the wanted one; PRO's may have more steps,
+    and there may be more passes with dropout."""
+    if isinstance(found, ProSteps) and isinstance(wanted, ProSteps):
+        found = replace(found, steps=min(found.steps, wanted.steps))
+    if isinstance(found, DropoutPasses) and isinstance(wanted, DropoutPasses):
+        found = replace(found, passes=min(found.passes, wanted.passes))
+    return found == wanted
 
 
 def in_words(making: Making) -> str:

@@ -4,7 +4,7 @@ moves when the image is changed a little."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, Self
 
 import torch
 from torch import Tensor
@@ -17,13 +17,16 @@ from oodcli.detectors.shaping import largest_count, positive_part, scaled_energy
 from oodcli.errors import DetectorError
 from oodcli.features import AdaScaleStep, Features, recorded
 
+FITTED_ON = frozenset({"embedding", "adascale.u"})
+"""Records that ``fit`` reads."""
+
 MOST = 5000
 """Order statistics that stand for the rows of a fit: of more rows, these are evenly spaced."""
 
 
 def shift(u: Tensor, moved: Tensor, top: float, level: float, weight: float) -> Tensor:
     """Q' = λ Σ |u − u'| over the largest ``top`` percent of u, plus Σ max(u', 0) over its largest
-    ``level`` percent (Regmi 2025, eq. 4-6). u, moved: (N, D), moved = u'. weight: λ. Returns (N,)
+    ``level`` percent (Regmi 2025). u, moved: (N, D), moved = u'. weight: λ. Returns (N,)
     float64."""
     u, moved = u.double(), moved.double()
     first, second = (u.topk(largest_count(u.shape[1], 100 - p), dim=1)[1] for p in (top, level))
@@ -44,7 +47,7 @@ def order_statistics(values: Tensor, most: int) -> Tensor:
 
 def percentile_of_each(q: Tensor, known: Tensor, low: float, high: float) -> Tensor:
     """p = low + (1 − F(Q'))·(high − low), F the share of the known values that are at most Q'
-    (Regmi 2025, eq. 7). q: (N,), known: (M,) ascending. Returns (N,) float64, in percent."""
+    (Regmi 2025). q: (N,), known: (M,) ascending. Returns (N,) float64, in percent."""
     share = torch.searchsorted(known, q.contiguous(), right=True) / len(known)
     return low + (1 - share.double()) * (high - low)
 
@@ -82,8 +85,6 @@ class AdaScaleL(Detector):
     """
     needs = frozenset({"logits", "logits.level", "embedding", "adascale.u"})
     fitted = True
-    fit_records: ClassVar[frozenset[str]] = frozenset({"embedding", "adascale.u"})
-
     quantiles: Tensor
     low: float
     high: float
@@ -94,16 +95,17 @@ class AdaScaleL(Detector):
     fraction: float
 
     @classmethod
-    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
-        return cls.fit_records
+    def fit_needs(cls, **hyperparameters: Any) -> frozenset[str]:
+        return FITTED_ON
 
     @classmethod
-    def records_with(cls, **hyperparameters: object) -> AdaScaleStep:
-        usual = AdaScaleStep()
-        return AdaScaleStep(
-            float(hyperparameters.get("epsilon", usual.epsilon)),  # type: ignore[arg-type]
-            float(hyperparameters.get("fraction", usual.fraction)),  # type: ignore[arg-type]
-        )
+    def records_with(cls, **hyperparameters: Any) -> AdaScaleStep:
+        how = AdaScaleStep()
+        epsilon = hyperparameters.get("epsilon", how.epsilon)
+        fraction = hyperparameters.get("fraction", how.fraction)
+        require_positive(cls.name, epsilon=epsilon, fraction=fraction)
+        require_fraction(cls.name, fraction=fraction)
+        return AdaScaleStep(epsilon, fraction)
 
     @classmethod
     def fit(
@@ -122,7 +124,7 @@ class AdaScaleL(Detector):
         level: Annotated[
             float, "percent of u's largest entries whose new value counts, 1 to 99; the paper's"
         ] = 5.0,
-        weight: Annotated[float, "of the shift, λ, above 0; the paper's for every network"] = 10.0,
+        weight: Annotated[float, "of the shift, λ, above 0; the paper's"] = 10.0,
         epsilon: Annotated[
             float, "change of a value of the normalised image, above 0; of the authors' code"
         ] = AdaScaleStep.epsilon,
@@ -133,13 +135,12 @@ class AdaScaleL(Detector):
         """Raises DetectorError for values out of range, and for rows that were recorded with
         another epsilon or fraction."""
         require_percent(cls.name, low=low, high=high, top=top, level=level)
-        require_positive(cls.name, weight=weight, epsilon=epsilon, fraction=fraction)
-        require_fraction(cls.name, fraction=fraction)
+        require_positive(cls.name, weight=weight)
         if low > high:
             raise DetectorError(f"{cls.name}.low={low:g} must not be above high={high:g}")
-        how = AdaScaleStep(epsilon, fraction)
+        how = cls.records_with(epsilon=epsilon, fraction=fraction)
         found = []
-        for block in finite_rows(train, cls.fit_records, cls.name):
+        for block in finite_rows(train, FITTED_ON, cls.name):
             block.require_made_with(how, cls.name)
             u, moved = recorded(block.embedding), recorded(block.adascale_u)
             found.append(shift(u, moved, top, level, weight).cpu())
@@ -152,7 +153,6 @@ class AdaScaleL(Detector):
 
     def _ratio(self, test: Features) -> Tensor:
         """r of each row, (N,) float64."""
-        test.require_made_with(self.made_with, self.name)
         u, moved = recorded(test.embedding), recorded(test.adascale_u)
         q = shift(u, moved, self.top, self.level, self.weight)
         p = percentile_of_each(q, self.quantiles.to(q.device), self.low, self.high)

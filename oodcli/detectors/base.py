@@ -103,6 +103,7 @@ class Detector(ABC):
         """(N,) float64, higher = more out of distribution, +inf where the row or its score is not
         finite. Raises DetectorError when a record that it needs is missing."""
         test.require(self.score_needs, self.name)
+        test.require_made_with(self.made_with, self.name)
         if not len(test):
             return torch.zeros(0, dtype=torch.float64)
         if not self.fitted:

@@ -74,6 +74,8 @@ class MCDropout(Detector):
         return DropoutPasses(self.passes, self.seed)
 
     def _score(self, test: Features) -> Tensor:
-        test.require_made_with(self.made_with, self.name)
+        made = test.made_with[DropoutPasses.group]
+        assert isinstance(made, DropoutPasses)  # as was required before
         logits = recorded(test.dropout_logits)
-        return disagreement(logits.view(len(logits), self.passes, -1), self.measure)
+        logits = logits.view(len(logits), made.passes, -1)[:, : self.passes]
+        return disagreement(logits, self.measure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oodcli.detectors.base import Detector
 from oodcli.detectors.hyperparameters import require_positive
-from oodcli.features import Confidence, Features, Making, ProSteps, recorded
+from oodcli.features import Confidence, Features, ProSteps, recorded
 
 
 def uncertainty(logits: Tensor, how: ProSteps) -> Tensor:
@@ -27,6 +27,7 @@ def uncertainty(logits: Tensor, how: ProSteps) -> Tensor:
         return log_rest.exp()[:, 0]
     p = log_p.exp()
     if how.confidence == "entropy":
+        log_p = log_p.scatter(1, first, torch.log1p(-log_rest.exp()))
         return -(p * log_p).sum(1)
     log_others = torch.log1p(-p.scatter(1, first, 0)).scatter(1, first, log_rest)  # log(1 − p)
     terms = (how.gamma * (log_p + log_others)).exp()
@@ -90,12 +91,4 @@ class PRO(Detector):
         )
 
     def _score(self, test: Features) -> Tensor:
-        test.require_made_with(self._within(test.made_with.get(ProSteps.group)), self.name)
-        steps = recorded(test.pro_steps)[:, : self.steps + 1]
-        return steps.double().amax(1)
-
-    def _within(self, found: Making | None) -> ProSteps:
-        """What it wants, with the number of steps that there are if that is larger."""
-        if isinstance(found, ProSteps) and found.steps > self.steps:
-            return replace(self.made_with, steps=found.steps)
-        return self.made_with
+        return recorded(test.pro_steps)[:, : self.steps + 1].double().amax(1)

@@ -167,6 +167,7 @@ class FeatureCache:
                 (lengths[name],) = dataset(file, name, kinds).shape
             lengths |= {n: len(file[n]) for n in self._constants.rows() if n not in lengths}
         self.recorded = self._constants.recorded
+        self.made_with = self._constants.made_with
         self.count = lengths["path"]
         wrong = [name for name, length in lengths.items() if length != self.count]
         if wrong:
@@ -285,9 +286,11 @@ class FeatureCache:
             labels = torch.from_numpy(self._file["label"][start:stop].astype(np.int64, copy=False))
         return Rows(paths, labels, errors, features)
 
-    def require(self, needs: Iterable[str], who: str) -> None:
-        """Raises DetectorError that names the missing records and how to record them."""
+    def require(self, needs: Iterable[str], who: str, made_with: Making | None = None) -> None:
+        """Raises DetectorError that names the missing records and how to record them, and for
+        records that were made otherwise."""
         self._constants.require(needs, who)
+        self._constants.require_made_with(made_with, who)
 
     def rows(
         self, needs: Iterable[str], part: Callable[[Tensor], Tensor] | None = None

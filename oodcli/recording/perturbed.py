@@ -68,7 +68,7 @@ def moved_by_pro(images: Tensor, gradient: Tensor, how: ProSteps) -> Tensor:
 
 def moved_by_adascale(images: Tensor, gradient: Tensor, step: AdaScaleStep) -> Tensor:
     """x' = x + ε sign(∇ₓ z_k) for the fraction of the values with the smallest gradients, at least
-    one; the others stay (Regmi 2025, eq. 3). images, gradient: (N, C, H, W)."""
+    one; the others stay (Regmi 2025). images, gradient: (N, C, H, W)."""
     sizes = gradient.flatten(1).abs()
     count = max(1, int(sizes.shape[1] * step.fraction))
     smallest = sizes.topk(count, dim=1, largest=False, sorted=False).indices

@@ -53,6 +53,8 @@ KINDS = frozenset({"batchnorm", "block", "stage", "other"})
 BY_LAYER = frozenset({"layers.gradient", "layers.nonzero"})
 BACKWARD = BY_LAYER | {"odin.logits", "pro.steps", "adascale.u"}
 """Records that need a backward pass."""
+AGAIN = BACKWARD | {"dropout.logits"}
+"""Records that one forward pass does not give."""
 
 IMAGE = ""
 """Key of the gradient by the image; those by a layer's output have the name of its tap."""
@@ -180,12 +182,16 @@ class Recorder:
         return {tap.name: tap.channel_dim for tap in self.classifier.taps}
 
     @property
+    def _pro(self) -> ProSteps | None:
+        found = self.made_with.get(ProSteps.group)
+        return found if isinstance(found, ProSteps) else None
+
+    @property
     def passes(self) -> tuple[int, int]:
         """Forward and backward passes of a batch. Where images are labelled, and the network does
         not agree, gradients of the label and of the prediction take a backward pass each."""
         odin, adascale = "odin.logits" in self.what, "adascale.u" in self.what
-        pro = self.made_with.get(ProSteps.group)
-        steps = pro.steps if isinstance(pro, ProSteps) else 0
+        steps = 0 if self._pro is None else self._pro.steps
         dropout = self.made_with.get(DropoutPasses.group)
         again = 0 if self.classifier.drops_embedding else 1
         thinned = again * dropout.passes if isinstance(dropout, DropoutPasses) else 0
@@ -301,7 +307,7 @@ class Recorder:
                 stack.callback(watched.register_forward_hook(keep_reading).remove)
             given = images.detach().requires_grad_() if with_graph else images
             logits = as_logits(self.classifier.network(given)).float()
-        moved: dict[str, Tensor] = {}
+        pro, moved = self._pro, dict[str, Tensor]()
         if with_graph:
             with torch.enable_grad():
                 layers, moved = self._differentiated(given, logits, labels, layers, outputs)
@@ -315,7 +321,7 @@ class Recorder:
             layers=layers,
             batchnorm=self._input_norm(images) | norms,
             odin_logits=self._logits(moved["odin"]) if "odin" in moved else None,
-            pro_steps=self._uncertainties(logits, moved["pro"]) if "pro" in moved else None,
+            pro_steps=None if pro is None else self._uncertainties(logits, moved["pro"], pro),
             adascale_u=self._embedding_of(moved["adascale"]) if "adascale" in moved else None,
             dropout_logits=self._dropout_logits(images, embedding)
             if "dropout.logits" in self.what
@@ -374,18 +380,18 @@ class Recorder:
                 partial(sum_of_logits, logits, target),
                 {**means, **by_top} if alike else means,
             ),
-            "adascale": (partial(sum_of_logits, logits, top), {} if alike else by_top),
+            "top": (partial(sum_of_logits, logits, top), {} if alike else by_top),
         }
-        odin, pro = self.made_with.get("odin"), self.made_with.get("pro")
+        odin = self.made_with.get("odin")
         if isinstance(odin, OdinStep):
             calls["odin"] = partial(odin_loss, logits, odin), image
-        if isinstance(pro, ProSteps):
-            calls["pro"] = partial(pro_loss, logits, pro), image
+        if self._pro is not None:
+            calls["pro"] = partial(pro_loss, logits, self._pro), image
         found, moved = dict(layers), {}
         for loss, gradients in in_turn(calls):
             for name, gradient in gradients.items():
                 if name == IMAGE:
-                    group = "adascale" if loss == "label" else loss
+                    group = loss if loss in self.made_with else "adascale"
                     moved[group] = self._moved(group, given.detach(), gradient)
                     continue
                 if name in shares and (alike or loss != "label"):
@@ -431,11 +437,9 @@ class Recorder:
             self._logits(images)
         return found[0]
 
-    def _uncertainties(self, logits: Tensor, moved: Tensor) -> Tensor:
+    def _uncertainties(self, logits: Tensor, moved: Tensor, how: ProSteps) -> Tensor:
         """(N, T + 1) float32: PRO's uncertainty of the images and after each step. logits: of the
         images. moved: the images after the first step."""
-        how = self.made_with[ProSteps.group]
-        assert isinstance(how, ProSteps)
         found = [uncertainty(logits.detach(), how)]
         for _ in range(how.steps - 1):
             given = moved.requires_grad_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -148,7 +148,8 @@ def _part(path: Path, made: Provenance, rows: int, **more: Any) -> Part:
 
 def _features(path: Path) -> Part:
     with open_cache(path) as cache:
-        recorded = {"--record": sorted(cache.recorded)}
+        recorded: dict[str, Any] = {"--record": sorted(cache.recorded)}
+        recorded |= {f"/{group}": asdict(making) for group, making in cache.made_with.items()}
         return _part(path, cache.provenance, cache.count, **recorded)
 
 

@@ -72,7 +72,8 @@ def from_cache(path: Path, stack: ExitStack, *, mirror: bool, command: str) -> O
     def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
         views = {"mirror"} if mirror else set()
         for each in chosen:
-            cache.require(each.detector.score_needs | views, detectors.word_for(each.detector.name))
+            detector, word = each.detector, detectors.word_for(each.detector.name)
+            cache.require(detector.score_needs | views, word, detector.made_with)
 
         def rows(start: int, stop: int) -> Iterator[Rows]:
             for block in cache.blocks(needs(chosen, mirror=mirror), start=start, stop=stop):

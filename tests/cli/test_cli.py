@@ -31,6 +31,7 @@ from oodcli.files.artefact import read_artefact
 from oodcli.files.cache import open_cache
 from oodcli.files.scores import read_scores
 from oodcli.networks.load import load_classifier
+from oodcli.recording.recorder import BACKWARD
 
 COMMANDS = (
     *("inspect", "prepare", "invert", "extract", "fit", "score", "show", "merge", "evaluate"),
@@ -303,8 +304,9 @@ def test_all_detectors(fitted):
     both = [name for name in detectors.names() if name in {*free, "1c-sum"}]
     assert list(rows(result.out)[0]) == ["path", "label", "predicted", "confidence", *both, "error"]
     fit = oodcli("fit", fitted / "v.features.h5", "-d", "all", "-o", fitted / "all", "--json")
-    # supervised needs OOD rows, those in the middle noise, and gram a record made on demand.
-    others = {*free, "supervised", "1c-sum", "c2ir-peak", "duo", "trio", "gram"}
+    # supervised needs OOD rows, the next ones noise, and the last ones a record made on demand.
+    others = {*free, "supervised", "1c-sum", "c2ir-peak", "duo", "trio"}
+    others |= {"gram", "adascale-a", "adascale-l"}
     made = [artefact["detector"] for artefact in json.loads(fit.out)]
     assert made == [name for name in ORDINARY if name not in others]
     again = ("fit", fitted / "v.features.h5", "-p", "knn.k=9999", "-o", fitted / "some", "--json")
@@ -343,7 +345,7 @@ def test_real_rows_calibrate_what_is_fitted_on_the_others(fitted, tmp_path, monk
 
 
 def test_one_forward_pass_serves_every_detector(fitted, monkeypatch):
-    """All but odin, which moves the image and looks again."""
+    """All but those of gradients and of changed images."""
     passes = []
     network = type(load_classifier(fitted / "digits.pt").network)
     forward = network.forward
@@ -354,7 +356,9 @@ def test_one_forward_pass_serves_every_detector(fitted, monkeypatch):
 
     monkeypatch.setattr(network, "forward", counted)
     names = [name for name in ORDINARY if not detectors.get(name).fitted]
-    words = [word for name in names if name != "odin" for word in ("-d", name)]
+    once = [name for name in names if not detectors.get(name).needs & BACKWARD]
+    assert len(names) - len(once) == 3  # odin, pro, gaia-z
+    words = [word for name in once for word in ("-d", name)]
     result = oodcli("score", fitted / "digits.pt", fitted / "test.npz", *words, "--batch-size", 100)
     assert result.status == 0, result.err
     # The first two are trials: of the network and of its layout.

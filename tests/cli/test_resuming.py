@@ -295,7 +295,8 @@ def photos(small) -> Path:
         pytest.param(
             "score net.pt photos -d all --mirror --explain -o new.csv", 3, marks=pytest.mark.slow
         ),
-        ("score net.pt photos -d energy -d odin --mirror -o new.csv", 3),
+        ("score net.pt photos -d energy -d odin -d pro -d gaia-z --mirror -o new.csv", 3),
+        ("extract net.pt photos --for pro,adascale-l -p pro.confidence=msp -o new.h5", 3),
         pytest.param(
             "score net.pt photos -d energy --contamination 0.2 -o new.parquet",
             3,

@@ -114,6 +114,10 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
+CHANGED = ("--for", "pro,gaia-z,adascale-a", "-p", "pro.steps=2", "-p", "adascale-a.epsilon=0.1")
+"""Records of changed images, and how they are made."""
+
+
 def commands(fitted: Path, folder: Path) -> dict[str, list[object]]:
     """A job of each kind, without its output; the suffix of that behind the name."""
     checkpoint = fitted / "digits.pt"
@@ -121,9 +125,11 @@ def commands(fitted: Path, folder: Path) -> dict[str, list[object]]:
         "invert.h5": ["invert", checkpoint, "--per-class", 5, "--steps", 3, "--batch-size", 8],
         "virtual.h5": ["extract", checkpoint, fitted / "v.h5", "--batch-size", 16],
         "folder.h5": ["extract", checkpoint, folder, "--batch-size", 4, "--mirror"],
+        "second.h5": ["extract", checkpoint, folder, "--batch-size", 8, *CHANGED],
         "pool.h5": ["extract", checkpoint, fitted / "v.h5", "--match-accuracy", 0.9],
         "scores.csv": [
             *("score", checkpoint, folder, "--batch-size", 4, "-d", "energy", "-d", "odin"),
+            *("-d", "pro", "-d", "gaia-z"),
             *("-d", fitted / "fitted" / "c2ir-z.safetensors", "--explain"),
             *("--threshold", "energy=-5"),
         ],
@@ -132,7 +138,10 @@ def commands(fitted: Path, folder: Path) -> dict[str, list[object]]:
     }
 
 
-JOBS = ("invert.h5", "virtual.h5", "folder.h5", "pool.h5", "scores.csv", "lines.jsonl", "cache.csv")
+JOBS = (
+    *("invert.h5", "virtual.h5", "folder.h5", "second.h5", "pool.h5"),
+    *("scores.csv", "lines.jsonl", "cache.csv"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +276,15 @@ def refused(sentence: str, *words: object) -> None:
 
 
 @pytest.mark.slow
+def test_records_that_were_made_differently_are_refused(fitted, folder, tmp_path):
+    words = commands(fitted, folder)["second.h5"]
+    for number, more in ((1, []), (2, ["-p", "pro.epsilon=0.01"])):
+        shard = ("--shard", f"{number}/2", "-o", tmp_path / f"{number}.h5")
+        assert oodcli(*words, *more, *shard).status in (0, 3)
+    both = (tmp_path / "1.h5", tmp_path / "2.h5", "-o", tmp_path / "x.h5")
+    refused('was made with /pro {"confidence": "gen", "epsilon": 0.0001, "steps": 2', *both)
+
+
 def test_what_does_not_belong_together_is_refused(cut, whole, fitted, folder, tmp_path):
     out = ("-o", tmp_path / "x.h5")
     one, two, three = cut("folder.h5", 3)
