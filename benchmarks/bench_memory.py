@@ -22,12 +22,12 @@ import torch
 from benchmarks.measure import peak
 from oodcli import detectors
 from oodcli.networks.load import load_classifier
-from oodcli.recording.recorder import BACKWARD, recordable
+from oodcli.recording.recorder import AGAIN, recordable
 
 
 def single_pass(checkpoint: Path) -> list[str]:
     """Detectors that a forward pass of this network serves, without images of the user's."""
-    recorded = recordable(load_classifier(checkpoint)) - BACKWARD
+    recorded = recordable(load_classifier(checkpoint)) - AGAIN
     kinds = [detectors.get(name) for name in detectors.names()]
     return [
         kind.name

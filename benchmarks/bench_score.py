@@ -42,7 +42,7 @@ from oodcli.images import batches, open_images
 from oodcli.metrics import auroc
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.load import load_classifier
-from oodcli.recording.recorder import BACKWARD, Recorder, recordable
+from oodcli.recording.recorder import AGAIN, Recorder, recordable
 from oodcli.records import CHEAP
 from oodcli.stages.chosen import Chosen, choose_detectors, fit_on_noise, needs
 from oodcli.stages.record import provenance
@@ -74,7 +74,7 @@ def ours(classifier: Classifier, images: Tensor, rounds: int, stack: ExitStack) 
         classifier.sha256,
         lambda kind, given: fit_on_noise(classifier, kind, given, len(images)),
     )
-    chosen = [each for each in chosen if not each.detector.score_needs & BACKWARD]
+    chosen = [each for each in chosen if not each.detector.score_needs & AGAIN]
     four = [Chosen(detectors.get(name)()) for name in FOUR]
 
     def bare() -> None:

@@ -296,9 +296,12 @@ class Features:
 
 
 def serves(found: Making, wanted: Making) -> bool:
-    """Whether a record that was made in one way has the wanted one; PRO's may have more steps."""
+    """Whether a record that was made in one way has the wanted one; PRO's may have more steps,
+    and there may be more passes with dropout."""
     if isinstance(found, ProSteps) and isinstance(wanted, ProSteps):
         found = replace(found, steps=min(found.steps, wanted.steps))
+    if isinstance(found, DropoutPasses) and isinstance(wanted, DropoutPasses):
+        found = replace(found, passes=min(found.passes, wanted.passes))
     return found == wanted
 
 

@@ -58,7 +58,7 @@ class MCDropout(Detector):
     passes: Annotated[int, "n, above 0; OpenOOD's default, which was not tuned"] = 5
     seed: Annotated[int, "of the masks"] = 0
     measure: Annotated[
-        Measure, "of the passes: entropy, the most common, variance or information"
+        Measure, "what is taken of the passes: entropy (the most common), variance or information"
     ] = "entropy"
 
     def __post_init__(self) -> None:
@@ -74,6 +74,8 @@ class MCDropout(Detector):
         return DropoutPasses(self.passes, self.seed)
 
     def _score(self, test: Features) -> Tensor:
-        test.require_made_with(self.made_with, self.name)
+        made = test.made_with[DropoutPasses.group]
+        assert isinstance(made, DropoutPasses)  # as was required before
         logits = recorded(test.dropout_logits)
-        return disagreement(logits.view(len(logits), self.passes, -1), self.measure)
+        logits = logits.view(len(logits), made.passes, -1)[:, : self.passes]
+        return disagreement(logits, self.measure)

@@ -53,6 +53,8 @@ KINDS = frozenset({"batchnorm", "block", "stage", "other"})
 BY_LAYER = frozenset({"layers.gradient", "layers.nonzero"})
 BACKWARD = BY_LAYER | {"odin.logits", "pro.steps", "adascale.u"}
 """Records that need a backward pass."""
+AGAIN = BACKWARD | {"dropout.logits"}
+"""Records that one forward pass does not give."""
 
 IMAGE = ""
 """Key of the gradient by the image; those by a layer's output have the name of its tap."""

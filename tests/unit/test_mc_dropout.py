@@ -190,6 +190,10 @@ def test_settings():
         kind(passes=1, measure="variance")
     rows = Features(2, dropout_logits=torch.zeros(2, 6), made_with={"dropout": DropoutPasses(3, 0)})
     assert kind(passes=3).score(rows).tolist() == pytest.approx([math.log(2)] * 2)
+    more = torch.arange(12.0).view(2, 6).square()
+    few = replace(rows, dropout_logits=more[:, :4], made_with={"dropout": DropoutPasses(2, 0)})
+    rows = replace(rows, dropout_logits=more)
+    assert torch.equal(kind(passes=2).score(rows), kind(passes=2).score(few))
     with pytest.raises(DetectorError, match=r"wants passes=5, seed=0, but .* passes=3, seed=0"):
         kind().score(rows)
 

@@ -56,7 +56,7 @@ def test_eigenvectors_are_computed_only_where_the_values_are_close(monkeypatch):
     sizes = []
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda rows: sizes.append(len(rows)) or eigh(rows))
-    maps = [with_values([1.0, second], 12, 6) for second in (0.5, 0.9999, 0.8)]
+    maps = [with_values([1.0, second], 12, 6) for second in (0.5, 0.9999, 0.7)]
     rank_one(torch.cat(maps))
     assert sizes == [1]
 
@@ -116,10 +116,16 @@ def test_where_the_embedding_is_not_the_mean_of_a_map():
         detectors.get("rankfeat")().score(replace(rows, layers=both))
 
 
-def test_fewer_squarings_are_not_enough(monkeypatch):
-    """Nor would a larger tolerance be: the tests above would fail."""
-    maps = with_values([1.0, 0.95], 12, 6)
+def test_fewer_steps_are_not_enough(monkeypatch):
+    """Nor would a lower bound be: the tests above would fail."""
+    maps = with_values([1.0, 0.8], 12, 6)
     expected = by_definition(maps)
-    monkeypatch.setattr(rankfeat, "SQUARINGS", 2)
-    monkeypatch.setattr(rankfeat, "IMPURE", 1.0)
-    assert (rank_one(maps) - expected).abs().max() > 1e-4
+    assert (rank_one(maps) - expected).abs().max() < 1e-6
+    monkeypatch.setattr(rankfeat, "STEPS", 0)
+    assert (rank_one(maps) - expected).abs().max() > 2e-6
+    monkeypatch.undo()
+    maps = with_values([1.0, 0.99], 12, 6)
+    expected = by_definition(maps)
+    assert (rank_one(maps) - expected).abs().max() < 1e-4
+    monkeypatch.setattr(rankfeat, "PURE", 0.1)
+    assert (rank_one(maps) - expected).abs().max() > 1e-3
