@@ -23,6 +23,7 @@ from oodcli.detectors.tied_gaussians import (
     shortened,
     white_means,
 )
+from oodcli.detectors.widened import WIDEN, widened
 from oodcli.features import Features, recorded
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class RMDS(Detector):
     fitted = True
     better_on_real = True
     heavy = True
+    widens = True
 
     mean: Tensor
     whitening: Tensor
@@ -77,10 +79,17 @@ class RMDS(Detector):
         return cls.needs | {"logits"}
 
     @classmethod
-    def fit(cls, train: Blocks, *, normalize: Annotated[float, NORMALIZE] = 0.0) -> Self:
-        """One pass; a (D, D) and a (K, D) sum are kept. Raises DetectorError for a β outside
-        0 … 1, and when there is no row."""
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        normalize: Annotated[float, NORMALIZE] = 0.0,
+        widen: Annotated[float | None, WIDEN] = None,
+    ) -> Self:
+        """One pass, two more to widen; a (D, D) and a (K, D) sum are kept. Raises DetectorError for
+        a β or a share outside 0 … 1, and when there is no row."""
         require_between(cls.name, 0, 1, normalize=normalize)
+        train = widened(train, cls.fit_needs(), cls.name, widen)
         found = scatters(train, cls.fit_needs(), [EMBEDDING], cls.name, normalize=normalize)
         sums = found[EMBEDDING]
         least = len(sums.square) + len(sums.means)
@@ -120,6 +129,8 @@ class RMDSPlusPlus(RMDS):
         s = \min_c \, (x - \mu_c)^\top \Sigma^+ (x - \mu_c) - (x - \mu)^\top \Sigma_0^+ (x - \mu),
         \qquad x = \frac{u}{\lVert u \rVert^\beta}
     """
+
+    widens = False  # it would change nothing: embeddings have length 1
 
     @classmethod
     def fit(cls, train: Blocks, *, normalize: Annotated[float, NORMALIZE] = 1.0) -> Self:

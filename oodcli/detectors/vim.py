@@ -11,6 +11,7 @@ from torch import Tensor
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.energy import energy
+from oodcli.detectors.widened import WIDEN, widened
 from oodcli.errors import DetectorError
 from oodcli.features import Features, LinearHead, recorded
 
@@ -75,6 +76,7 @@ class ViM(Detector):
     fitted = True
     better_on_real = True
     heavy = True
+    widens = True
 
     origin: Tensor
     basis: Tensor
@@ -86,9 +88,12 @@ class ViM(Detector):
         train: Blocks,
         *,
         dim: Annotated[int | None, DIM] = None,
+        widen: Annotated[float | None, WIDEN] = None,
     ) -> Self:
-        """Two passes; one (D, D) sum is kept. dim: half the width, at most 1,000, where it is not
-        given. Raises DetectorError when it is not in 1 … D − 1, or nothing lies off that space."""
+        """Two passes, two more to widen; one (D, D) sum is kept. dim: half the width, at most
+        1,000, where it is not given. Raises DetectorError when it is not in 1 … D − 1, when nothing
+        lies off that space, and for a share outside 0 … 1."""
+        train = widened(train, cls.needs, cls.name, widen)
         origin, basis = null_space(train, cls.needs, cls.name, dim)
         largest = residual = 0.0
         for block in finite_rows(train, cls.needs, cls.name):

@@ -16,6 +16,7 @@ from torch import Tensor
 from oodcli import detectors
 from oodcli.detectors.base import Detector
 from oodcli.detectors.calibration import Calibration, calibrate, labelled_threshold
+from oodcli.detectors.widened import RIGHT
 from oodcli.errors import DetectorError, FileError, OodcliError
 from oodcli.features import Features, recorded
 from oodcli.files.artefact import Artefact, write_artefact
@@ -246,6 +247,9 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
         if kind.needs_ood or (kind.uses_ood and inputs.ood is not None):
             given["ood"] = _ood_rows(kind, inputs, needs)
         given |= _noise_and_pool(kind, inputs)
+        raw = cache.provenance.virtual and cache.provenance.matched_accuracy is None
+        if kind.widens and raw:
+            given.setdefault("widen", RIGHT)
         start = time.monotonic()
         detector = kind.fit(cache.rows(needs), **given)
         seconds = time.monotonic() - start
