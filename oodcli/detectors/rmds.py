@@ -133,5 +133,7 @@ class RMDSPlusPlus(RMDS):
     widens = False  # it would change nothing: embeddings have length 1
 
     @classmethod
-    def fit(cls, train: Blocks, *, normalize: Annotated[float, NORMALIZE] = 1.0) -> Self:
+    def fit(  # type: ignore[override]
+        cls, train: Blocks, *, normalize: Annotated[float, NORMALIZE] = 1.0
+    ) -> Self:
         return super().fit(train, normalize=normalize)
