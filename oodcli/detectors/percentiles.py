@@ -12,24 +12,38 @@ from torch import Tensor
 def percentile_of(blocks: Callable[[], Iterable[Tensor]], percent: float) -> float:
     """The percentile of all entries of some float32 tensors, exactly and in constant memory:
     between neighbouring ranks it is interpolated, as numpy does. blocks: called for two passes."""
+    return percentiles_of(blocks, [percent])[0]
+
+
+def percentiles_of(
+    blocks: Callable[[], Iterable[Tensor]], percents: Sequence[float]
+) -> list[float]:
+    """The same of several percentiles, in the same two passes."""
     # Read as integers, the bits of float32 are in the order of the numbers, those of negative
     # ones reversed. The first pass counts their upper halves, the second the lower ones.
     upper = torch.zeros(1 << 16, dtype=torch.int64)
     for entries in blocks():
         upper += torch.bincount(_ordered_bits(entries) >> 16, minlength=1 << 16).cpu()
-    position = (int(upper.sum()) - 1) * percent / 100
-    places = [_place(upper, rank) for rank in (math.floor(position), math.ceil(position))]
-    lower = {half: torch.zeros(1 << 16, dtype=torch.int64) for half, _ in places}
+    positions = [(int(upper.sum()) - 1) * percent / 100 for percent in percents]
+    ranks = {end(each) for each in positions for end in (math.floor, math.ceil)}
+    places = {rank: _place(upper, rank) for rank in ranks}
+    lower = {half: torch.zeros(1 << 16, dtype=torch.int64) for half, _ in places.values()}
     for entries in blocks():
         bits = _ordered_bits(entries)
         for half, counts in lower.items():
             inside = bits[bits >> 16 == half] & 0xFFFF
             counts += torch.bincount(inside, minlength=1 << 16).cpu()
-    low, high = (
-        float(_from_ordered_bits(torch.tensor((half << 16) + _place(lower[half], rank)[0])))
-        for half, rank in places
-    )
-    return low + (high - low) * (position % 1)
+
+    def entry(rank: int) -> float:
+        half, left = places[rank]
+        low = _place(lower[half], left)[0]
+        return float(_from_ordered_bits(torch.tensor((half << 16) + low)))
+
+    found = []
+    for each in positions:
+        low, high = entry(math.floor(each)), entry(math.ceil(each))
+        found.append(low + (high - low) * (each % 1))
+    return found
 
 
 DIGITS = (11, 11, 10)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from oodcli import detectors
 from oodcli.detectors.base import Detector
 from oodcli.detectors.calibration import Calibration, calibrate, labelled_threshold
+from oodcli.detectors.sums import Whole, Without
 from oodcli.detectors.widened import RIGHT
 from oodcli.errors import DetectorError, FileError, OodcliError
 from oodcli.features import Features, recorded
@@ -251,7 +253,8 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
         if kind.widens and raw:
             given.setdefault("widen", RIGHT)
         start = time.monotonic()
-        detector = kind.fit(cache.rows(needs), **given)
+        whole = Whole(cache.rows(needs))
+        detector = kind.fit(whole, **given)
         seconds = time.monotonic() - start
         fitted_on = {
             "file": cache.path.name,
@@ -286,14 +289,15 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     if cache is None or cache.provenance.virtual or kind.reference_images is not None:
         return artefact
     everything, held_out = needs | detector.score_needs | {"logits"}, None
+    part: Callable[[Tensor], Tensor] | None = None
     cache.require(everything, detectors.word_for(kind.name))
     if not needs:
-        rows: Iterable[Features] = cache.rows(everything)
-        held_out = [detector.score(block) for block in rows]
+        held_out = [detector.score(block) for block in cache.rows(everything)]
     elif cache.count >= HELD_OUT_FROM:
         # A detector is kinder to the rows that it was fitted on, so another one, fitted
         # without every fifth row, says how rows that it has not seen are scored.
         every = max(5, cache.count // HELD_OUT_AT_MOST)
+        part = partial(_is_nth, every)
         if seconds > LONG:
             log.info(
                 f"{kind.name}: fitting again without every {every}th row, to calibrate on those: "
@@ -301,14 +305,24 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
             )
         # The first fit has logged the notes.
         with only_from(logging.WARNING, "oodcli.detectors"):
-            apart = kind.fit(cache.rows(needs, lambda row: row % every != 0), **given)
-        rows = cache.rows(everything, lambda row: row % every == 0)
-        held_out = [apart.score(block) for block in rows]
+            apart = kind.fit(
+                Without(
+                    whole,
+                    cache.rows(needs, lambda row: row % every != 0),
+                    cache.rows(needs, part),
+                ),
+                **given,
+            )
+        held_out = [apart.score(block) for block in cache.rows(everything, part)]
     if held_out is None:
         return artefact
-    counts = class_counts(rows, _classes(cache))
+    counts = class_counts(cache.rows({"logits"}, part), _classes(cache))
     calibration = _with_classes(calibrate(held_out, [], None), counts)
     return replace(artefact, calibrations={"plain": calibration})
+
+
+def _is_nth(every: int, row: Tensor) -> Tensor:
+    return row % every == 0
 
 
 def _classes(cache: FeatureCache) -> int:
