@@ -53,20 +53,27 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> float:
 def peak(words: Sequence[str]) -> tuple[float, float]:
     """Seconds and the largest resident memory in MB of a command. Raises SystemExit with what it
     printed when it fails."""
+    found = usage(words)
+    return found["seconds"], found["peak_mb"]
+
+
+def usage(words: Sequence[str]) -> dict[str, float]:
+    """Of a command: ``seconds``, ``processor_seconds`` and ``peak_mb``, the largest resident
+    memory. Raises SystemExit with what it printed when it fails."""
     # Through a small process: Linux counts what a process was forked from as its own, and here
     # that may be hundreds of MB of torch.
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
-    found = json.loads(done.stdout)
-    return found["seconds"], found["peak_mb"]
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def _measure(words: Sequence[str]) -> int:
     start = time.perf_counter()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(words, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
+        _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start
         if process.returncode:
@@ -74,7 +81,12 @@ def _measure(words: Sequence[str]) -> int:
             sys.stderr.write(output.read().decode(errors="replace"))
             return 1
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    print(json.dumps({"seconds": seconds, "peak_mb": usage.ru_maxrss * unit / 1e6}))
+    found = {
+        "seconds": seconds,
+        "processor_seconds": used.ru_utime + used.ru_stime,
+        "peak_mb": used.ru_maxrss * unit / 1e6,
+    }
+    print(json.dumps(found))
     return 0
 
 

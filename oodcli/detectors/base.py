@@ -57,6 +57,10 @@ class Detector(ABC):
     reference_images: ClassVar[str | None] = None
     """IMAGES to fit on by default: the detector needs no data of the user's."""
 
+    widens: ClassVar[bool] = False
+    """``fit`` has an argument ``widen``, with which rows become as different as real ones:
+    ``widened``. Virtual rows need it."""
+
     better_on_real: ClassVar[bool] = False
     """It reads spreads, tails or neighbours, which virtual images do not share with real ones, or
     labels that the network may get wrong."""

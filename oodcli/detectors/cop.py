@@ -9,7 +9,7 @@ from typing import Annotated, Self
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
-from oodcli.detectors.blocks import Blocks, finite_rows
+from oodcli.detectors.blocks import Blocks
 from oodcli.detectors.hyperparameters import require_fraction
 from oodcli.detectors.knn import unit
 from oodcli.detectors.peak_energy import positive_energy
@@ -70,8 +70,9 @@ class CoP(Detector):
         cls, train: Blocks, share: float, change: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         require_fraction(cls.name, share=share)
-        rows = finite_rows(train, cls.needs, cls.name)
-        mean, covariance = mean_and_covariance(change(recorded(b.embedding)) for b in rows)
+        mean, covariance = mean_and_covariance(
+            train, cls.needs, cls.name, lambda block: change(recorded(block.embedding))
+        )
         return mean, leading_directions(covariance, share)
 
     @property

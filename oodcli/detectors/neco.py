@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
-from oodcli.detectors.blocks import Blocks, finite_rows
+from oodcli.detectors.blocks import Blocks
 from oodcli.detectors.hyperparameters import require_between
 from oodcli.detectors.latent_space import TINY
 from oodcli.detectors.principal import CONSTANT, leading_directions, mean_and_covariance
@@ -65,7 +65,7 @@ class NECO(Detector):
         """One pass; one (D, D) sum is kept. Raises DetectorError for a dim that is not in 1 … D,
         and when there is no row."""
         mean, covariance = mean_and_covariance(
-            recorded(block.embedding).double() for block in finite_rows(train, cls.needs, cls.name)
+            train, cls.needs, cls.name, lambda block: recorded(block.embedding).double()
         )
         if dim is not None:
             require_between(cls.name, 1, len(mean), dim=dim)

@@ -14,6 +14,7 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.class_statistics import class_of
 from oodcli.detectors.hyperparameters import require_positive
+from oodcli.detectors.widened import WIDEN, widened
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
 
@@ -133,6 +134,7 @@ class OpenMax(Detector):
     needs = frozenset({"logits", "logits.level"})
     fitted = True
     better_on_real = True
+    widens = True
 
     centre: Tensor
     law: Tensor
@@ -149,12 +151,15 @@ class OpenMax(Detector):
         alpha: Annotated[
             int, "how many of the largest logits are revised, at most K; OpenOOD's, not tuned"
         ] = 3,
+        widen: Annotated[float | None, WIDEN] = None,
     ) -> Self:
-        """Two passes; a (K, K) sum and τ distances a class are kept. Rows without a label count as
-        the class that is predicted. Raises DetectorError when no row is classified rightly."""
+        """Two passes, two more to widen; a (K, K) sum and τ distances a class are kept. Rows
+        without a label count as the class that is predicted. Raises DetectorError when no row is
+        classified rightly, and for a share outside 0 … 1."""
         require_positive(cls.name, alpha=alpha)
         if tail < 2:
             raise DetectorError(f"{cls.name}.tail={tail} must be at least 2")
+        train = widened(train, cls.needs, cls.name, widen)
         total = count = torch.zeros(0)
         for z, label in _right(train):
             if not len(count):

@@ -13,7 +13,7 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.energy import head_energy
 from oodcli.detectors.hyperparameters import require_percent, require_positive
-from oodcli.detectors.percentiles import percentile_of
+from oodcli.detectors.percentiles import percentiles_of
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
 
@@ -66,14 +66,14 @@ class OptFS(Detector):
             float, "percentile of all entries where the bins end, in percent; the authors'"
         ] = 99.9,
     ) -> Self:
-        """Five passes, in constant memory. Raises DetectorError when all entries are equal."""
+        """Three passes, in constant memory. Raises DetectorError when all entries are equal."""
         require_positive(cls.name, bins=bins)
         require_percent(cls.name, (0, 100), low=low, high=high)
 
         def embeddings() -> Iterable[Tensor]:
             return (recorded(b.embedding) for b in finite_rows(train, cls.fit_needs(), cls.name))
 
-        start, end = percentile_of(embeddings, low), percentile_of(embeddings, high)
+        start, end = percentiles_of(embeddings, [low, high])
         if not start < end:
             raise DetectorError(
                 f"{cls.name}: the embeddings have no entries between their percentiles {low:g} and "

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
-from oodcli.detectors.blocks import Blocks, finite_rows
+from oodcli.detectors.blocks import Blocks
 from oodcli.detectors.knn import unit
 from oodcli.detectors.msp import softmax
+from oodcli.detectors.sums import moments
 from oodcli.features import Features, LinearHead, recorded
 
 SINGULAR = 1e-10
@@ -68,11 +69,10 @@ class PNML(Detector):
     @classmethod
     def fit(cls, train: Blocks) -> Self:
         """One pass; one (D, D) sum is kept. Raises DetectorError when there is no row."""
-        total: Tensor | None = None
-        for block in finite_rows(train, cls.fit_needs(), cls.name):
-            rows = unit(recorded(block.embedding))
-            total = rows.T @ rows if total is None else total.addmm_(rows.T, rows)
-        values, vectors = torch.linalg.eigh(recorded(total))
+        sums = moments(
+            train, cls.fit_needs(), cls.name, lambda block: unit(recorded(block.embedding))
+        )
+        values, vectors = torch.linalg.eigh(sums["square"])
         kept = values > SINGULAR * values[-1]
         return cls((vectors[:, kept] / values[kept].sqrt()).contiguous())
 

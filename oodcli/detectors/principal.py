@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from oodcli.detectors.blocks import Blocks
+from oodcli.detectors.sums import moments
+from oodcli.features import Features
 
 CONSTANT = 1e-12
 """A variance below this share of the mean square is rounding: the column is constant."""
 
 
-def mean_and_covariance(rows: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """(D,), and (D, D) with divisor N, of all rows of some blocks (N, D) float64, at least one row.
-    A (D, D) sum is kept."""
-    count, total, square = 0, torch.zeros(0), torch.zeros(0)
-    for block in rows:
-        if not count:
-            total = block.new_zeros(block.shape[1])
-            square = block.new_zeros(block.shape[1], block.shape[1])
-        count += len(block)
-        total += block.sum(0)
-        square.addmm_(block.T, block)
-    mean = total / count
-    return mean, square / count - torch.outer(mean, mean)
+def mean_and_covariance(
+    train: Blocks, needs: frozenset[str], who: str, rows: Callable[[Features], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(D,), and (D, D) with divisor N, of all rows (N, D) float64 of some blocks. One pass; a
+    (D, D) sum is kept. Raises DetectorError without a row."""
+    sums = moments(train, needs, who, rows)
+    mean = sums["total"] / sums["count"]
+    return mean, sums["square"] / sums["count"] - torch.outer(mean, mean)
 
 
 def leading_directions(covariance: Tensor, share: float) -> Tensor:

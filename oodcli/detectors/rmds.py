@@ -23,6 +23,7 @@ from oodcli.detectors.tied_gaussians import (
     shortened,
     white_means,
 )
+from oodcli.detectors.widened import WIDEN, widened
 from oodcli.features import Features, recorded
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class RMDS(Detector):
     fitted = True
     better_on_real = True
     heavy = True
+    widens = True
 
     mean: Tensor
     whitening: Tensor
@@ -74,10 +76,21 @@ class RMDS(Detector):
     normalize: float
 
     @classmethod
-    def fit(cls, train: Blocks, *, normalize: Annotated[float, NORMALIZE] = 0.0) -> Self:
-        """One pass; a (D, D) and a (K, D) sum are kept. Raises DetectorError for a β outside
-        0 … 1, and when there is no row."""
+    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
+        return cls.needs | {"logits"}
+
+    @classmethod
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        normalize: Annotated[float, NORMALIZE] = 0.0,
+        widen: Annotated[float | None, WIDEN] = None,
+    ) -> Self:
+        """One pass, two more to widen; a (D, D) and a (K, D) sum are kept. Raises DetectorError for
+        a β or a share outside 0 … 1, and when there is no row."""
         require_between(cls.name, 0, 1, normalize=normalize)
+        train = widened(train, cls.fit_needs(), cls.name, widen)
         found = scatters(train, cls.fit_needs(), [EMBEDDING], cls.name, normalize=normalize)
         sums = found[EMBEDDING]
         least = len(sums.square) + len(sums.means)
@@ -118,6 +131,10 @@ class RMDSPlusPlus(RMDS):
         \qquad x = \frac{u}{\lVert u \rVert^\beta}
     """
 
+    widens = False  # it would change nothing: embeddings have length 1
+
     @classmethod
-    def fit(cls, train: Blocks, *, normalize: Annotated[float, NORMALIZE] = 1.0) -> Self:
+    def fit(  # type: ignore[override]
+        cls, train: Blocks, *, normalize: Annotated[float, NORMALIZE] = 1.0
+    ) -> Self:
         return super().fit(train, normalize=normalize)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.msp import max_softmax, softmax
+from oodcli.detectors.widened import WIDEN, widened
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
 
@@ -51,13 +52,19 @@ class TemperatureScaling(Detector):
     fit_also = frozenset({"label"})
     fitted = True
     better_on_real = True
+    widens = True
 
     T: float
 
     @classmethod
-    def fit(cls, train: Blocks) -> Self:
-        """About ten passes; nothing is kept of a row. Rows without a label are left out. Raises
-        DetectorError when no row has one."""
+    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
+        return cls.needs | {"label"}
+
+    @classmethod
+    def fit(cls, train: Blocks, *, widen: Annotated[float | None, WIDEN] = None) -> Self:
+        """About ten passes; nothing is kept of a row but, to widen, a number. Rows without a label
+        are left out. Raises DetectorError when no row has one, and for a share outside 0 … 1."""
+        train = widened(train, cls.fit_needs(), cls.name, widen)
         low, high = 1 / LARGEST, LARGEST
         if _derivatives(train, low)[0] >= 0:
             beta = low

@@ -12,6 +12,7 @@ from torch import Tensor
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.class_statistics import class_of
 from oodcli.detectors.layer_choice import layer_rows
+from oodcli.detectors.sums import Sums, add_square, summed, whole_square
 from oodcli.features import Features, recorded
 
 log = logging.getLogger(__name__)
@@ -134,22 +135,26 @@ def scatters(
 ) -> dict[str, Scatter]:
     """One pass over rows to fit on, of length ‖x‖^(1 − normalize). label: (N,) the class of each
     row. Raises DetectorError without a row."""
-    count = torch.zeros(0, dtype=torch.float64)
-    total: dict[str, Tensor] = {}
-    square: dict[str, Tensor] = {}
-    for block in finite_rows(train, needs, who):
-        classes = label(block)
-        if not len(count):
-            count = torch.zeros(recorded(block.logits).shape[1], dtype=torch.float64)
-        count += torch.bincount(classes, minlength=len(count))
-        for name in layers:
-            rows = shortened(layer_rows(block, name), normalize)
-            if name not in total:
-                total[name] = rows.new_zeros(len(count), rows.shape[1])
-                square[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-            total[name].index_add_(0, classes, rows)
-            square[name].addmm_(rows.T, rows)
-    return {name: Scatter(count, total[name], square[name]) for name in layers}
+
+    def add(train: Blocks) -> Sums:
+        sums: dict[str, Tensor] = {}
+        for block in finite_rows(train, needs, who):
+            classes, known = label(block), recorded(block.logits).shape[1]
+            if not sums:
+                sums["count"] = torch.zeros(known, dtype=torch.float64)
+            sums["count"] += torch.bincount(classes, minlength=known)
+            for name in layers:
+                rows = shortened(layer_rows(block, name), normalize)
+                total, square = f"{name}/total", f"{name}/square"
+                if total not in sums:
+                    sums[total] = rows.new_zeros(known, rows.shape[1])
+                    sums[square] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                sums[total].index_add_(0, classes, rows)
+                add_square(sums[square], rows)
+        return sums | {f"{n}/square": whole_square(sums[f"{n}/square"]) for n in layers}
+
+    sums = summed(train, who, add)
+    return {n: Scatter(sums["count"], sums[f"{n}/total"], sums[f"{n}/square"]) for n in layers}
 
 
 def tied_gaussians(

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from oodcli import detectors
 from oodcli.detectors.base import Detector
+from oodcli.detectors.blocks import Blocks
 from oodcli.detectors.calibration import Calibration, calibrate, labelled_threshold
+from oodcli.detectors.sums import Whole, Without
+from oodcli.detectors.widened import RIGHT
 from oodcli.errors import DetectorError, FileError, OodcliError
 from oodcli.features import Features, recorded
 from oodcli.files.artefact import Artefact, write_artefact
@@ -251,12 +254,16 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
         if kind.needs_ood or (kind.uses_ood and inputs.ood is not None):
             given["ood"] = _ood_rows(kind, inputs, needs)
         given |= _noise_and_pool(kind, inputs)
-        rest: Part | None = None
+        raw = cache.provenance.virtual and cache.provenance.matched_accuracy is None
+        if kind.widens and raw:
+            given.setdefault("widen", RIGHT)
+        kept, held = _parted(cache)
+        whole = Whole(cache.rows(needs))
+        rows: Blocks = whole
         if kind.needs_pool and not inputs.calibrate:  # rows for it, that it is not fitted on
-            rest, held_out_rows = _parted(cache)
-            given["pool"] = cache.rows(kind.needs, held_out_rows)
+            rows, given["pool"] = cache.rows(needs, kept), cache.rows(kind.needs, held)
         start = time.monotonic()
-        detector = kind.fit(cache.rows(needs, rest), **given)
+        detector = kind.fit(rows, **given)
         seconds = time.monotonic() - start
         fitted_on = {
             "file": cache.path.name,
@@ -292,14 +299,14 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     if cache is None or cache.provenance.virtual or kind.reference_images is not None:
         return artefact
     everything, held_out = needs | detector.score_needs | {"logits"}, None
+    part: Part | None = None
     cache.require(everything, detectors.word_for(kind.name))
     if not needs:
-        rows: Iterable[Features] = cache.rows(everything)
-        held_out = [detector.score(block) for block in rows]
+        held_out = [detector.score(block) for block in cache.rows(everything)]
     elif cache.count >= HELD_OUT_FROM:
         # A detector is kinder to the rows that it was fitted on, so another one, fitted
         # without every fifth row, says how rows that it has not seen are scored.
-        rest, held_out_rows = _parted(cache)
+        part = held
         apart = detector
         if not kind.needs_pool:
             if seconds > LONG:
@@ -307,14 +314,14 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
                     f"{kind.name}: fitting again without the held-out rows, to calibrate on those: "
                     f"about {seconds:.0f} s more"
                 )
+            without = Without(whole, cache.rows(needs, kept), cache.rows(needs, held))
             # The first fit has logged the notes.
             with only_from(logging.WARNING, "oodcli.detectors"):
-                apart = kind.fit(cache.rows(needs, rest), **given)
-        rows = cache.rows(everything, held_out_rows)
-        held_out = [apart.score(block) for block in rows]
+                apart = kind.fit(without, **given)
+        held_out = [apart.score(block) for block in cache.rows(everything, held)]
     if held_out is None:
         return artefact
-    counts = class_counts(rows, _classes(cache))
+    counts = class_counts(cache.rows({"logits"}, part), _classes(cache))
     calibration = _with_classes(calibrate(held_out, [], None), counts)
     return replace(artefact, calibrations={"plain": calibration})
 

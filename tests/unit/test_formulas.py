@@ -490,6 +490,8 @@ def test_percentile_is_exact(percent, spread):
     expected = np.percentile(entries.double().numpy(), percent)
     found = percentiles.percentile_of(lambda: entries.split(2), percent)
     assert found == pytest.approx(expected, rel=1e-12)
+    both = percentiles.percentiles_of(lambda: entries.split(2), [50, percent])
+    assert both == [percentiles.percentile_of(lambda: entries.split(2), 50), found]
 
 
 def test_react():
