@@ -48,7 +48,8 @@ RECORDS: Mapping[str, Record] = {
     "layers.gradient": Record("layers/*/gradient", cannot=_NO_TAPS),
     "layers.sensitivity": Record(
         "layers/*/sensitivity",
-        lacks="sensitivities exist only for virtual images: extract a file from invert",
+        lacks="sensitivities exist only for virtual images: extract a file from invert, made "
+        "without --no-sensitivity",
         cannot=_NO_BATCHNORM,
     ),
     "batchnorm.mean": Record("batchnorm/*/mean", cheap=True),

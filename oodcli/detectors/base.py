@@ -85,6 +85,11 @@ class Detector(ABC):
         return self.needs
 
     @property
+    def every_class(self) -> bool:
+        """Whether it scores images of classes that had no rows to fit on as well as others."""
+        return False
+
+    @property
     def odin_step(self) -> OdinStep | None:
         """The perturbation with which ``odin.logits`` must have been recorded."""
         return None
