@@ -492,11 +492,13 @@ def invert(
     output: str | Path | None = None,
     *,
     per_class: int = 100,
+    total: int | None = None,
     objective: str = "kl",
     steps: int | None = None,
     classes: str | Iterable[int] | None = None,
     mirror: bool | None = None,
     compiled: bool | None = None,
+    sensitivity: bool = True,
     force: bool = False,
     restart: bool = False,
     shard: str | None = None,
@@ -510,14 +512,18 @@ def invert(
     """Invert a network: optimise virtual images from the statistics of its BatchNorm layers, into
     an .h5 file, by default CHECKPOINT.virtual.h5 in the working directory.
 
-    objective: kl, paper or deepinversion. steps, mirror: None for the default of the objective.
-    classes: classes to invert, such as ``"0-4,7"`` or [0, 7]. compiled: compile the step; None to
-    compile if that is faster. Raises OodcliError for a network without BatchNorm, and for invalid
-    arguments.
+    total: number of images in all, instead of per_class. objective: kl, paper or deepinversion.
+    steps, mirror: None for the default of the objective. classes: classes to invert, such as
+    ``"0-4,7"`` or [0, 7]. compiled: compile the step; None to compile if that is faster.
+    sensitivity: measure what ``c2ir`` needs. Raises OodcliError for a network without BatchNorm,
+    and for invalid arguments.
     """
     model = _model(checkpoint, device, batch_size, precision, seed)
     request = _inversion(
-        *(model, output, per_class, objective, steps, classes, mirror, compiled, force, shard)
+        *(model, output, per_class, total, objective, steps, classes, mirror, compiled),
+        sensitivity=sensitivity,
+        force=force,
+        shard=shard,
     )
     return _invert(replace(request, restart=restart, command=command), progress)
 
@@ -527,11 +533,13 @@ def estimate_inversion(
     output: str | Path | None = None,
     *,
     per_class: int = 100,
+    total: int | None = None,
     objective: str = "kl",
     steps: int | None = None,
     classes: str | Iterable[int] | None = None,
     mirror: bool | None = None,
     compiled: bool | None = None,
+    sensitivity: bool = True,
     force: bool = False,
     shard: str | None = None,
     device: str = "auto",
@@ -543,7 +551,10 @@ def estimate_inversion(
     model = _model(checkpoint, device, batch_size, precision, seed)
     return _estimate(
         _inversion(
-            *(model, output, per_class, objective, steps, classes, mirror, compiled, force, shard)
+            *(model, output, per_class, total, objective, steps, classes, mirror, compiled),
+            sensitivity=sensitivity,
+            force=force,
+            shard=shard,
         )
     )
 
@@ -552,15 +563,18 @@ def _inversion(
     model: Model,
     output: str | Path | None,
     per_class: int,
+    total: int | None,
     objective: str,
     steps: int | None,
     classes: str | Iterable[int] | None,
     mirror: bool | None,
     compiled: bool | None,
+    *,
+    sensitivity: bool,
     force: bool,
     shard: str | None,
 ) -> InvertRequest:
-    for name, value in (("per_class", per_class), ("steps", steps)):
+    for name, value in (("per_class", per_class), ("total", total), ("steps", steps)):
         if value is not None and value < 1:
             raise OodcliError(f"{name} {value}: expected at least 1")
     if classes is not None and not isinstance(classes, str):
@@ -569,11 +583,13 @@ def _inversion(
         model,
         _path(output),
         per_class=per_class,
+        total=total,
         objective=objective,
         steps=steps,
         classes=classes,
         mirror=mirror,
         compiled=compiled,
+        sensitivity=sensitivity,
         force=force,
         shard=shard,
     )
@@ -585,7 +601,7 @@ def prepare(
     *,
     accuracy: float | None = None,
     images: str | Path | None = None,
-    per_class: int = 50,
+    per_class: int | None = None,
     steps: int | None = None,
     mirror: bool | None = None,
     force: bool = False,
@@ -603,10 +619,11 @@ def prepare(
     are there already are not run again.
 
     accuracy: the published test accuracy, such as 0.917. images: real in-distribution images that
-    the network was not trained on. per_class, steps, mirror: as of ``invert``. progress: called
-    with the number of steps done and their total. watching: opens a progress callback per step,
-    which is called with the number of images, or detectors, and their total. Raises OodcliError for
-    invalid arguments and unusable files.
+    the network was not trained on. per_class, steps, mirror: as of ``invert``; per_class: None for
+    50, or with over 100 classes for a number in all that follows from the image size. progress:
+    called with the number of steps done and their total. watching: opens a progress callback per
+    step, which is called with the number of images, or detectors, and their total. Raises
+    OodcliError for invalid arguments and unusable files.
     """
     model = _model(checkpoint, device, batch_size, precision, seed)
     request = _preparation(model, output, accuracy, images, per_class, steps, mirror, force)
@@ -619,7 +636,7 @@ def plan_preparation(
     *,
     accuracy: float | None = None,
     images: str | Path | None = None,
-    per_class: int = 50,
+    per_class: int | None = None,
     steps: int | None = None,
     mirror: bool | None = None,
     force: bool = False,
@@ -639,7 +656,7 @@ def _preparation(
     output: str | Path | None,
     accuracy: float | None,
     images: str | Path | None,
-    per_class: int,
+    per_class: int | None,
     steps: int | None,
     mirror: bool | None,
     force: bool,

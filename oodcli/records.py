@@ -55,7 +55,8 @@ RECORDS: Mapping[str, Record] = {
     ),
     "layers.sensitivity": Record(
         "layers/*/sensitivity",
-        lacks="sensitivities exist only for virtual images: extract a file from invert",
+        lacks="sensitivities exist only for virtual images: extract a file from invert, made "
+        "without --no-sensitivity",
         cannot=_NO_BATCHNORM,
     ),
     "batchnorm.mean": Record("batchnorm/*/mean", cheap=True),

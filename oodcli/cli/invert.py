@@ -29,6 +29,14 @@ def command(
     per_class: Annotated[
         int, typer.Option(min=1, help="Virtual images per class; the paper uses 2500.")
     ] = 100,
+    total: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Virtual images in all, in place of --per-class. With fewer than classes, they "
+            "are of classes spread over all, and --seed 1 continues with the next ones.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File to write, by default CHECKPOINT.virtual.h5."),
@@ -36,20 +44,23 @@ def command(
     objective: Annotated[
         str,
         typer.Option(
-            help="Objective: kl (ours), paper (C2IR, eq. 5) or deepinversion.",
-            autocompletion=words("kl", "paper", "deepinversion"),
+            help="Objective: kl (ours), short (ours, for many classes), paper (C2IR, eq. 5) or "
+            "deepinversion.",
+            autocompletion=words("kl", "short", "paper", "deepinversion"),
         ),
     ] = "kl",
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Optimisation steps per image.", show_default="50 for kl, otherwise 2000"
+            min=1,
+            help="Optimisation steps per image.",
+            show_default="50 for kl, 24 for short, otherwise 2000",
         ),
     ] = None,
     classes: Annotated[
         str | None, typer.Option(metavar="0-4,7", help="Classes to invert.", show_default="all")
     ] = None,
-    mirror: Annotated[bool | None, mirroring("on for kl, otherwise off")] = None,
+    mirror: Annotated[bool | None, mirroring("on for kl and short, otherwise off")] = None,
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -58,6 +69,12 @@ def command(
             show_default="if the job is long and that is faster",
         ),
     ] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            help="Measure the sensitivities that c2ir needs, which costs as much as 7 steps.",
+        ),
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print how long the job would run, and exit.")
     ] = False,
@@ -75,11 +92,13 @@ def command(
 
     given: dict[str, Any] = {
         "per_class": per_class,
+        "total": total,
         "objective": objective,
         "steps": steps,
         "classes": classes,
         "mirror": mirror,
         "compiled": compiled,
+        "sensitivity": sensitivity,
         "force": force,
         "shard": shard,
         **model.running(),

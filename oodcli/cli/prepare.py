@@ -44,10 +44,21 @@ def command(
             "not: a folder, an .npz …, as IMAGES of score.",
         ),
     ] = None,
-    per_class: Annotated[int, typer.Option(min=2, help="Virtual images per class.")] = 50,
+    per_class: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Virtual images per class.",
+            show_default="50; with over 100 classes a number in all, by the image size",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Optimisation steps per virtual image.", show_default="50"),
+        typer.Option(
+            min=1,
+            help="Optimisation steps per virtual image.",
+            show_default="50; with over 100 classes 24",
+        ),
     ] = None,
     mirror: Annotated[bool | None, mirroring("on")] = None,
     output: Annotated[

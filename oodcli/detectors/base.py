@@ -97,6 +97,11 @@ class Detector(ABC):
         return self.needs
 
     @property
+    def every_class(self) -> bool:
+        """Whether it scores images of classes that had no rows to fit on as well as others."""
+        return False
+
+    @property
     def made_with(self) -> Making | None:
         """How its records must have been made; None where there is but one way."""
         return None

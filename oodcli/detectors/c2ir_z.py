@@ -20,6 +20,12 @@ RIDGE = 1e-3
 """Added to each channel's variance, as a share of its layer's mean variance: a dead channel that
 wakes up counts for much, but not for everything."""
 
+MANY_CLASSES = 100
+"""Number of classes above which they share their statistics, where there are few rows."""
+
+FEW_ROWS = 10
+"""Rows a class, on average, below which they do: the mean of one or two rows is no centre."""
+
 
 def standardised_deviation(mean: Tensor, centre: Tensor, variance: Tensor) -> Tensor:
     """Mean over channels of ((m − μ^c)/sd)². mean, centre: (N, C); variance: (C,). Returns (N,)."""
@@ -38,9 +44,13 @@ class C2IRZ(Detector):
     over positions at the BatchNorm outputs; μ^c: their mean over the rows x̂ of the predicted class
     c; σ: their standard deviation within classes; λ = 1/L.
 
-    layers: L names. layer_weights: (K, L), rows sum to 1. centre: name → (K, C). variance: name →
-    (C,), within classes, with a ridge. evidence: (K,), class means of −w_c·u; evidence_sd: ().
-    present: (K,) bool. weights: ``uniform``, or ``mgi``: ‖w^c_l ⊙ sd_l‖^½.
+    With over 100 classes and fewer than ten rows a class on average, all classes share the mean and
+    the spread of all rows.
+
+    layers: L names. layer_weights: (G, L), rows sum to 1; G = K, or 1 where statistics are shared.
+    centre: name → (G, C). variance: name → (C,), within classes, with a ridge. evidence: (G,),
+    means of −w_c·u; evidence_sd: (). present: (K,) bool. weights: ``uniform``, or ``mgi``:
+    ‖w^c_l ⊙ sd_l‖^½.
     """
 
     name = "c2ir-z"
@@ -79,7 +89,7 @@ class C2IRZ(Detector):
         ] = "uniform",
     ) -> Self:
         """One pass over the rows. Raises DetectorError when a record is missing, or when no class
-        has two rows."""
+        has two rows where classes share no statistics."""
         needs = cls.fit_needs(weights=weights)
         first: list[Features] = []
 
@@ -97,6 +107,10 @@ class C2IRZ(Detector):
             return found
 
         moments = class_moments(in_blocks(train), rows)
+        present = moments.present
+        few = float(moments.count.sum()) < FEW_ROWS * len(present)
+        if few and len(present) > MANY_CLASSES:
+            moments, present = moments.of_all, torch.ones_like(present)
         layers = batchnorm_layers(first[0])
         variance = {name: _ridged(moments.within_variance(f"{name}/mean")) for name in layers}
         importance = torch.ones(len(moments.count), len(layers), dtype=torch.float64)
@@ -114,19 +128,25 @@ class C2IRZ(Detector):
             variance=variance,
             evidence=moments.mean("evidence")[:, 0],
             evidence_sd=_ridged(moments.within_variance("evidence")).sqrt()[0],
-            present=moments.present,
+            present=present,
             weights=weights,
         )
+
+    @property
+    def every_class(self) -> bool:
+        """Whether no class needs rows of its own."""
+        return len(self.evidence) < len(self.present)
 
     def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
         """The z-score at the head, then each layer's weighted deviation."""
         predicted = predicted_among(recorded(test.logits), self.present)
-        weights = self.layer_weights[predicted]  # (N, L)
         evidence = head_evidence(recorded(test.embedding), recorded(test.head), predicted)
-        parts = [(evidence - self.evidence[predicted]) / self.evidence_sd]
+        group = torch.zeros_like(predicted) if self.every_class else predicted
+        weights = self.layer_weights[group]  # (N, L)
+        parts = [(evidence - self.evidence[group]) / self.evidence_sd]
         for index, name in enumerate(self.layers):
             mean = layer_mean(test, name, self.name, len(self.variance[name]))
-            centre = self.centre[name][predicted]
+            centre = self.centre[name][group]
             deviation = standardised_deviation(mean, centre, self.variance[name])
             parts.append(weights[:, index] * deviation)
         words = [f"activations of {name} are unlike the class's" for name in self.layers]

@@ -72,6 +72,15 @@ class ClassMoments:
         """(K,) bool: classes with at least one row."""
         return self.count > 0
 
+    @property
+    def of_all(self) -> ClassMoments:
+        """The same sums with all rows in one class: K = 1."""
+        return ClassMoments(
+            self.count.sum(0, keepdim=True),
+            {name: total.sum(0, keepdim=True) for name, total in self.total.items()},
+            {name: square.sum(0, keepdim=True) for name, square in self.square.items()},
+        )
+
     def mean(self, name: str) -> Tensor:
         """(K, C) class means; zero for a class without rows."""
         return self.total[name] / self.count.clamp(min=1)[:, None]

@@ -56,6 +56,10 @@ class Summed(Detector):
         return C2IRZ.fit_needs()
 
     @property
+    def every_class(self) -> bool:
+        return self.deviation.every_class
+
+    @property
     @abstractmethod
     def parts(self) -> tuple[Detector, ...]:
         """P detectors, fitted."""

@@ -160,6 +160,12 @@ def sensitivities(file: h5py.File) -> dict[str, h5py.Dataset]:
     return found
 
 
+def has_sensitivity(path: Path) -> bool:
+    """Whether the file has sensitivities. Raises FileError when the file is damaged."""
+    with reading(path, FORMAT, MADE_BY) as file, damage(path):
+        return bool(sensitivities(file))
+
+
 def read_sensitivity(path: Path, start: int, stop: int) -> dict[str, Tensor]:
     """Layer → (stop − start, C) float32. Raises FileError when the file is damaged."""
     with reading(path, FORMAT, MADE_BY) as file, damage(path):

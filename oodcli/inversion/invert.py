@@ -33,12 +33,18 @@ HALVED_FROM = 96
 network that shrinks its input 32 times is left with a position or two."""
 
 
+SMALL_BATCH = 25
+"""Images of a batch by default where images are large."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What to invert. classes: the wanted labels. batch_size: at most; batches are evened out, and
-    every one mixes the classes, because the statistics of a one-class batch do not match.
-    half_steps: the first ones, on images of half the side, which take a quarter of the time (as
-    Yin et al. 2020 for ImageNet). ``prepare`` sets it."""
+    """What to invert. classes: the wanted labels. total: number of images in all, instead of
+    ``per_class``; with fewer than classes, another seed starts with the next classes. batch_size:
+    at most; batches are evened out, and every one mixes the classes, because the statistics of a
+    one-class batch do not match. half_steps: the first ones, on images of half the side, which take
+    a quarter of the time (as Yin et al. 2020 for ImageNet). ``prepare`` sets it. sensitivity:
+    whether to measure what ``c2ir`` needs."""
 
     classes: tuple[int, ...]
     per_class: int
@@ -48,20 +54,44 @@ class Plan:
     batch_size: int = 100
     precision: str = "float32"
     seed: int = 0
+    total: int | None = None
+    sensitivity: bool = True
 
     @property
     def total_steps(self) -> int:
         return self.objective.steps if self.steps is None else self.steps
 
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.classes) * self.per_class if self.total is None else self.total
+
+    @property
+    def inverted(self) -> int:
+        """Number of classes that have an image."""
+        return min(len(self.classes), self.count)
+
     def batches(self) -> list[Tensor]:
-        """Labels of each batch, (n,) int64; the classes take turns."""
-        total = len(self.classes) * self.per_class
-        labels = torch.tensor(self.classes).repeat(self.per_class)
-        return list(torch.tensor_split(labels, math.ceil(total / self.batch_size)))
+        """Labels of each batch, (n,) int64; the classes take turns. Where a batch has not all of
+        them, their order is such that its classes are spread over all: neighbours in a list of
+        classes may be alike, such as ImageNet's 118 breeds of dogs."""
+        classes = torch.tensor(self.classes)
+        if len(classes) > max(self.batch_size, SMALL_BATCH):
+            classes = classes[_spread(len(classes))]
+        first = 0 if self.total is None else self.seed * self.total
+        labels = classes[torch.arange(first, first + self.count) % len(classes)]
+        return list(torch.tensor_split(labels, math.ceil(self.count / self.batch_size)))
 
     def images(self, batches: range) -> int:
         """How many images some of the batches have."""
         return sum(len(labels) for labels in self.batches()[batches.start : batches.stop])
+
+
+def _spread(count: int) -> Tensor:
+    """A permutation of 0 … count − 1, (count,) int64, in which every stretch is spread evenly: the
+    ranks of the multiples of the golden ratio, modulo 1."""
+    multiples = torch.arange(count, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2)
+    return multiples.frac().argsort().argsort()
 
 
 @dataclass(frozen=True)
@@ -172,8 +202,7 @@ def _multiply_adds(classifier: Classifier, plan: Plan) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         classifier.network(image)
     steps = plan.total_steps - 0.75 * plan.half_steps
-    images = len(plan.classes) * plan.per_class
-    return float(counted.get_total_flops() / 2 * steps * images)
+    return float(counted.get_total_flops() / 2 * steps * plan.count)
 
 
 def _half_steps(classifier: Classifier, plan: Plan) -> int:
@@ -219,12 +248,13 @@ def _that_fits(step: Step, plan: Plan) -> tuple[Plan, float]:
 def _seconds(step: Step, plan: Plan) -> float:
     # A sensitivity takes about as long as a step at full size. That is tried first, because it is
     # where the memory may be short.
-    full_steps = plan.total_steps - plan.half_steps + SENSITIVITY_POINTS + 1
+    full_steps = plan.total_steps - plan.half_steps
+    full_steps += SENSITIVITY_POINTS + 1 if plan.sensitivity else 0
     seconds = full_steps * _seconds_per_image_step(step, replace(plan, steps=4, half_steps=0))
     if plan.half_steps:
         half = _seconds_per_image_step(step, replace(plan, steps=4, half_steps=4))
         seconds += plan.half_steps * half
-    return len(plan.classes) * plan.per_class * seconds
+    return plan.count * seconds
 
 
 def _seconds_per_image_step(step: Step, trial: Plan) -> float:
@@ -237,7 +267,8 @@ def _seconds_per_image_step(step: Step, trial: Plan) -> float:
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
-    _invert_batch(step, trial, labels, torch.Generator().manual_seed(0), mark, points=0)
+    trial = replace(trial, sensitivity=False)
+    _invert_batch(step, trial, labels, torch.Generator().manual_seed(0), mark)
     return (marks[-1] - marks[0]) / (len(marks) - 1) / len(labels)
 
 
@@ -247,7 +278,6 @@ def _invert_batch(
     labels: Tensor,
     generator: torch.Generator,
     progress: Callable[[int], None],
-    points: int = SENSITIVITY_POINTS,
 ) -> VirtualBatch:
     objective, steps, classifier = plan.objective, plan.total_steps, step.classifier
     device = classifier.device
@@ -264,7 +294,8 @@ def _invert_batch(
     adam = torch.optim.Adam([images], lr=objective.learning_rate, betas=objective.betas)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1))
     sensitivity = Sensitivity(target)
-    measured = {round(steps * point / points) for point in range(points + 1)} if points else set()
+    points = range(SENSITIVITY_POINTS + 1 if plan.sensitivity else 0)
+    measured = {round(steps * point / SENSITIVITY_POINTS) for point in points}
     for number in range(steps):
         if number == plan.half_steps:
             # In place, so that the learning rate's schedule goes on. Adam's moments start afresh:

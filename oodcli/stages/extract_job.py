@@ -18,7 +18,7 @@ from oodcli.features import Making
 from oodcli.files.atomic import refuse_suffix
 from oodcli.files.hdf5 import format_of
 from oodcli.files.origin import Origin, Words
-from oodcli.files.virtual import FORMAT, read_provenance
+from oodcli.files.virtual import FORMAT, has_sensitivity, read_provenance
 from oodcli.images import ImageSource
 from oodcli.images.arrays import VirtualImages
 from oodcli.inversion.degrade import Patched
@@ -140,7 +140,7 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
             )
         work = Work(kept, share, team)
         mine = len(work.part(len(source), batch_size))
-        sensitivities = request.virtual and "layers.gradient" in what
+        sensitivities = "layers.gradient" in what and _measured(request)
         summary = extract_to_file(
             *(classifier, source, recorder, path, made),
             batch_size=batch_size,
@@ -154,6 +154,11 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
     if summary is None:
         return None
     return Extracted(**{**summary, "file": path}, left_out=dict(made.left_out))
+
+
+def _measured(request: ExtractRequest) -> bool:
+    """Whether the images are virtual ones with the sensitivities of their inversion."""
+    return request.virtual and has_sensitivity(Path(request.images))
 
 
 def records_of(

@@ -273,7 +273,7 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
             "kind": _kind_of(cache.provenance),
             "ood": None if not kind.uses_ood or inputs.ood is None else inputs.ood.path.name,
         }
-        if fitted_on["kind"] != "noise":
+        if fitted_on["kind"] != "noise" and not detector.every_class:
             counts = class_counts(cache.rows({"logits"}), _classes(cache))
             fitted_on["classes_without_rows"] = _where(counts == 0)
             fitted_on["classes_with_one_row"] = _where(counts == 1)

@@ -47,7 +47,7 @@ def invert_to_file(
         **asdict(plan.objective),
         "steps": plan.total_steps,
         "half_steps": plan.half_steps,
-        "per_class": plan.per_class,
+        **({"per_class": plan.per_class} if plan.total is None else {"total": plan.total}),
         "batch_size": plan.batch_size,
         "path": step.path,
     }
@@ -87,7 +87,7 @@ def invert_to_file(
         "file": str(path),
         "contact_sheet": str(sheet_path),
         "images": count,
-        "classes": len(plan.classes),
+        "classes": plan.inverted,
         "objective": plan.objective.name,
         "steps": plan.total_steps,
         "precision": plan.precision,

@@ -15,6 +15,7 @@ from oodcli.files.atomic import refuse_existing, refuse_suffix
 from oodcli.files.hdf5 import Provenance
 from oodcli.files.hub import stem_of
 from oodcli.inversion.invert import (
+    SMALL_BATCH,
     Plan,
     decisions,
     prepare,
@@ -38,17 +39,20 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class InvertRequest:
     """What to invert, and how. output: None for CHECKPOINT.virtual.h5 in the working directory.
-    steps, mirror: None for the default of the objective. classes: ``0-4,7``; None for all.
-    compiled: compile the step; None to compile if that is faster. command: stored in the file."""
+    total: images in all, instead of per_class. steps, mirror: None for the default of the
+    objective. classes: ``0-4,7``; None for all. compiled: compile the step; None to compile if that
+    is faster. sensitivity: measure what ``c2ir`` needs. command: stored in the file."""
 
     model: Model
     output: Path | None = None
     per_class: int = 100
+    total: int | None = None
     objective: str = "kl"
     steps: int | None = None
     classes: str | None = None
     mirror: bool | None = None
     compiled: bool | None = None
+    sensitivity: bool = True
     force: bool = False
     restart: bool = False
     shard: str | None = None
@@ -101,7 +105,7 @@ def estimate(request: InvertRequest) -> InvertEstimate:
     plan, step, seconds = prepare(classifier, plan, compiled=request.compiled)
     mine = plan.images(Work(None, share, team).part(len(plan.batches())))
     _say_estimate(plan, step, seconds, mine)
-    return InvertEstimate(mine, seconds * mine / (len(plan.classes) * plan.per_class))
+    return InvertEstimate(mine, seconds * mine / plan.count)
 
 
 def seconds_of(request: InvertRequest) -> float:
@@ -183,17 +187,20 @@ def _plan(request: InvertRequest) -> tuple[Classifier, Plan]:
     plan = Plan(
         classes=wanted_classes(request.classes, classifier.num_classes),
         per_class=request.per_class,
+        total=request.total,
+        sensitivity=request.sensitivity,
         objective=recipe,
         steps=request.steps,
-        batch_size=model.running.batch_size or max(25, min(100, 100 * 64 * 64 // (height * width))),
+        batch_size=model.running.batch_size
+        or max(SMALL_BATCH, min(100, 100 * 64 * 64 // (height * width))),
         precision=model.precision(fast=True),
         seed=model.running.seed,
     )
     pairs = ", ".join(f"{name}={value}" for name, value in asdict(recipe).items())
     log.debug("objective %s", pairs)
     log.debug(
-        "%d images of each of %d classes, in batches of at most %d, %d steps each",
-        *(plan.per_class, len(plan.classes), plan.batch_size, plan.total_steps),
+        "%d images of %d classes, in batches of at most %d, %d steps each",
+        *(plan.count, len(plan.classes), plan.batch_size, plan.total_steps),
     )
     if len(plan.classes) < min(classifier.num_classes, plan.batch_size):
         notes.say(
@@ -210,7 +217,9 @@ def _job(request: InvertRequest, plan: Plan, made: Provenance) -> dict[str, Any]
         **request.model.job(),
         "--objective": asdict(plan.objective),
         "--steps": plan.total_steps,
-        "--per-class": plan.per_class,
+        "--per-class": plan.per_class if plan.total is None else None,
+        **({} if plan.total is None else {"--total": plan.total}),
+        **({} if plan.sensitivity else {"--no-sensitivity": True}),
         "--classes": plan.classes,
         "--batch-size": plan.batch_size,
         "--compile": request.compiled,
@@ -236,12 +245,12 @@ def _agreed(
 def _say_estimate(plan: Plan, step: Step, seconds: float, mine: int, done: int = 0) -> None:
     """mine: number of the images that this process inverts."""
     batches = plan.batches()
-    count = len(plan.classes) * plan.per_class
+    count = plan.count
     left = mine - done
     halved = f" ({plan.half_steps} at half the side)" if plan.half_steps else ""
     notes.say(
         log,
-        f"{count} images of {len(plan.classes)} classes; steps: {plan.total_steps}{halved}, "
+        f"{count} images of {plan.inverted} classes; steps: {plan.total_steps}{halved}, "
         f"batches: {len(batches)} of {len(batches[0])}; {plan.precision} on "
         f"{step.classifier.device}, {step.path}: about {notes.duration(seconds * left / count)}"
         + (f" for the remaining {left}" if done else f" for {left}" if left < count else ""),

@@ -42,10 +42,12 @@ from oodcli.stages.invert_job import InvertRequest, invert
 from oodcli.stages.model import Checkpoint, Model
 from oodcli.stages.prepare_plan import (
     Choice,
+    Effort,
     Places,
     Situation,
     Step,
     choose,
+    effort,
     options_of,
     steps_of,
 )
@@ -63,13 +65,13 @@ RATES = (0.05, 0.1, 0.2, 0.5)
 @dataclass(frozen=True)
 class PrepareRequest:
     """What to prepare. accuracy: the published one, in (0, 1). images: real in-distribution images.
-    steps, mirror: as of ``invert``. output: None for CHECKPOINT.oodcli. command: stored in the
-    folder."""
+    per_class: None for 50, or with many classes for a number in all. steps, mirror: as of
+    ``invert``. output: None for CHECKPOINT.oodcli. command: stored in the folder."""
 
     model: Model
     accuracy: float | None = None
     images: str | None = None
-    per_class: int = 50
+    per_class: int | None = None
     steps: int | None = None
     mirror: bool | None = None
     output: Path | None = None
@@ -173,7 +175,7 @@ def _refuse(request: PrepareRequest) -> None:
         raise OodcliError(
             f"--accuracy {request.accuracy:g}: expected a share between 0 and 1, such as 0.917"
         )
-    if request.per_class < 2:
+    if request.per_class is not None and request.per_class < 2:
         raise OodcliError(f"--per-class {request.per_class}: expected at least 2")
     if request.images == "-":
         raise OodcliError("--images -: the list is read more than once: give a file with the list")
@@ -213,15 +215,14 @@ def _plan(request: PrepareRequest) -> _Plan:
     )
     choice = choose(given)
 
+    virtual = effort(
+        classifier.num_classes,
+        classifier.preprocessing.input_size,
+        *(request.per_class, request.steps, request.mirror),
+    )
+
     def steps(where: Places) -> list[Step]:
-        return steps_of(
-            choice,
-            where,
-            per_class=request.per_class,
-            steps=request.steps,
-            mirror=request.mirror,
-            accuracy=request.accuracy,
-        )
+        return steps_of(choice, where, virtual, request.accuracy)
 
     found = steps(Places(model, request.folder, request.images or ""))
     anywhere = Checkpoint(Path("CHECKPOINT"))
@@ -233,7 +234,7 @@ def _plan(request: PrepareRequest) -> _Plan:
         images = _listing(source) if source and step.name == "images.features" else ""
         text = json.dumps([step.words, _network(request.model, classifier), images, before])
         keys[step.name] = hashlib.sha256(text.encode()).hexdigest()
-    warnings = list(_warnings(request, given, choice))
+    warnings = list(_warnings(request, given, choice, virtual))
     alone = choice.images and not choice.pool
     resolution = (1 / (given.rows + 1) if alone else 0.0) if choice.calibrated else None
     return _Plan(classifier, choice, found, keys, warnings, resolution)
@@ -271,8 +272,15 @@ def _listing(source: ImageSource) -> str:
     return found.hexdigest()
 
 
-def _warnings(request: PrepareRequest, given: Situation, choice: Choice) -> Iterator[str]:
+def _warnings(
+    request: PrepareRequest, given: Situation, choice: Choice, virtual: Effort
+) -> Iterator[str]:
     """Sentences about what the verdicts rest on, and what would be better."""
+    if (choice.virtual or choice.pool) and virtual.total is not None:
+        yield (
+            f"{virtual.total} virtual images in all, as there are {given.classes:,} classes: these "
+            "share their statistics; --per-class makes images of every class"
+        )
     if request.accuracy is not None and not choice.pool:
         if "multi-label" in given.available:
             why = "the network has several labels per image"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oodcli import detectors
+from oodcli.detectors.c2ir_z import FEW_ROWS, MANY_CLASSES
 from oodcli.networks.card import Overrides
 from oodcli.networks.classifier import Classifier
 from oodcli.stages.extract_job import ExtractRequest
@@ -26,6 +27,40 @@ mean of ten images has a tenth of their variance."""
 POOL_FROM = 10
 """Real images from which they scale the parts of c2ir-peak, if there is no pool: it takes their
 quartiles."""
+
+PER_CLASS = 50
+"""Virtual images per class by default."""
+
+PIXELS = 300 * 224 * 224
+"""Pixels of all virtual images where the classes share their statistics."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many virtual images are made, and how. total: images in all; None for per_class of each
+    class, and as many others for the pool. steps, mirror: as of ``invert``."""
+
+    per_class: int = PER_CLASS
+    total: int | None = None
+    steps: int | None = None
+    mirror: bool | None = None
+
+
+def effort(
+    classes: int,
+    size: tuple[int, int],
+    per_class: int | None = None,
+    steps: int | None = None,
+    mirror: bool | None = None,
+) -> Effort:
+    """The virtual images for a network. size: height and width. per_class, steps, mirror: what the
+    user asks for. 50 images of each of 1,000 classes take days on a CPU at 224 pixels: with many
+    classes, all images together have ``PIXELS``, and are few enough that ``c2ir-z`` lets the
+    classes share their statistics."""
+    total = None
+    if per_class is None and classes > MANY_CLASSES:
+        total = min(PIXELS // (size[0] * size[1]), FEW_ROWS * classes - 1)
+    return Effort(per_class or PER_CLASS, total, steps, mirror)
 
 
 @dataclass(frozen=True)
@@ -132,13 +167,10 @@ class Step:
 def steps_of(
     choice: Choice,
     places: Places,
-    *,
-    per_class: int,
-    steps: int | None = None,
-    mirror: bool | None = None,
+    virtual: Effort,
     accuracy: float | None = None,
 ) -> list[Step]:
-    """The steps, in order. per_class, steps, mirror: as of ``invert``. accuracy: of the pool."""
+    """The steps, in order. accuracy: of the pool."""
     model, folder = places.model, places.folder
     found: list[Step] = []
 
@@ -148,8 +180,21 @@ def steps_of(
 
     def invert(name: str, one: Model) -> None:
         request = InvertRequest(
-            one, folder / f"{name}.h5", per_class=per_class, steps=steps, mirror=mirror
+            one,
+            folder / f"{name}.h5",
+            per_class=virtual.per_class,
+            steps=virtual.steps,
+            mirror=virtual.mirror,
         )
+        if virtual.total is not None:
+            # To compile takes as long as a hundred images; c2ir, for sensitivities, is not fitted.
+            request = replace(
+                request,
+                total=virtual.total,
+                objective="short",
+                sensitivity=False,
+                compiled=False,
+            )
         add(name, request, also=f"{name}.png")
 
     def extract(
@@ -161,12 +206,16 @@ def steps_of(
         )
         add(name, request, *inputs)
 
-    if choice.virtual:
+    if choice.virtual or (choice.pool and virtual.total is not None):
         invert("virtual", model)
+    if choice.virtual:
         extract(str(folder / "virtual.h5"), "virtual.features", choice.names, "virtual")
     if choice.pool:
-        invert("pool", with_next_seed(model))
-        extract(*(str(folder / "pool.h5"), "pool.features", choice.names, "pool"), matched=accuracy)
+        pool = "pool" if virtual.total is None else "virtual"
+        if virtual.total is None:
+            invert("pool", with_next_seed(model))
+        images = str(folder / f"{pool}.h5")
+        extract(images, "pool.features", choice.names, pool, matched=accuracy)
     noisy = [name for name in choice.names if _noise(name)]
     if noisy:
         extract(_noise(noisy[0]), "noise.features", noisy)
@@ -213,7 +262,14 @@ def words_of(request: Request) -> tuple[str, ...]:
     match request:
         case InvertRequest():
             mirror = {None: (), True: ("--mirror",), False: ("--no-mirror",)}[request.mirror]
-            words = ["invert", str(request.model.path), "--per-class", str(request.per_class)]
+            words = ["invert", str(request.model.path)]
+            if request.total is None:
+                words += ["--per-class", str(request.per_class)]
+            else:
+                words += ["--total", str(request.total)]
+            words += [] if request.objective == "kl" else ["--objective", request.objective]
+            words += [] if request.sensitivity else ["--no-sensitivity"]
+            words += [] if request.compiled is None else [_switch("compile", on=request.compiled)]
             words += [] if request.steps is None else ["--steps", str(request.steps)]
             return (*words, *mirror, "-o", str(request.path), *options_of(request.model))
         case ExtractRequest():
@@ -229,6 +285,10 @@ def words_of(request: Request) -> tuple[str, ...]:
                 words += ["--noise", str(request.noise)]
             words += [word for path in request.calibrate for word in ("--calibrate", str(path))]
             return (*words, "-o", str(request.output))
+
+
+def _switch(name: str, *, on: bool) -> str:
+    return f"--{name}" if on else f"--no-{name}"
 
 
 def options_of(model: Model) -> tuple[str, ...]:

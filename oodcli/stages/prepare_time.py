@@ -38,7 +38,8 @@ class Clock:
     def seconds(self, request: Request) -> float:
         """Estimate for a step."""
         if isinstance(request, InvertRequest):
-            self.rows[request.path] = request.per_class * self.classifier.num_classes
+            every = request.per_class * self.classifier.num_classes
+            self.rows[request.path] = every if request.total is None else request.total
             if not self.inversions:
                 self.inversions.append(invert_job.seconds_of(request))
             return self.inversions[0]

@@ -11,7 +11,7 @@ import torch
 
 from oodcli import detectors
 from oodcli.detectors.c2ir import channel_importance, deviation, layer_importance
-from oodcli.detectors.c2ir_z import standardised_deviation
+from oodcli.detectors.c2ir_z import RIDGE, standardised_deviation
 from oodcli.detectors.class_statistics import class_moments
 from oodcli.errors import DetectorError
 from oodcli.features import Features, Layer
@@ -94,6 +94,34 @@ def test_one_row_a_class_has_no_spread(train):
         fitted("c2ir-z", train.select(slice(0, 3)))
     with pytest.raises(DetectorError, match="no rows to fit on"):
         fitted("c2ir-z", [])
+
+
+def test_many_classes_share_their_statistics():
+    """With fewer than ten rows a class, by hand: every row counts for every class."""
+    few = networks.recorded(30, classes=101)
+    test = networks.recorded(7, seed=2, classes=101, labelled=False)
+    found = fitted("c2ir-z", few)
+    assert found.every_class
+    predicted = test.logits.argmax(1)
+    weight = few.head.weight.double()
+    evidence = -(few.embedding.double() * weight[few.label]).sum(1)
+    spread = (evidence.var() * (1 + RIDGE)).sqrt()
+    own = -(test.embedding.double() * weight[predicted]).sum(1)
+    expected = (own - evidence.mean()) / spread
+    for name in found.layers:
+        rows, mean = few.layers[name].mean.double(), test.layers[name].mean.double()
+        variance = rows.var(0) + RIDGE * rows.var(0).mean()
+        deviation = ((mean - rows.mean(0)).square() / variance).mean(1)
+        expected = expected + deviation / len(found.layers)
+    torch.testing.assert_close(found.score(test), expected)
+    assert len(fitted("c2ir-z", few, weights="mgi").layer_weights) == 1
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1010, 101), (30, 3), (27, 3)])
+def test_enough_rows_or_few_classes_share_nothing(rows, classes):
+    found = fitted("c2ir-z", networks.recorded(rows, classes=classes))
+    assert not found.every_class
+    assert found.evidence.shape == (classes,)
 
 
 def test_another_network_is_refused(train, test):

@@ -525,6 +525,36 @@ def test_batches_mix_the_classes():
     assert all(len(labels.unique()) == 3 for labels in batches)
 
 
+def test_batches_of_many_classes_are_spread_over_all():
+    """ImageNet's classes are sorted by kind: 25 in a row would be birds."""
+    plan = Plan(classes=tuple(range(1000)), per_class=2, batch_size=25)
+    batches = plan.batches()
+    assert torch.bincount(torch.cat(batches)).tolist() == [2] * 1000
+    for labels in batches:
+        assert labels.sort().values.diff().max() < 1000 / 25 * 2
+        assert len(labels.unique()) == 25
+    few = Plan(tuple(range(1000)), 1, total=30, batch_size=25)
+    assert [len(labels) for labels in few.batches()] == [15, 15]
+    labels = torch.cat(few.batches())
+    assert few.count == few.inverted == len(labels.unique()) == 30
+    assert labels.sort().values.diff().max() < 1000 / 30 * 2
+    others = torch.cat(replace(few, seed=1).batches())
+    assert not set(others.tolist()) & set(labels.tolist())
+    most = Plan((4, 7), 1, total=5)
+    assert torch.cat(most.batches()).tolist() == [4, 7, 4, 7, 4]
+    assert (most.count, most.inverted) == (5, 2)
+
+
+def test_sensitivities_are_left_out(network):
+    plan = Plan((0, 1, 2), 2, steps=5, batch_size=6)
+    (whole,), (plain,) = (
+        invert(network, replace(plan, sensitivity=wanted)) for wanted in (True, False)
+    )
+    assert torch.equal(whole.images, plain.images)
+    assert whole.sensitivity
+    assert not plain.sensitivity
+
+
 @pytest.mark.parametrize("objective", one_in(3, OBJECTIVES))
 def test_inversion_lowers_its_objective(network, objective):
     recipe = OBJECTIVES[objective]

@@ -31,9 +31,11 @@ from oodcli.stages.prepare import PrepareRequest, _next, _rate
 from oodcli.stages.prepare_plan import (
     REAL_FROM,
     Choice,
+    Effort,
     Places,
     Situation,
     choose,
+    effort,
     options_of,
     steps_of,
     words_of,
@@ -126,15 +128,14 @@ def test_a_default_that_is_standardised_on_noise():
 CKPT = Checkpoint(Path("ckpt.pt"))
 
 
-def planned(choice: Choice, model: Model, **more):
+def planned(choice: Choice, model: Model, virtual: Effort = Effort()):
     places = Places(model, Path("f"), "photos/")
-    given = {"per_class": 50, "mirror": None, "accuracy": 0.9, **more}
-    return {step.name: step for step in steps_of(choice, places, **given)}
+    return {step.name: step for step in steps_of(choice, places, virtual, 0.9)}
 
 
 def test_the_commands_are_those_of_the_guide():
     choice = Choice(("c2ir-peak", "energy"), "virtual", pool=True, images=True)
-    steps = planned(choice, Model(CKPT, Running(seed=7)), mirror=False, steps=9)
+    steps = planned(choice, Model(CKPT, Running(seed=7)), Effort(mirror=False, steps=9))
     assert [" ".join(step.words) for step in steps.values()] == [
         "invert ckpt.pt --per-class 50 --steps 9 --no-mirror -o f/virtual.h5 --seed 7",
         "extract ckpt.pt f/virtual.h5 --for c2ir-peak,energy -o f/virtual.features.h5 --seed 7",
@@ -149,6 +150,42 @@ def test_the_commands_are_those_of_the_guide():
     ]
     for step in steps.values():
         assert set(step.inputs) <= set(list(steps)[: list(steps).index(step.name)])
+
+
+def test_many_classes_share_one_set_of_images():
+    choice = Choice(("c2ir-peak", "energy"), "virtual", pool=True)
+    steps = planned(choice, Model(CKPT), effort(1000, (224, 224)))
+    assert [" ".join(step.words) for step in steps.values()] == [
+        "invert ckpt.pt --total 300 --objective short --no-sensitivity --no-compile "
+        "-o f/virtual.h5",
+        "extract ckpt.pt f/virtual.h5 --for c2ir-peak,energy -o f/virtual.features.h5",
+        "extract ckpt.pt f/virtual.h5 --for c2ir-peak,energy --match-accuracy 0.9 "
+        "-o f/pool.features.h5",
+        "extract ckpt.pt noise:uniform?n=2000&seed=0 --for c2ir-peak -o f/noise.features.h5",
+        "fit f/virtual.features.h5 -d c2ir-peak -d energy --noise f/noise.features.h5 "
+        "--calibrate f/pool.features.h5 -o f",
+    ]
+    assert steps["pool.features"].inputs == ("virtual",)
+    for name, *words in (step.words for step in steps.values()):
+        COMMANDS[name].make_context(name, list(words))
+    alone = planned(Choice(("energy",), pool=True), Model(CKPT), effort(1000, (224, 224)))
+    assert list(alone) == ["virtual", "pool.features", "fit"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "side", "per_class", "expected"),
+    [
+        (10, 224, None, Effort()),
+        (100, 32, None, Effort()),
+        (101, 224, None, Effort(total=300)),
+        (1000, 448, None, Effort(total=75)),
+        (200, 64, None, Effort(total=1999)),
+        (1000, 64, None, Effort(total=3675)),
+        (1000, 224, 2, Effort(2)),
+    ],
+)
+def test_the_number_of_virtual_images(classes, side, per_class, expected):
+    assert effort(classes, (side, side), per_class) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""``oodcli prepare`` where there are more classes than anybody makes images for."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import oodcli
+
+from oodcli.files.artefact import read_artefact
+from oodcli.stages import prepare_plan
+
+CODE = """import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, stride=2), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 120))
+"""
+OPTIONS = ("--arch", "net.py:net", "--num-classes", 120, "--input-size", 16, "--mean", "0.5,0.5,0.5",
+           "--std", "0.25,0.25,0.25")  # fmt: skip
+IMAGES = 40
+ACCURACY = 0.2
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory) -> Path:
+    """A folder with a network of 120 classes, prepared, and images of noise."""
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "net.py").write_text(CODE, encoding="utf-8")
+    namespace: dict[str, object] = {}
+    exec(CODE, namespace)
+    torch.manual_seed(0)
+    network = namespace["net"]()
+    for _ in range(30):
+        network(torch.randn(32, 3, 16, 16))
+    head = network.eval()[-1]
+    head.weight.data *= 50
+    with torch.no_grad():  # or the same class would be predicted for all images
+        head.bias.copy_(-head.weight @ network[:-1](torch.randn(99, 3, 16, 16)).mean(0))
+    torch.save(network.state_dict(), folder / "net.pt")
+    random = np.random.default_rng(0)
+    np.savez(folder / "x.npz", images=random.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(prepare_plan, "PIXELS", IMAGES * 16 * 16)
+        plan = oodcli("prepare", "net.pt", *OPTIONS, "--accuracy", ACCURACY, "--dry-run")
+        assert plan.status == 0, plan.err
+        (folder / "plan").write_text(plan.out + plan.err)
+        result = oodcli("prepare", "net.pt", *OPTIONS, "--accuracy", ACCURACY)
+    assert result.status == 0, result.err
+    (folder / "said").write_text(result.err)
+    return folder
+
+
+def test_one_set_of_images_serves_all(ready):
+    said = (ready / "said").read_text()
+    for text in (said, (ready / "plan").read_text()):
+        assert f"{IMAGES} virtual images in all, as there are 120 classes" in text
+    made = set(os.listdir(ready / "net.pt.oodcli"))
+    assert {"virtual.h5", "virtual.features.h5", "pool.features.h5"} < made
+    assert "pool.h5" not in made
+    assert f"{IMAGES} images of {IMAGES} classes; steps: 24" in said
+    assert re.search(r"on the 40 virtual images down to (17\.5|20\.0|22\.5)0%", said)
+
+
+def test_every_class_gets_verdicts(ready, monkeypatch):
+    """None of the images is of most of the classes; the statistics are those of all."""
+    folder = ready / "net.pt.oodcli"
+    for name in ("c2ir-z", "c2ir-peak"):
+        artefact = read_artefact(folder / f"{name}.safetensors")
+        assert artefact.without_rows == ()
+        assert artefact.detector.every_class
+    monkeypatch.chdir(ready)
+    result = oodcli("score", "net.pt", "x.npz", *OPTIONS, "--fpr", 0.1, "-o", "x.csv")
+    assert result.status == 0, result.err
+    with open("x.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["predicted"] for row in rows}) > 5
+    assert {row["c2ir-peak.ood"] for row in rows} <= {"0", "1"}
+
+
+def test_no_sensitivities_no_c2ir(ready, monkeypatch, tmp_path):
+    monkeypatch.chdir(ready)
+    cache = tmp_path / "v.h5"
+    words = ("extract", "net.pt", "net.pt.oodcli/virtual.h5", *OPTIONS, "-o", cache, "--json")
+    result = oodcli(*words)
+    assert result.status == 0, result.err
+    recorded = json.loads(result.out)["recorded"]
+    assert "layers.gradient" in recorded
+    assert "layers.sensitivity" not in recorded
+    refused = oodcli("fit", cache, "-d", "c2ir", "-o", tmp_path / "d")
+    assert refused.status == 1
+    assert "made without --no-sensitivity" in refused.err
