@@ -9,7 +9,7 @@ from typing import Annotated, Self
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
-from oodcli.detectors.blocks import Blocks, finite_rows
+from oodcli.detectors.blocks import Blocks
 from oodcli.detectors.caref import FLOOR
 from oodcli.detectors.cop import reconstruction_error
 from oodcli.detectors.hyperparameters import require_fraction
@@ -65,8 +65,9 @@ class PCAFused(Detector):
         is no row."""
         require_fraction(cls.name, share=share)
         c = upper_bound(train, cls.needs, cls.name, c, percentile)
-        rows = finite_rows(train, cls.needs, cls.name)
-        mean, covariance = mean_and_covariance(recorded(b.embedding).double() for b in rows)
+        mean, covariance = mean_and_covariance(
+            train, cls.needs, cls.name, lambda block: recorded(block.embedding).double()
+        )
         return cls(c, mean, leading_directions(covariance, share))
 
     def _score(self, test: Features) -> Tensor:

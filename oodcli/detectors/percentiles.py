@@ -52,7 +52,7 @@ AT_ONCE = 1 << 18
 def _some_at_a_time(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
     """``_in_order`` of some entries at a time, (n,)."""
     for entries in blocks:
-        for some in entries.flatten().split(AT_ONCE):
+        for some in torch.split(entries.flatten(), AT_ONCE):
             yield _in_order(some)
 
 

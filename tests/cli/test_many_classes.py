@@ -25,8 +25,10 @@ def net():
         nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 120))
 """
-OPTIONS = ("--arch", "net.py:net", "--num-classes", 120, "--input-size", 16, "--mean", "0.5,0.5,0.5",
-           "--std", "0.25,0.25,0.25")  # fmt: skip
+OPTIONS = (
+    *("--arch", "net.py:net", "--num-classes", 120, "--input-size", 16),
+    *("--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"),
+)
 IMAGES = 40
 ACCURACY = 0.2
 

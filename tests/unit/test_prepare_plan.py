@@ -126,9 +126,10 @@ def test_a_default_that_is_standardised_on_noise():
 
 
 CKPT = Checkpoint(Path("ckpt.pt"))
+USUAL = Effort()
 
 
-def planned(choice: Choice, model: Model, virtual: Effort = Effort()):
+def planned(choice: Choice, model: Model, virtual: Effort = USUAL):
     places = Places(model, Path("f"), "photos/")
     return {step.name: step for step in steps_of(choice, places, virtual, 0.9)}
 
