@@ -73,7 +73,7 @@ def command(
     """Fit and calibrate detectors on virtual or real images."""
     from oodcli.cli.library import api
 
-    with console.steps("fit", "detectors") as progress:
+    with console.stage("fit") as progress:
         fitted = api.fit(
             cache,
             detector or (),
