@@ -157,7 +157,7 @@ def load_classifier(
     card: str | Path | None = None,
     multi_label: bool = False,
     state_key: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     prefer_ema: bool = False,
     trust_pickle: bool = False,
 ) -> Classifier:
@@ -165,7 +165,8 @@ def load_classifier(
 
     Values that are not given come from the model card beside it, then from the weights;
     ``assumptions`` lists what was assumed. The arguments are the options of the command line. mean,
-    std: one number per channel, of pixels in [0, 1]. Raises CheckpointError.
+    std: one number per channel, of pixels in [0, 1]. device: where the network stays; auto is
+    the first GPU, or the CPU. Raises CheckpointError; OodcliError for an unusable device.
     """
     overrides = Overrides(
         arch=arch,
@@ -185,7 +186,11 @@ def load_classifier(
         state_key=state_key,
     )
     return load.load_classifier(
-        Path(path), overrides, device=device, prefer_ema=prefer_ema, trust_pickle=trust_pickle
+        Path(path),
+        overrides,
+        device=Model(Checkpoint(Path(path)), Running(device)).device(),
+        prefer_ema=prefer_ema,
+        trust_pickle=trust_pickle,
     )
 
 

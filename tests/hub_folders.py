@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sklearn.datasets
 import torch
@@ -253,10 +253,11 @@ def transformers_folder(family: str, folder: Path, **saving: Any) -> nn.Module:
 
     config, arguments, processor, settings = TRANSFORMERS[family]
     made = getattr(transformers, config)(**arguments, id2label=LABELS)
-    network = getattr(transformers, f"{family}ForImageClassification")(made)
-    randomise(network).save_pretrained(folder, **saving)
+    network: Any = getattr(transformers, f"{family}ForImageClassification")(made)
+    randomise(network)
+    network.save_pretrained(folder, **saving)
     getattr(transformers, processor)(**settings).save_pretrained(folder)
-    return network
+    return cast(nn.Module, network)
 
 
 def transformers_logits(folder: Path, network: nn.Module, backend: str | None = "pil") -> Tensor:
@@ -266,7 +267,8 @@ def transformers_logits(folder: Path, network: nn.Module, backend: str | None = 
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend=backend)
     images = [Image.open(path).convert("RGB") for path in PICTURES]
     with torch.no_grad():
-        return network(**processor(images, return_tensors="pt")).logits
+        found: Tensor = network(**processor(images, return_tensors="pt")).logits
+    return found
 
 
 def timm_folder(name: str, folder: Path, *, safe: bool = True, **arguments: Any) -> nn.Module:
@@ -287,7 +289,8 @@ def timm_logits(network: nn.Module) -> Tensor:
     transform = create_transform(**resolve_model_data_config(network), is_training=False)
     images = [transform(Image.open(path).convert("RGB")) for path in PICTURES]
     with torch.no_grad():
-        return network(torch.stack(images))
+        found: Tensor = network(torch.stack(images))
+    return found
 
 
 def alike(ours: Tensor, theirs: Tensor, within: float = 1e-3) -> bool:

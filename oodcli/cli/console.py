@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -184,36 +184,23 @@ def progress(
         yield step
 
 
+_UNITS = {"fit": "detectors", "evaluate": "detectors", "show": "thumbnails"}
+"""Stages of a few long steps, during which signals act at once, and what they count."""
+
+
 @contextmanager
-def watching(what: str) -> Iterator[Callable[[float, int], None]]:
+def stage(what: str) -> Iterator[Callable[[float, int], None]]:
     """The same bar for ``progress=`` of ``oodcli.api``, which is called with the number of images
     done and their total. The bar starts at the first call."""
+    unit = _UNITS.get(what)
     with ExitStack() as stack:
 
         def begin(done: float, total: int) -> tuple[Callable[[float], None], float]:
+            if unit is not None:
+                return stack.enter_context(_shown(total, what, 1, 0, unit)), 0.0
             return stack.enter_context(progress(total, what, before=int(done))), done
 
         yield _differences(begin)
-
-
-@contextmanager
-def steps(what: str, unit: str) -> Iterator[Callable[[float, int], None]]:
-    """The same bar for a few long steps, such as fitting detectors; signals act at once."""
-    with ExitStack() as stack:
-
-        def begin(done: float, total: int) -> tuple[Callable[[float], None], float]:
-            return stack.enter_context(_shown(total, what, 1, 0, unit)), 0.0
-
-        yield _differences(begin)
-
-
-_UNITS = {"fit": "detectors", "evaluate": "detectors", "show": "thumbnails"}
-"""What the stages with few long steps count."""
-
-
-def stage(name: str) -> AbstractContextManager[Callable[[float, int], None]]:
-    """The bar of a stage by its name."""
-    return steps(name, _UNITS[name]) if name in _UNITS else watching(name)
 
 
 def _differences(

@@ -138,7 +138,7 @@ def _compare(
 ) -> Evaluated:
     from oodcli.stages.evaluate import evaluate  # oodcli.api imports torch, for a second
 
-    with console.steps("evaluate", "detectors") as watch:
+    with console.stage("evaluate") as watch:
         evaluated = evaluate(
             id_file,
             named,

@@ -82,7 +82,7 @@ def command(
     """Run the network over images once and cache what detectors need."""
     from oodcli.cli.library import api
 
-    with console.watching("extract") as progress:
+    with console.stage("extract") as progress:
         extracted = api.extract(
             model.checkpoint(checkpoint),
             images,

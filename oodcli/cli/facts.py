@@ -15,12 +15,19 @@ WHAT = {
     "scores": "scores",
     "metrics": "metrics",
     "partial": "finished batches of an interrupted job",
+    "prepared": "a folder of prepare, for score",
 }
 
 
 def of_file(found: dict[str, Any]) -> dict[str, Any]:
     """The rows of the table, from the description of ``describe_file``."""
-    about = {"detector": _detector, "scores": _scores, "metrics": _metrics, "partial": _partial}
+    about = {
+        "detector": _detector,
+        "scores": _scores,
+        "metrics": _metrics,
+        "partial": _partial,
+        "prepared": _prepared,
+    }
     kind = found["kind"].partition(".")[0]
     facts = {"file": found["file"], "type": WHAT[kind], **about.get(kind, _rows)(found)}
     return {name: value for name, value in facts.items() if value not in (None, "")}
@@ -201,6 +208,20 @@ def _partial(found: dict[str, Any]) -> dict[str, Any]:
         "to resume": "re-run that command; --restart discards what is stored",
         **found["job"],
         "decided": _pairs(found["decided"]),
+    }
+
+
+def _prepared(found: dict[str, Any]) -> dict[str, Any]:
+    steps = ", ".join(step["name"] for step in found["steps"]) or "none"
+    if not found["finished"]:
+        return {"steps done": steps, "to resume": "run the same prepare command again"}
+    made = {"oodcli_version": None, "torch_version": None, "arch": None, **found["made"]}
+    return {
+        "detector": found["detector"],
+        "detectors": ", ".join(found["detectors"]),
+        "accuracy": found["accuracy"],
+        "steps": steps,
+        **_how(made, {}),
     }
 
 

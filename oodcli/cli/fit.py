@@ -74,7 +74,7 @@ def command(
     from oodcli.cli.library import api
 
     api.limit_threads()
-    with console.steps("fit", "detectors") as progress:
+    with console.stage("fit") as progress:
         fitted = api.fit(
             cache,
             detector or (),

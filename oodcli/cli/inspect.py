@@ -21,7 +21,9 @@ def command(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="Checkpoint, virtual images, cache, artefact, scores or metrics."
+            metavar="FILE",
+            help="Checkpoint, virtual images, cache, artefact, scores, metrics or a folder of "
+            "prepare.",
         ),
     ],
     checkpoint: Annotated[

@@ -108,7 +108,7 @@ def command(
         if json:
             console.emit_json(vars(estimate))
         return
-    with console.watching("invert") as progress:
+    with console.stage("invert") as progress:
         inverted = api.invert(
             model.checkpoint(checkpoint),
             output,

@@ -29,7 +29,7 @@ def command(
     """Merge the outputs of sharded jobs."""
     from oodcli.cli.library import api
 
-    with console.watching("merge") as progress:
+    with console.stage("merge") as progress:
         merged = api.merge(
             shards,
             output,

@@ -128,7 +128,7 @@ def command(
         raise OodcliError(
             "--max-ood-fraction counts verdicts: add --fpr, --threshold or --contamination"
         )
-    with console.watching("score") as progress:
+    with console.stage("score") as progress:
         scored = api.score(
             model.checkpoint(checkpoint),
             images,

@@ -59,7 +59,7 @@ def command(
     """Show scores on one HTML page, with thumbnails."""
     from oodcli.cli.library import api
 
-    with console.steps("show", "thumbnails") as progress:
+    with console.stage("show") as progress:
         shown = api.show(
             scores,
             output,

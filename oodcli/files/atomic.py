@@ -17,6 +17,9 @@ except ImportError:  # Windows, where nothing is locked
 JOB = "job.json"
 """Says, in the folder of an interrupted job, what that is."""
 
+PREPARED = ("prepared.json", "steps.json")
+"""Files of which a folder of prepare has one: when it is finished, and before."""
+
 
 def refuse_existing(path: Path, *, force: bool = False) -> None:
     """Ask this before hours of work. Raises FileError when ``path`` exists, is a folder or a

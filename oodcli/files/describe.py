@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from oodcli.errors import FileError
-from oodcli.files.atomic import JOB
+from oodcli.files.atomic import JOB, PREPARED
 from oodcli.files.foreign import foreign
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ Kind: TypeAlias = Literal[
     "metrics.csv",
     "metrics.json",
     "partial",
+    "prepared",
 ]
 
 CHECKPOINTS = (".pt", ".pth", ".th", ".bin", ".safetensors", ".pt2", ".onnx")
@@ -42,6 +43,8 @@ def kind_of(path: Path) -> Kind:
     none of these, or cannot be read."""
     if (path / JOB).is_file():
         return "partial"
+    if any((path / name).is_file() for name in PREPARED):
+        return "prepared"
     if path.is_dir():
         return "checkpoint"  # of a model hub, or its loader says what is missing
     try:
@@ -144,6 +147,7 @@ def describe_file(path: Path, kind: Kind) -> dict[str, Any]:
         "scores": _scores,
         "metrics": _metrics,
         "partial": _partial,
+        "prepared": _prepared,
     }[what]
     return {"file": str(path), "kind": kind, **about(path, suffix)}
 
@@ -269,6 +273,27 @@ def _partial(path: Path, _: str) -> dict[str, Any]:
 
     about, rows = read_about(path)
     return {**about._asdict(), "rows": rows}
+
+
+def _prepared(path: Path, _: str) -> dict[str, Any]:
+    from oodcli.files.prepared import read_prepared, read_steps
+
+    found = read_prepared(path)
+    steps = found.steps if found else (read_steps(path) or {}).values()
+    about: dict[str, Any] = {"finished": found is not None}
+    if found is not None:
+        about |= {
+            "made": {
+                "command": found.command,
+                "checkpoint_sha256": found.checkpoint_sha256,
+                "averaged": found.averaged,
+                "preprocessing": found.preprocessing.to_dict(),
+            },
+            "detector": found.default,
+            "detectors": dict(found.detectors),
+            "accuracy": found.accuracy,
+        }
+    return about | {"steps": [asdict(step) for step in steps]}
 
 
 def _named(rows: list[dict[str, str]]) -> dict[str, Any]:

@@ -14,15 +14,14 @@ from typing import Any
 
 from oodcli._version import __version__
 from oodcli.errors import FileError, OodcliError
-from oodcli.files.atomic import atomic
+from oodcli.files.atomic import PREPARED, atomic
 from oodcli.files.json_object import read_object
 from oodcli.files.origin import Origin
 from oodcli.networks.preprocessing import Preprocessing
 
 FORMAT = "oodcli-prepared"
 VERSION = 1
-NAME = "prepared.json"
-STEPS = "steps.json"
+NAME, STEPS = PREPARED
 
 
 @dataclass(frozen=True)

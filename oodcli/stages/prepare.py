@@ -155,7 +155,8 @@ def plan(request: PrepareRequest) -> Prepared | None:
     steps, clock = [], Clock(found.classifier)
     for step in found.steps:
         known = done.get(step.name)
-        seconds = clock.seconds(step.request) if known is None else known.seconds
+        shared = 1 if team is None or step.name == "fit" else team.size
+        seconds = clock.seconds(step.request) / shared if known is None else known.seconds
         steps.append(_planned(step, request.folder, seconds, done=known is not None))
     default = found.choice.names[0]
     return Prepared(

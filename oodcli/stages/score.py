@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -166,8 +167,10 @@ def score_to_file(
         force = force or (kept is not None and kept.about.complete)
         if isinstance(target, Path):
             unfinished = stack.enter_context(atomic(target, force=force))
+        found = blocks()
+        first = list(islice(found, 1))  # a detector may fail: before anything is printed
         with ScoresWriter(unfinished, columns) as writer:
-            for block in blocks():
+            for block in chain(first, found):
                 writer.write(block)
                 total += len(block.paths)
                 unreadable += sum(map(bool, block.errors))

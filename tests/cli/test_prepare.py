@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from commands import fails, oodcli
 
+from oodcli import api
 from oodcli.files.atomic import claimed
 from oodcli.files.prepared import read_prepared
 from oodcli.inversion.objective import OBJECTIVES
 from oodcli.jobs.kept import Kept
+from oodcli.jobs.torchrun import Team
 
 ACCURACY = ("--accuracy", 0.8, "--per-class", 4, "--no-mirror")
 FILES = {
@@ -90,6 +92,27 @@ def test_it_makes_everything_and_says_what_to_type_next(ready):
     steps = [" ".join(words) for words in commands[:-1]]
     assert [step.command.replace("'", "") for step in prepared.steps] == steps
     assert all(step.seconds > 0 for step in prepared.steps)
+
+
+def test_inspect_describes_the_folder(desk):
+    told = oodcli("inspect", "digits.pt.oodcli")
+    assert told.status == 0, told.err
+    facts = dict(line.split(None, 1) for line in told.out.splitlines() if line[0] != " ")
+    assert facts["type"] == "a folder of prepare, for score"
+    assert facts["steps"].startswith("virtual, virtual.features, ")
+    stored = json.loads(Path("digits.pt.oodcli/prepared.json").read_text("utf-8"))
+    found = json.loads(oodcli("inspect", "digits.pt.oodcli", "--json").out)
+    assert found["kind"] == "prepared"
+    assert found["detector"] == facts["detector"] == stored["default"]
+    assert [step["key"] for step in found["steps"]] == [step["key"] for step in stored["steps"]]
+    assert found["made"]["checkpoint_sha256"] == stored["checkpoint_sha256"]
+    told = oodcli("inspect", "--verify", "digits.pt.oodcli")
+    assert (told.status, told.out) == (1, "")
+    assert "has no checksums" in told.err
+
+    Path("digits.pt.oodcli/prepared.json").rename("digits.pt.oodcli/steps.json")
+    told = oodcli("inspect", "digits.pt.oodcli").out
+    assert "run the same prepare command again" in told
 
 
 def test_the_second_time_it_does_nothing(desk):
@@ -272,6 +295,14 @@ def test_a_dry_run_prints_commands_and_makes_nothing(desk):
     few = ("prepare", "digits.pt", "--images", "ten.npz", "--dry-run", "--json")
     assert "--fpr 0.1 " in json.loads(oodcli(*few).out)["next"]
     assert set(os.listdir()) == before
+
+
+def test_a_dry_run_under_torchrun_estimates_what_is_shared(desk, monkeypatch):
+    monkeypatch.setattr("oodcli.stages.prepare.part_of", lambda *_: (None, Team(0, 4, None)))
+    monkeypatch.setattr("oodcli.stages.prepare.Clock.seconds", lambda *_: 8.0)
+    planned = api.plan_preparation("digits.pt", accuracy=0.97, force=True)
+    times = {step.command.split()[1]: step.seconds for step in planned.steps}
+    assert times == {"invert": 2.0, "extract": 2.0, "fit": 8.0}
 
 
 def test_a_dry_run_knows_what_is_there(desk):

@@ -175,7 +175,7 @@ def taken(folder: Path, files: tuple[str, ...]) -> dict[str, str]:
 
 def test_every_stage_is_here():
     public = {name for name in oodcli.__all__ if inspect.isfunction(getattr(oodcli, name))}
-    others = {"demo", "inspect", "load_classifier", "load_detector", "record"}
+    others = {"demo", "inspect", "limit_pixels", "load_classifier", "load_detector", "record"}
     assert public - others == STAGES.keys()
     commands = {command.name for command in app.registered_commands}
     assert commands - {"inspect", "detectors", "demo"} == STAGES.keys()

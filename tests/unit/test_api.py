@@ -17,7 +17,7 @@ from PIL import Image
 
 import oodcli
 from oodcli import api
-from oodcli.errors import CheckpointError, DetectorError, FileError, ImagesError
+from oodcli.errors import CheckpointError, DetectorError, FileError, ImagesError, OodcliError
 
 
 @pytest.fixture
@@ -129,6 +129,13 @@ def test_what_is_said_of_a_checkpoint_wins(trained):
     )
     assert found.preprocessing.mean == (0.1,)
     assert found.class_names[1] == "b"
+
+
+def test_it_runs_where_the_commands_run(trained):
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    assert oodcli.load_classifier(trained / "digits.pt").device.type == where
+    with pytest.raises(OodcliError, match="--device nonsense cannot be used"):
+        oodcli.load_classifier(trained / "digits.pt", device="nonsense")
 
 
 def test_a_detector_needs_what_it_needs(fitted, classifier, tmp_path):
