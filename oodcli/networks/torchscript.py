@@ -110,7 +110,7 @@ class _Object:
     kind = ""
     path = ""
 
-    def __init__(self) -> None:
+    def __init__(self, *_: Any) -> None:  # a named tuple has arguments
         self.state: dict[str, Any] = {}
 
     def __setstate__(self, state: Any) -> None:
@@ -147,6 +147,8 @@ class _Unpickler(pickle._Unpickler):  # in Python, so that no index in the file 
             return name
         if module == "torch.jit._pickle" and name.startswith("build_"):
             return list
+        if whole == "torch.jit._pickle.restore_type_tag":
+            return _untagged
         raise UnlistedError(f"a pickled {whole}")
 
     def persistent_load(self, saved: Any) -> Tensor:
@@ -154,6 +156,11 @@ class _Unpickler(pickle._Unpickler):  # in Python, so that no index in the file 
         dtype = torch.storage._storage_type_to_dtype_map()[kind]
         content = bytearray(self.storages[key])
         return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+
+
+def _untagged(value: Any, kind: Any) -> Any:
+    """A list or a dictionary, without the name of its type in TorchScript."""
+    return value
 
 
 def _strided(flat: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
@@ -179,6 +186,9 @@ CONSTANT: dict[str, Callable[..., Any]] = {
     "__or__": operator.or_,
     "__getitem__": operator.getitem,
     "len": len,
+    "bool": bool,
+    "int": int,
+    "float": float,
 }
 """What the code may do with numbers, texts and lists of them before any image is there."""
 
@@ -244,8 +254,9 @@ class _Program:
 
     def network(self) -> nn.Module:
         forward = self._definition(f"{self.top.kind}.forward")
-        if len(forward.args.args) != 2:
-            raise UnlistedError(f"{len(forward.args.args) - 1} inputs")
+        needed = len(forward.args.args) - 1 - len(forward.args.defaults)
+        if needed > 1 or len(forward.args.args) < 2:
+            raise UnlistedError(f"{needed} inputs")
         images = self.flat.graph.placeholder("images")
         returned = self._call(forward, [self.top, images], {})
         if isinstance(returned, dict):
@@ -383,6 +394,9 @@ class _Program:
             return self._value(arguments[1], local)
         if name in ("uninitialized", "torch.format", "ops.prim.RaiseException"):
             return None  # for errors that are not raised
+        if name == "isinstance":  # of a tensor or a list of them
+            a_list = isinstance(self._value(arguments[0], local), list)
+            return ast.unparse(arguments[1]).startswith("List") == a_list
         given = [self._value(each, local) for each in arguments]
         if name == "getattr":
             return self._member(given[0], given[1])
@@ -419,7 +433,9 @@ class _Program:
             return self.flat.add(label, layer, given[0])
         if name in PYTHON:
             return self._emit(PYTHON[name], *given, **named)
-        if short == "append" and isinstance(given[0], list):
+        if short in ("append", "add") and isinstance(given[0], list):
+            if short == "add":
+                return given[0] + given[1]
             given[0].append(given[1])
             return given[0]
         allowed = name.startswith("torch.") and "." not in short and not FORBIDDEN.search(short)

@@ -39,12 +39,28 @@ class Tiny(nn.Module):
 
 
 class Appending(Tiny):
-    """Fills a list, as DenseNet's blocks do."""
+    """Lists of tensors, a dictionary, numbers that decide, and an input that may be left out, as
+    timm's networks have."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = {"from": "nothing"}
+        self.rate = 0.0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         maps = [self.conv(x)]
         maps.append(F.relu(self.bn(maps[0])))
-        return self.fc(torch.cat(maps, 1).view(x.size(0), 2, 8, -1).amax((1, 3)))
+        maps = maps + [maps[0].sigmoid()]  # noqa: RUF005  TorchScript has no star
+        if self.rate:
+            maps = maps[:1]
+        if mask is not None:
+            maps.append(mask)
+        return self.fc(torch.cat(maps, 1).view(x.size(0), 3, 8, -1).amax((1, 3)))
+
+
+class Two(Tiny):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fc(self.bn(self.conv(x + y)).amax((2, 3)))
 
 
 class Branching(Tiny):
@@ -210,6 +226,11 @@ def test_a_program_that_cannot_be_listed_is_run_if_trusted(tmp_path: Path) -> No
     torch.testing.assert_close(found.network(images), network(images), rtol=1e-4, atol=1e-4)
     assert found.head_name is None
     assert found.parameter_count == sum(p.numel() for p in network.parameters())
+
+
+def test_two_inputs_are_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(Two().eval()), tmp_path / "net.pt")
+    fails(tmp_path / "net.pt", "2 inputs", "torch.jit.trace")
 
 
 def test_training_mode_is_refused(tmp_path: Path) -> None:
