@@ -38,8 +38,8 @@ def largest_count(width: int, p: float) -> int:
 
 
 def positive_part(test: Features) -> Tensor:
-    """max(u, 0), (N, D). Logs once in a process that there are many negative entries."""
-    u = recorded(test.embedding)
+    """max(u, 0), (N, D) float64. Logs once in a process that there are many negative entries."""
+    u = recorded(test.embedding).double()
     if float((u < 0).sum()) > SIGNED_FROM * u.numel():
         notes.once(log, SIGNED)
     return u.clamp_min(0)
@@ -54,8 +54,9 @@ def ascending(u: Tensor) -> Tensor:
 
 
 def ranked(test: Features) -> Tensor:
-    """max(u, 0) of each row in ascending order, (N, D). All detectors of this file share it."""
-    return ascending(test.shared(positive_part))
+    """max(u, 0) of each row in ascending order, (N, D), of the embedding's type. All detectors of
+    this file share it."""
+    return ascending(test.shared(positive_part).to(recorded(test.embedding).dtype))
 
 
 def ratio(test: Features, p: float) -> Tensor:
@@ -102,7 +103,7 @@ def pruned_product(test: Features, p: float) -> Tensor:
 
     def some(u: Tensor, ordered: Tensor) -> Tensor:
         kept = largest(u, ordered, largest_count(u.shape[1], p))
-        product: Tensor = (u * kept).double() @ weight.T
+        product: Tensor = (u * kept) @ weight.T
         return product
 
     return by_rows(some, test.shared(positive_part), test.shared(ranked))
@@ -215,7 +216,7 @@ class ASHB(Detector):
 
         def some(u: Tensor, ordered: Tensor) -> Tensor:
             q = largest_count(u.shape[1], self.p)
-            share = u.sum(1, keepdim=True, dtype=torch.float64) / q
+            share = u.sum(1, keepdim=True) / q
             return energy((largest(u, ordered, q).double() @ weight.T) * share + bias)
 
         return by_rows(some, test.shared(positive_part), test.shared(ranked))

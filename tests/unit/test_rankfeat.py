@@ -116,16 +116,11 @@ def test_where_the_embedding_is_not_the_mean_of_a_map():
         detectors.get("rankfeat")().score(replace(rows, layers=both))
 
 
-def test_fewer_steps_are_not_enough(monkeypatch):
-    """Nor would a lower bound be: the tests above would fail."""
-    maps = with_values([1.0, 0.8], 12, 6)
-    expected = by_definition(maps)
-    assert (rank_one(maps) - expected).abs().max() < 1e-6
-    monkeypatch.setattr(rankfeat, "STEPS", 0)
-    assert (rank_one(maps) - expected).abs().max() > 2e-6
-    monkeypatch.undo()
-    maps = with_values([1.0, 0.99], 12, 6)
-    expected = by_definition(maps)
-    assert (rank_one(maps) - expected).abs().max() < 1e-4
-    monkeypatch.setattr(rankfeat, "PURE", 0.1)
-    assert (rank_one(maps) - expected).abs().max() > 1e-3
+@pytest.mark.parametrize(("setting", "value", "second"), [("STEPS", 0, 0.8), ("PURE", 0.1, 0.99)])
+def test_with_less_it_would_be_another(setting, value, second, monkeypatch):
+    maps = with_values([1.0, second], 12, 6)
+    before = (rank_one(maps) - by_definition(maps)).abs().max()
+    monkeypatch.setattr(rankfeat, setting, value)
+    after = (rank_one(maps) - by_definition(maps)).abs().max()
+    assert before < 1e-6
+    assert after > 2e-6
