@@ -261,6 +261,8 @@ def losses() -> Iterator[str]:
             }
             found.append((name, means))
     found.sort(key=lambda each: each[1]["real"][0] - each[1]["virtual"][0])
+    count = FIGURES.get("images", {}).get("cifar10-train-10k")
+    real = f"{count:,} real images" if count else "real"
     rows = []
     for name, means in found:
         lost = [pair(means.get("real"))]
@@ -269,9 +271,7 @@ def losses() -> Iterator[str]:
             differs = "" if there is None else f"{there[0] - means['real'][0]:+.1f}"
             lost += [pair(there) or NOT_MEASURED, differs.replace("-", "\u2212")]
         rows.append([f"[`{name}`]({name}.md)", *lost])
-    yield from table(
-        ["name", "real", "virtual", "AUROC", "virtual, matched accuracy", "AUROC"], rows
-    )
+    yield from table(["name", real, "virtual", "AUROC", "virtual, matched accuracy", "AUROC"], rows)
 
 
 def measured() -> Iterator[str]:

@@ -48,6 +48,9 @@ def percentiles_of(
 AT_ONCE = 1 << 18
 """Entries that are counted at once: few enough for the processor's cache."""
 
+STRIP = 64
+"""Columns that are counted at once, for the same reason."""
+
 
 def _some_at_a_time(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
     """``_in_order`` of some entries at a time, (n,)."""
@@ -99,19 +102,26 @@ def _counted(
     if found is not None:  # neighbours mostly agree
         found, which = torch.unique(found, dim=0, return_inverse=True)
     for block in blocks:
-        bits = _in_order(block)
-        columns, rows = bits.shape[1], rows + len(bits)
-        starts = torch.arange(columns, dtype=torch.int32) * bins
-        place = (bits >> left).bitwise_and_(bins - 1).add_(starts)
-        groups = [place.flatten()]
-        if found is not None:
-            before = (bits >> left + width).bitwise_and_((1 << 32 - left - width) - 1)
-            groups = [place[before == each] for each in found]
-        new = torch.stack([torch.bincount(each, minlength=columns * bins) for each in groups])
-        counts = new if counts is None else counts.add_(new)
+        rows += len(block)
+        if counts is None:
+            kinds = 1 if found is None else len(found)
+            counts = torch.zeros(kinds, block.shape[1], bins, dtype=torch.int64)
+        for first in range(0, block.shape[1], STRIP):
+            strip = slice(first, first + STRIP)
+            bits = _in_order(block[:, strip].contiguous())
+            columns = bits.shape[1]
+            starts = torch.arange(columns, dtype=torch.int32) * bins
+            place = (bits >> left).bitwise_and_(bins - 1).add_(starts)
+            groups = [place.flatten()]
+            if found is not None:
+                before = (bits >> left + width).bitwise_and_((1 << 32 - left - width) - 1)
+                groups = [place[before == each] for each in found[:, strip]]
+            for kind, each in enumerate(groups):
+                new = torch.bincount(each, minlength=columns * bins)
+                counts[kind, strip] += new.view(columns, bins)
     if counts is None:
         raise ValueError("no rows")
-    return rows, counts.view(len(counts), -1, bins)[which]
+    return rows, counts[which]
 
 
 def _next_digit(counts: Tensor, found: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from oodcli import detectors, notes
-from oodcli.detectors import shaping
+from oodcli.detectors import percentiles, shaping
 from oodcli.detectors.energy import energy, head_energy
 from oodcli.detectors.percentiles import percentiles_by_column
 from oodcli.detectors.ras import with_usual_values
@@ -125,7 +125,9 @@ def test_vra_by_hand():
     torch.testing.assert_close(one.low, made("vra", some()).low)
 
 
-def test_percentiles_of_columns():
+@pytest.mark.parametrize("strip", [1, 3, 64])
+def test_percentiles_of_columns(strip, monkeypatch):
+    monkeypatch.setattr(percentiles, "STRIP", strip)
     rows = torch.randn(500, 7, generator=torch.Generator().manual_seed(0)).clamp_min(-0.5)
     rows[:, 3], rows[:, 4] = 0, rows[:, 4] * 1e-38
     found = percentiles_by_column(lambda: rows.split(130), [1, 60, 95])
