@@ -206,6 +206,11 @@ def _plan(request: PrepareRequest) -> _Plan:
     source = None
     if request.images is not None:
         source = open_images(request.images, classifier.preprocessing, classifier.class_names)
+    virtual = effort(
+        classifier.num_classes,
+        classifier.preprocessing.input_size,
+        *(request.per_class, request.steps, request.mirror),
+    )
     given = Situation(
         recordable(classifier),
         bool(classifier.batchnorms),
@@ -215,12 +220,6 @@ def _plan(request: PrepareRequest) -> _Plan:
         source is None or _complete(source, classifier.num_classes),
     )
     choice = choose(given)
-
-    virtual = effort(
-        classifier.num_classes,
-        classifier.preprocessing.input_size,
-        *(request.per_class, request.steps, request.mirror),
-    )
 
     def steps(where: Places) -> list[Step]:
         return steps_of(choice, where, virtual, request.accuracy)
@@ -279,8 +278,8 @@ def _warnings(
     """Sentences about what the verdicts rest on, and what would be better."""
     if (choice.virtual or choice.pool) and virtual.total is not None:
         yield (
-            f"{virtual.total} virtual images in all, as there are {given.classes:,} classes: these "
-            "share their statistics; --per-class makes images of every class"
+            f"{virtual.total} virtual images in all, of classes spread over all {given.classes:,}; "
+            "--per-class makes images of every class"
         )
     if request.accuracy is not None and not choice.pool:
         if "multi-label" in given.available:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oodcli import detectors
-from oodcli.detectors.c2ir_z import FEW_ROWS, MANY_CLASSES
+from oodcli.detectors.c2ir_z import MANY_CLASSES
 from oodcli.networks.card import Overrides
 from oodcli.networks.classifier import Classifier
 from oodcli.stages.extract_job import ExtractRequest
@@ -32,13 +32,13 @@ PER_CLASS = 50
 """Virtual images per class by default."""
 
 PIXELS = 300 * 224 * 224
-"""Pixels of all virtual images where the classes share their statistics."""
+"""Pixels of all virtual images where there are many classes."""
 
 
 @dataclass(frozen=True)
 class Effort:
     """How many virtual images are made, and how. total: images in all; None for per_class of each
-    class, and as many others for the pool. steps, mirror: as of ``invert``."""
+    class. steps, mirror: as of ``invert``."""
 
     per_class: int = PER_CLASS
     total: int | None = None
@@ -55,11 +55,10 @@ def effort(
 ) -> Effort:
     """The virtual images for a network. size: height and width. per_class, steps, mirror: what the
     user asks for. 50 images of each of 1,000 classes take days on a CPU at 224 pixels: with many
-    classes, all images together have ``PIXELS``, and are few enough that ``c2ir-z`` lets the
-    classes share their statistics."""
+    classes, all images together have ``PIXELS``, but are not more than otherwise."""
     total = None
     if per_class is None and classes > MANY_CLASSES:
-        total = min(PIXELS // (size[0] * size[1]), FEW_ROWS * classes - 1)
+        total = min(PIXELS // (size[0] * size[1]), PER_CLASS * classes)
     return Effort(per_class or PER_CLASS, total, steps, mirror)
 
 
@@ -114,14 +113,17 @@ def choose(given: Situation) -> Choice:
     def among(*names: str) -> tuple[str, ...]:
         return tuple(name for name in names if given.allows(name))
 
-    free = among("joint-energy") or among("energy", "msp")
+    # With many classes, c2ir-peak flags nearly all real images (docs/research/many-classes.md).
+    many = given.classes > MANY_CLASSES
+    strongest_free = ("ang++", "gen") if many else ()
+    free = among("joint-energy") or among(*strongest_free, "energy", "msp")
     invertible = given.batchnorm and "multi-label" not in given.available
     pool = given.accuracy is not None and invertible
     real = given.rows >= REAL_FROM
     enough = given.complete and given.rows >= max(REAL_FROM, ROWS_A_CLASS * given.classes)
-    if enough and given.allows("c2ir-peak"):
+    if enough and not many and given.allows("c2ir-peak"):
         return Choice((*among("c2ir-peak", "c2ir-z", "knn"), *free), "images")
-    if invertible and given.allows("c2ir-z") and (pool or not enough):
+    if invertible and not many and given.allows("c2ir-z") and (pool or not enough):
         scaled = pool or given.rows >= POOL_FROM
         strongest = among("c2ir-peak") if scaled else ()
         more = free if pool or given.rows else ()
@@ -132,7 +134,7 @@ def choose(given: Situation) -> Choice:
         return Choice(names, "images")
     if pool or given.rows:
         return Choice(free, "", pool, given.rows > 0)
-    default = among("joint-energy") or among("1c-sum", "energy", "msp")
+    default = among("joint-energy") or (free if many else among("1c-sum", "energy", "msp"))
     noise = detectors.get(default[0]).reference_images is not None
     return Choice(default[:1], "noise" if noise else "")
 
@@ -206,16 +208,12 @@ def steps_of(
         )
         add(name, request, *inputs)
 
-    if choice.virtual or (choice.pool and virtual.total is not None):
-        invert("virtual", model)
     if choice.virtual:
+        invert("virtual", model)
         extract(str(folder / "virtual.h5"), "virtual.features", choice.names, "virtual")
     if choice.pool:
-        pool = "pool" if virtual.total is None else "virtual"
-        if virtual.total is None:
-            invert("pool", with_next_seed(model))
-        images = str(folder / f"{pool}.h5")
-        extract(images, "pool.features", choice.names, pool, matched=accuracy)
+        invert("pool", with_next_seed(model))
+        extract(*(str(folder / "pool.h5"), "pool.features", choice.names, "pool"), matched=accuracy)
     noisy = [name for name in choice.names if _noise(name)]
     if noisy:
         extract(_noise(noisy[0]), "noise.features", noisy)
