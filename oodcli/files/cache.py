@@ -272,19 +272,6 @@ class FeatureCache:
                 good = self._file["error"][start:stop] == b""
                 yield self._features(constants, start, stop, good)
 
-    def block_rows(self, needs: Iterable[str]) -> int:
-        """Number of rows of a block."""
-        return _block_rows(only(self._constants, frozenset(needs)))
-
-    def _block(self, constants: Features, start: int, stop: int) -> Rows:
-        with damage(self.path):
-            paths = tuple(self._file["path"].asstr()[start:stop])
-            errors = tuple(text or None for text in self._file["error"].asstr()[start:stop])
-            good = np.array([error is None for error in errors])
-            features = self._features(constants, start, stop, good)
-            labels = torch.from_numpy(self._file["label"][start:stop].astype(np.int64, copy=False))
-        return Rows(paths, labels, errors, features)
-
     def _features(
         self, constants: Features, start: int, stop: int, good: NDArray[np.bool_]
     ) -> Features:
@@ -297,6 +284,19 @@ class FeatureCache:
             return torch.from_numpy(found if whole else found[good])
 
         return constants.map_rows(read, int(good.sum()))
+
+    def block_rows(self, needs: Iterable[str]) -> int:
+        """Number of rows of a block."""
+        return _block_rows(only(self._constants, frozenset(needs)))
+
+    def _block(self, constants: Features, start: int, stop: int) -> Rows:
+        with damage(self.path):
+            paths = tuple(self._file["path"].asstr()[start:stop])
+            errors = tuple(text or None for text in self._file["error"].asstr()[start:stop])
+            good = np.array([error is None for error in errors])
+            features = self._features(constants, start, stop, good)
+            labels = torch.from_numpy(self._file["label"][start:stop].astype(np.int64, copy=False))
+        return Rows(paths, labels, errors, features)
 
     def require(self, needs: Iterable[str], who: str) -> None:
         """Raises DetectorError that names the missing records and how to record them."""
