@@ -9,5 +9,6 @@ try:
     from oodcli import api
 finally:
     gc.enable()
+gc.freeze()  # modules stay: later collections need not look at them
 
 __all__ = ["api"]

@@ -12,6 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from oodcli.errors import FileError
@@ -266,6 +267,30 @@ class FeatureCache:
         for first in range(start, end, size):
             yield self._block(constants, first, min(first + size, end))
 
+    def readable(self, needs: frozenset[str]) -> Iterator[Features]:
+        """The readable rows in such blocks, without paths and errors: to make text of them takes
+        longer than to read the records of a few layers."""
+        constants = only(self._constants, needs)
+        size = _block_rows(constants)
+        for start in range(0, self.count, size):
+            stop = min(start + size, self.count)
+            with damage(self.path):
+                good = self._file["error"][start:stop] == b""
+                yield self._features(constants, start, stop, good)
+
+    def _features(
+        self, constants: Features, start: int, stop: int, good: NDArray[np.bool_]
+    ) -> Features:
+        whole = bool(good.all())
+
+        def read(name: str, _: Tensor) -> Tensor:
+            found = self._file[name][start:stop]
+            if name != "label":  # some other width of numbers than ours
+                found = found.astype(np.float32, copy=False)
+            return torch.from_numpy(found if whole else found[good])
+
+        return constants.map_rows(read, int(good.sum()))
+
     def block_rows(self, needs: Iterable[str]) -> int:
         """Number of rows of a block."""
         return _block_rows(only(self._constants, frozenset(needs)))
@@ -275,14 +300,7 @@ class FeatureCache:
             paths = tuple(self._file["path"].asstr()[start:stop])
             errors = tuple(text or None for text in self._file["error"].asstr()[start:stop])
             good = np.array([error is None for error in errors])
-
-            def read(name: str, _: Tensor) -> Tensor:
-                found = self._file[name][start:stop]
-                if name != "label":  # some other width of numbers than ours
-                    found = found.astype(np.float32, copy=False)
-                return torch.from_numpy(found if good.all() else found[good])
-
-            features = constants.map_rows(read, int(good.sum()))
+            features = self._features(constants, start, stop, good)
             labels = torch.from_numpy(self._file["label"][start:stop].astype(np.int64, copy=False))
         return Rows(paths, labels, errors, features)
 
@@ -365,16 +383,14 @@ class CachedRows:
     def __iter__(self) -> Iterator[Features]:
         start = full = 0
         waiting: list[Features] = []
-        for block in self.cache.blocks(self.needs):
-            if block.features is None:
-                continue
+        for block in self.cache.readable(self.needs):
             if self.part is None:
-                yield block.features
+                yield block
                 continue
-            numbers = torch.arange(start, start + len(block.features))
-            start += len(block.features)
-            full = max(full, len(block.features))
-            waiting.append(block.features.select(self.part(numbers)))
+            numbers = torch.arange(start, start + len(block))
+            start += len(block)
+            full = max(full, len(block))
+            waiting.append(block.select(self.part(numbers)))
             if sum(map(len, waiting)) >= full:
                 yield concatenate(waiting)
                 waiting = []

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -274,7 +275,7 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
             "ood": None if not kind.uses_ood or inputs.ood is None else inputs.ood.path.name,
         }
         if fitted_on["kind"] != "noise" and not detector.every_class:
-            counts = class_counts(cache.rows({"logits"}), _classes(cache))
+            counts = _counts(cache)
             fitted_on["classes_without_rows"] = _where(counts == 0)
             fitted_on["classes_with_one_row"] = _where(counts == 1)
         if kind.uses_ood and inputs.ood is not None:
@@ -338,6 +339,16 @@ def _classes(cache: FeatureCache) -> int:
 
 def _where(found: Tensor) -> list[int]:
     return [int(number) for number in found.nonzero().flatten()]
+
+
+_COUNTED: WeakKeyDictionary[FeatureCache, Tensor] = WeakKeyDictionary()
+
+
+def _counts(cache: FeatureCache) -> Tensor:
+    """``class_counts`` of all rows, for whichever detectors ask."""
+    if cache not in _COUNTED:
+        _COUNTED[cache] = class_counts(cache.rows({"logits"}), _classes(cache))
+    return _COUNTED[cache]
 
 
 def class_counts(blocks: Iterable[Features], classes: int) -> Tensor:
@@ -474,7 +485,7 @@ def _calibrated(detector: Detector, caches: Sequence[FeatureCache], *, mirror: b
     for cache in caches:
         cache.require(needs, detectors.word_for(detector.name))
         scores = [score_views(detector, block, mirror=mirror) for block in cache.rows(needs)]
-        counts += class_counts(cache.rows({"logits"}), len(counts))
+        counts += _counts(cache)
         if cache.provenance.matched_accuracy is None:
             real += scores
         else:
