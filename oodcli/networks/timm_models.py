@@ -8,9 +8,10 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,23 +141,39 @@ def _arguments(state: Mapping[str, Tensor]) -> dict[str, int]:
     return found | ({"in_chans": 1} if stems and stems[0] == 1 else {})
 
 
+def _without_numbers(words: Iterable[str]) -> set[str]:
+    return {re.sub(r"\d+", "", word) for word in words} - {""}
+
+
+@cache
+def _known(timm: Any) -> dict[str, set[str]]:
+    """The words in the source of each module, and in those that it imports."""
+    own, imported = {}, {}
+    for file in Path(timm.models.__file__).parent.glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        pairs = re.findall(r"self\.(\w+)\b|['\"](\w+)['\"]", text)
+        own[file.stem] = _without_numbers(word for pair in pairs for word in pair)
+        imported[file.stem] = re.findall(r"^from (?:\.|timm\.models\.)(\w+) import", text, re.M)
+    return {
+        module: words.union(*(own[each] for each in imported[module] if each in own))
+        for module, words in own.items()
+    }
+
+
 def _ordered(timm: Any, state: Mapping[str, Tensor], hint: str) -> list[str]:
     """Names of timm's models: those in the hint, then those in whose source most words of the state
     dict's names are. Empty where no module has enough of them."""
-    words = {word for key in state for word in key.split(".")[:-1] if not word.isdecimal()}
-    sources: dict[str, float] = {}
-    folder = Path(timm.models.__file__).parent
-    for file in sorted(folder.glob("*.py")):
-        text = file.read_text(encoding="utf-8")
-        attributes = set(re.findall(r"self\.(\w+)\b|['\"](\w+)['\"]", text))
-        known = {word for pair in attributes for word in pair}
-        sources[file.stem] = len(words & known) / (len(words) or 1)
-    if max(sources.values()) < FAMILIAR:
+    words = _without_numbers(word for key in state for word in key.split(".")[:-1])
+    sources = {module: len(words & known) for module, known in _known(timm).items()}
+    most = max(sources.values())
+    if most < FAMILIAR * len(words):
         return []
-    ranked: list[tuple[float, str]] = []
-    for module, share in sources.items():
-        if share > 0:
-            ranked += [(share, name) for name in timm.list_models(module=module)]
+    ranked = [
+        (share, name)
+        for module, share in sources.items()
+        if share > most / 2
+        for name in timm.list_models(module=module)
+    ]
     simple = re.sub(r"\W", "", hint.lower())
     return [
         name

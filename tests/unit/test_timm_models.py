@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import oodcli
 from oodcli.errors import CheckpointError
-from oodcli.networks.timm_models import likely
+from oodcli.networks.architectures.weightless import Weightless
+from oodcli.networks.timm_models import _ordered, likely
 
 timm: Any = pytest.importorskip("timm")
 
@@ -199,3 +200,19 @@ def test_the_size_of_the_images_of_a_bare_transformer(grey: bool, tmp_path: Path
         oodcli.load_classifier(tmp_path / "test_vit.pth")
     found = oodcli.load_classifier(tmp_path / "test_vit.pth", arch=arch)
     assert found.preprocessing.input_size == (96, 96)
+
+
+@pytest.mark.slow
+def test_a_model_of_each_module_is_among_those_that_are_tried() -> None:
+    modules = {timm.models.model_entrypoint(name).__module__: name for name in timm.list_models()}
+    missing = []
+    for name in modules.values():
+        try:
+            with Weightless():
+                state = timm.create_model(name).state_dict()
+        except Exception:  # some compute with the numbers of their weights, or need a package
+            continue
+        if name not in _ordered(timm, state, ""):
+            missing.append(name)
+    assert len(modules) > 50
+    assert not missing
