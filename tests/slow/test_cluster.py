@@ -91,6 +91,8 @@ def images(tmp_path_factory) -> Path:
 
 def test_scores_are_those_of_one_process(fitted, images, tmp_path, monkeypatch):
     words = ["-d", "energy", "-d", str(fitted / "fitted" / "c2ir-z.safetensors")]
+    words += ["-d", "pro", "-p", "pro.steps=2", "-d", "gaia-z", "-d", "odin"]
+    words += ["-p", "odin.where=largest"]
     words += ["--batch-size", "4", "--mirror", "--explain", "--threshold", "energy=-5"]
     monkeypatch.chdir(images)  # which is not where the cluster's processes are
     checkpoint, photos = str(fitted / "digits.pt"), "photos"
