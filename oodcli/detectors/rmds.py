@@ -76,10 +76,6 @@ class RMDS(Detector):
     normalize: float
 
     @classmethod
-    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
-        return cls.needs | {"logits"}
-
-    @classmethod
     def fit(
         cls,
         train: Blocks,

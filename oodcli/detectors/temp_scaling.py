@@ -57,10 +57,6 @@ class TemperatureScaling(Detector):
     T: float
 
     @classmethod
-    def fit_needs(cls, **hyperparameters: object) -> frozenset[str]:
-        return cls.needs | {"label"}
-
-    @classmethod
     def fit(cls, train: Blocks, *, widen: Annotated[float | None, WIDEN] = None) -> Self:
         """About ten passes; nothing is kept of a row but, to widen, a number. Rows without a label
         are left out. Raises DetectorError when no row has one, and for a share outside 0 … 1."""

@@ -113,7 +113,8 @@ def choose(given: Situation) -> Choice:
     def among(*names: str) -> tuple[str, ...]:
         return tuple(name for name in names if given.allows(name))
 
-    # With many classes, c2ir-peak flags nearly all real images (docs/research/many-classes.md).
+    # With many classes, c2ir-peak flags nearly all real images, and 1c-sum, which ranks best, gets
+    # no good threshold from virtual ones (docs/research/many-classes.md).
     many = given.classes > MANY_CLASSES
     strongest_free = ("ang++", "gen") if many else ()
     free = among("joint-energy") or among(*strongest_free, "energy", "msp")
@@ -134,7 +135,7 @@ def choose(given: Situation) -> Choice:
         return Choice(names, "images")
     if pool or given.rows:
         return Choice(free, "", pool, given.rows > 0)
-    default = among("joint-energy") or (free if many else among("1c-sum", "energy", "msp"))
+    default = among("joint-energy") or among("1c-sum", "energy", "msp")
     noise = detectors.get(default[0]).reference_images is not None
     return Choice(default[:1], "noise" if noise else "")
 

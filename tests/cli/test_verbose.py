@@ -115,7 +115,7 @@ def test_what_a_pipeline_decides(fitted, tmp_path):
         told.err,
         r"precision (float32|bfloat16, which this device multiplies in hardware), by default$",
         r"objective name=kl, .*mirror=False",
-        r"2 images of each of 10 classes, in batches of at most 100, 3 steps each$",
+        r"20 images of 10 classes, in batches of at most 100, 3 steps each$",
         r"stored in .*v\.h5\.partial; there now: 0$",
         r"took .*: checkpoint .* s, a trial step .* s, inversion .* s, the rest",
     )

@@ -68,7 +68,7 @@ CHOICES = {
         replace(RESNET, accuracy=0.9, classes=1000),
         Choice(("ang++", "gen", "energy", "msp"), pool=True),
     ),
-    "many classes, nothing": (replace(RESNET, classes=101), Choice(("ang++",))),
+    "many classes, nothing": (replace(RESNET, classes=101), Choice(("1c-sum",), "noise")),
     "many classes, enough of each": (
         replace(RESNET, rows=10_000, classes=1000),
         Choice(("c2ir-z", "knn", "ang++", "gen", "energy", "msp"), "images"),
