@@ -417,13 +417,13 @@ def _is_of(images: str, cache: FeatureCache) -> bool:
 
 
 def holds_out(inputs: FitInputs) -> bool:
-    """Whether some of the rows to fit on can calibrate instead: there are enough, of real images,
-    and no others."""
+    """Whether some of the rows to fit on can calibrate instead: there are enough, not of virtual
+    images, and no others."""
     train = inputs.train
     return (
         train is not None
         and not inputs.calibrate
-        and _kind_of(train.provenance) == "real"
+        and not train.provenance.virtual
         and train.count >= HELD_OUT_FROM
     )
 

@@ -161,6 +161,8 @@ def test_all_of_it(tmp_path, monkeypatch, capfd):
     # From Python: the same files, and nothing printed.
     (tmp_path / "python").mkdir()
     monkeypatch.chdir(tmp_path / "python")
+    # Commands that ran in this process print what is logged.
+    monkeypatch.setattr(logging.getLogger("oodcli"), "handlers", [])
     capfd.readouterr()
     told: list[tuple[float, int]] = []
     made = api.demo(progress=lambda *far: told.append(far))

@@ -80,9 +80,9 @@ NETWORKS = {
 DEFAULTS = {
     ("digits.pt", False, None): "c2ir-z",
     ("digits.pt", True, None): "c2ir-peak",
-    ("digits.pt", False, "ten"): "c2ir-z",
+    ("digits.pt", False, "ten"): "c2ir-peak",
     ("digits.pt", True, "ten"): "c2ir-peak",
-    ("digits.pt", False, "unlabelled"): "c2ir-z",
+    ("digits.pt", False, "unlabelled"): "c2ir-peak",
     ("digits.pt", True, "labelled"): "c2ir-peak",
     ("plain.pt", False, None): "energy",
     ("plain.pt", True, None): "energy",

@@ -80,9 +80,9 @@ def test_a_detector_has_a_page_with_its_facts(site, name):
         assert f"<code>{word}</code>" in page
     for key, setting in hyperparameters(kind).items():
         row = rf"<code>{re.escape(name)}\.{key}</code></td>.*?</tr>"
-        found = re.search(row, page, re.S)
+        rows = re.findall(row, page, re.S)  # a record may have the name of a setting
+        found = [each for each in rows if setting.meaning in plain(each)]
         assert found, key
-        assert setting.meaning in plain(found[0])
         assert f"<td>{as_given(setting.default)}</td>" in found[0]
     formula = page.partition('id="formula"')[2].partition("<h2")[0]
     assert formula.count("<math ") >= len(facts.equations(kind)) > 0
