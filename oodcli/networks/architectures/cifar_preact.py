@@ -17,15 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
-from oodcli.networks.architectures.trunk import LAYERS, Trunk, depths, with_linear
+from oodcli.networks.architectures.trunk import LAYERS, RESNET_DEPTHS, Trunk, depths, with_linear
 
-_DEPTHS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
 _NAME = re.compile(r"(preactres|se)net(18|34|50|101|152)-(kuangliu|weiaicunzai)")
 
 
@@ -86,7 +79,7 @@ def build(name: str, num_classes: int, channels: int = 3) -> nn.Module | None:
     bottleneck = int(match[2]) > 34
     width_in = 64
     stages: dict[str, nn.Module] = {}
-    for place, count in enumerate(_DEPTHS[int(match[2])]):
+    for place, count in enumerate(RESNET_DEPTHS[int(match[2])]):
         blocks = []
         for number in range(count):
             stride = 2 if place and number == 0 else 1
@@ -130,7 +123,7 @@ def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
         return None
     bottleneck = "layer1.0.conv3.weight" in state
     found = depths(state, LAYERS)
-    for layers, expected in _DEPTHS.items():
+    for layers, expected in RESNET_DEPTHS.items():
         if found == expected and bottleneck == (layers > 34):
             kind = "se" if "layer1.0.fc1.weight" in state else "preactres"
             repository = "weiaicunzai" if "layer1.0.conv1.bias" in state else "kuangliu"

@@ -11,15 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
-from oodcli.networks.architectures.trunk import depths, projection, with_linear
+from oodcli.networks.architectures.trunk import RESNET_DEPTHS, depths, projection, with_linear
 
-_DEPTHS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
 _STAGES = ("stage1", "stage2", "stage3", "stage4")
 _NAME = re.compile(r"seresnet(18|34|50|101|152)-weiaicunzai")
 
@@ -61,7 +54,7 @@ class SEResNet(nn.Module):
         super().__init__()
         self.pre = _layers((channels, 64, 3, 1))
         width_in, bottleneck = 64, layers > 34
-        for place, (name, count) in enumerate(zip(_STAGES, _DEPTHS[layers], strict=True)):
+        for place, (name, count) in enumerate(zip(_STAGES, RESNET_DEPTHS[layers], strict=True)):
             blocks = []
             for number in range(count):
                 stride = 2 if place and number == 0 else 1
@@ -95,7 +88,7 @@ def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
         return None
     bottleneck = "stage1.0.residual.6.weight" in state
     found = depths(state, _STAGES)
-    for layers, expected in _DEPTHS.items():
+    for layers, expected in RESNET_DEPTHS.items():
         if found == expected and bottleneck == (layers > 34):
             return named(f"seresnet{layers}-weiaicunzai", state, first="pre.0.weight")
     return None

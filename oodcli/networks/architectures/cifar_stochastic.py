@@ -12,15 +12,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from oodcli.networks.architectures.family import named
-from oodcli.networks.architectures.trunk import depths, projection
+from oodcli.networks.architectures.trunk import RESNET_DEPTHS, depths, projection
 
-_DEPTHS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
 _NAME = re.compile(r"stochasticdepth(18|34|50|101|152)-weiaicunzai")
 _STAGES = ("conv2_x", "conv3_x", "conv4_x", "conv5_x")
 
@@ -58,8 +51,8 @@ class StochasticDepth(nn.Module):
         super().__init__()
         self.conv1 = nn.Sequential(nn.Conv2d(channels, 64, 3, 1, 1), nn.BatchNorm2d(64), nn.ReLU())
         width_in, bottleneck, number = 64, layers > 34, 0
-        last = sum(_DEPTHS[layers]) - 1
-        for place, (name, count) in enumerate(zip(_STAGES, _DEPTHS[layers], strict=True)):
+        last = sum(RESNET_DEPTHS[layers]) - 1
+        for place, (name, count) in enumerate(zip(_STAGES, RESNET_DEPTHS[layers], strict=True)):
             width, blocks = 64 << place, nn.Sequential()
             for block in range(count):
                 stride = 2 if place and block == 0 else 1
@@ -92,7 +85,7 @@ def guess(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     if "conv2_x.0.residual.0.weight" not in state:
         return None
     bottleneck = "conv2_x.0.residual.6.weight" in state
-    for layers, expected in _DEPTHS.items():
+    for layers, expected in RESNET_DEPTHS.items():
         if depths(state, _STAGES) == expected and bottleneck == (layers > 34):
             name = f"stochasticdepth{layers}-weiaicunzai"
             return named(name, state, "conv1.0.weight", "fc.weight")

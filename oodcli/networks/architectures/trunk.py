@@ -8,6 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+RESNET_DEPTHS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+"""Layers of a ResNet → blocks of its four stages (He et al. 2016, table 1)."""
+
 
 class Trunk(nn.Module):
     """A convolution, stages under their names, and a linear layer over the mean of the last map.
