@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,11 @@ def answers(job: dict[str, Any]) -> list[dict[str, Any]]:
         for rank in range(len(job["words"])):
             child = os.fork()
             if not child:
-                run(job, rank, place)
+                try:
+                    run(job, rank, place)
+                except BaseException:  # also a signal after the command: a fork keeps the folder
+                    traceback.print_exc()
+                    os._exit(128 + signal.SIGTERM)
             children[child] = rank
         ended = {}
         while children:
