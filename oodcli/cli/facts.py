@@ -246,6 +246,8 @@ def decoded(preprocessing: dict[str, Any]) -> list[str]:
     if preprocessing.get("image_range"):
         low, high = preprocessing["image_range"]
         found.append(f"range above 8 bits {low:g}…{high:g}")
+    if preprocessing.get("decode", "full") == "fast":
+        found.append("fast JPEG decoding")
     return found
 
 

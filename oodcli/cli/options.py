@@ -194,6 +194,14 @@ class ModelOptions:
         str | None,
         _model(metavar="LOW,HIGH", help="Values of black and white in images of more than 8 bits."),
     ] = None
+    decode: Annotated[
+        str | None,
+        _model(
+            help="JPEG decoding: full (default), or fast, at a half, a quarter or an eighth of the "
+            "size of large photographs.",
+            autocompletion=words("full", "fast"),
+        ),
+    ] = None
     class_names: Annotated[
         str | None,
         _model(metavar="A,B,…|FILE", help="Class names, or a file with one name per line."),
@@ -260,6 +268,7 @@ class ModelOptions:
             interpolation=self.interpolation,
             crop=self.crop,
             exif=self.exif,
+            decode=self.decode,
             image_range=_range(self.image_range),
             class_names=_names(self.class_names),
             layers=self.layers,

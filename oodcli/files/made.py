@@ -53,7 +53,7 @@ def read_made(scores: Path) -> dict[str, Any] | None:
     return found
 
 
-_ADDED_LATER = {"exif": "turn", "image_range": None, "crop_rounding": "even"}
+_ADDED_LATER = {"exif": "turn", "image_range": None, "crop_rounding": "even", "decode": "full"}
 """Keys of a preprocessing that older files lack, and the behaviour at the time."""
 
 

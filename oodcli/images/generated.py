@@ -181,7 +181,7 @@ class TorchvisionImages(ImageSource):
         return partial(_image, image), int(table[int(target)]) if is_class else UNKNOWN
 
 
-def _image(item: Any) -> Image.Image:
+def _image(item: Any, least: int | None = None) -> Image.Image:
     if isinstance(item, Image.Image):
         return item
     raise UnreadableError(

@@ -111,8 +111,9 @@ class UnreadableError(Exception):
     """Reason why one image cannot be read: the text in its row's error."""
 
 
-Load = Callable[[], Image.Image]
-"""Decodes one image. Raises UnreadableError. Those of an ``Encoded`` can be pickled."""
+Load = Callable[..., Image.Image]
+"""Decodes one image. Takes nothing, or ``least`` as ``decode`` does. Raises UnreadableError. Those
+of an ``Encoded`` can be pickled."""
 
 
 class Target(NamedTuple):
@@ -125,6 +126,7 @@ class Target(NamedTuple):
     exif: str
     image_range: tuple[float, float] | None
     crop_rounding: str = "even"
+    decode: str = "full"
 
 
 class Fitted(NamedTuple):
@@ -135,7 +137,7 @@ class Fitted(NamedTuple):
     dim: float | None
 
 
-def refuse(reason: str) -> NoReturn:
+def refuse(reason: str, least: int | None = None) -> NoReturn:
     """A Load of an image that is known to be unreadable."""
     raise UnreadableError(reason)
 
@@ -178,27 +180,31 @@ def refuse_suffix(name: str) -> None:
         raise UnreadableError(f"{suffix} is {UNREADABLE[suffix]} to PNG, TIFF or JPEG first")
 
 
-def load_file(path: str | Path) -> Image.Image:
-    """Decode the image in a file. Raises UnreadableError, also for what is not a regular file: a
-    pipe would wait for ever, a device never end."""
+def load_file(path: str | Path, least: int | None = None) -> Image.Image:
+    """Decode the image in a file; least: see ``decode``. Raises UnreadableError, also for what is
+    not a regular file: a pipe would wait for ever, a device never end."""
     refuse_suffix(str(path))
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UnreadableError("not a regular file")
         with open(path, "rb") as stream:
-            return decode(stream)
+            return decode(stream, least)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UnreadableError(unreadable_file(error)) from error
 
 
-def load_bytes(encoded: bytes) -> Image.Image:
-    """Decode an image that has been read. Raises UnreadableError."""
-    return decode(io.BytesIO(encoded))
+def load_bytes(encoded: bytes, least: int | None = None) -> Image.Image:
+    """Decode an image that has been read; least: see ``decode``. Raises UnreadableError."""
+    return decode(io.BytesIO(encoded), least)
 
 
-def decode(stream: IO[bytes]) -> Image.Image:
+def decode(stream: IO[bytes], least: int | None = None) -> Image.Image:
     """The first frame of an image, as stored. Raises UnreadableError for data that is not an image,
-    damaged, truncated, or larger than Pillow's limit against decompression bombs."""
+    damaged, truncated, or larger than Pillow's limit against decompression bombs.
+
+    least: pixels. A JPEG is decoded at a half, a quarter or an eighth of its size where its shorter
+    side keeps that many, by libjpeg's scaling in the DCT domain; None is the full size.
+    """
     try:
         formats = (*FORMATS, HEIF) if _is_heif(stream) and heif_is_read() else FORMATS
         with Image.open(stream, formats=formats) as image:
@@ -208,6 +214,8 @@ def decode(stream: IO[bytes]) -> Image.Image:
                     f"{image.width}x{image.height} pixels, more than Pillow's limit of {limit} "
                     "(a decompression bomb?): --max-pixels raises the limit"
                 )
+            if least is not None:
+                image.draft(None, (least, least))  # does nothing for other formats
             image.load()
             return image
     except UnreadableError:
@@ -348,9 +356,16 @@ def fit(image: Image.Image, preprocessing: Preprocessing | Target) -> NDArray[np
 
 def fitted(load: Load, preprocessing: Preprocessing | Target) -> Fitted:
     """Decode and fit. Raises UnreadableError."""
-    image = load()
+    image = load(_least(preprocessing)) if preprocessing.decode == "fast" else load()
     unsaid = preprocessing.image_range is None
     return Fitted(fit(image, preprocessing), dim(image) if unsaid else None)
+
+
+def _least(preprocessing: Preprocessing | Target) -> int:
+    """Pixels that the shorter side of an image needs for a good resize: twice those after it, as in
+    Pillow's ``thumbnail``."""
+    resize = preprocessing.resize
+    return 2 * (resize if isinstance(resize, int) else max(resize or preprocessing.input_size))
 
 
 def _resized(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:

@@ -35,6 +35,7 @@ class Overrides:
     crop: str | None = None
     exif: str | None = None
     image_range: tuple[float, float] | None = None
+    decode: str | None = None
     class_names: tuple[str, ...] | None = None
     layers: str | None = None
     card: Path | None = None
@@ -75,6 +76,7 @@ def read_card(path: Path) -> dict[str, Any]:
         "crop": (_is_text, "a string"),
         "exif": (_is_text, "a string"),
         "image_range": (lambda v: _is_list(v, _is_number) and len(v) == 2, "[low, high]"),
+        "decode": (_is_text, "a string"),
     }
     for key, value in card.items():
         if key not in kinds:
@@ -141,6 +143,8 @@ def write_card(classifier: Classifier, path: Path) -> None:
         card["exif"] = prep.exif
     if prep.image_range is not None:
         card["image_range"] = prep.image_range
+    if prep.decode != "full":
+        card["decode"] = prep.decode
     # A JSON string, number or list is TOML as well, but for the one control character that JSON
     # leaves as it is.
     lines = (

@@ -58,13 +58,13 @@ def preprocessing_of(
         )
     exif = given["exif"] or "turn"
     rounding = "even" if resize is None else default.crop_rounding
-    limits = given["image_range"]
-    found = Preprocessing(size, mean, std, resize, interpolation, exif, limits, rounding)
+    limits, decode = given["image_range"], given["decode"] or "full"
+    found = Preprocessing(size, mean, std, resize, interpolation, exif, limits, rounding, decode)
     _require_unit_scale(mean, std)
     return found, assumed
 
 
-_PREPARING = ("input_size", "mean", "std", "interpolation", "exif", "image_range")
+_PREPARING = ("input_size", "mean", "std", "interpolation", "exif", "image_range", "decode")
 
 
 def _resize(

@@ -21,6 +21,8 @@ EXIF = ("turn", "keep")
 
 CROP_ROUNDING = ("even", "down")
 
+DECODE = ("full", "fast")
+
 
 Resize: TypeAlias = int | tuple[int, int] | None
 """Before a centre crop: length of the shorter side, or height and width; None resizes straight to
@@ -38,8 +40,9 @@ class Preprocessing:
     means grey images. exif: whether an image is turned upright as its EXIF block says, or kept as
     it is stored. image_range: values that become 0 and 255, of images with more than 8 bits; None
     is the range of their type. crop_rounding: of half a pixel before the middle: even, as
-    torchvision rounds, or down, as transformers does. Raises CheckpointError where the numbers make
-    no sense.
+    torchvision rounds, or down, as transformers does. decode: a large JPEG in full, or fast, at a
+    half, a quarter or an eighth of its size where that is twice the resize. Raises CheckpointError
+    where the numbers make no sense.
     """
 
     input_size: tuple[int, int]
@@ -50,6 +53,7 @@ class Preprocessing:
     exif: str = "turn"
     image_range: tuple[float, float] | None = None
     crop_rounding: str = "even"
+    decode: str = "full"
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
@@ -80,6 +84,7 @@ class Preprocessing:
             ("interpolation", self.interpolation, INTERPOLATIONS),
             ("exif", self.exif, EXIF),
             ("crop_rounding", self.crop_rounding, CROP_ROUNDING),
+            ("decode", self.decode, DECODE),
         ):
             if given not in known:
                 raise CheckpointError(f"{name} '{given}' is not one of {', '.join(known)}")
@@ -134,6 +139,7 @@ class Preprocessing:
             exif=str(fields.get("exif", "turn")),
             image_range=None if limits is None else (float(limits[0]), float(limits[1])),
             crop_rounding=str(fields.get("crop_rounding", "even")),
+            decode=str(fields.get("decode", "full")),
         )
 
 

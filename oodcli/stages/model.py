@@ -162,6 +162,7 @@ def _log_origins(given: Checkpoint, running: Running, classifier: Classifier) ->
         ),
         ("exif", f"EXIF orientation: {prep.exif}", "default"),
         ("image_range", _range(prep.image_range), "default"),
+        ("decode", f"decoding: {prep.decode}", "default"),
         ("layers", _tapped(classifier), "default"),
     ):
         if getattr(given.overrides, key) is not None:

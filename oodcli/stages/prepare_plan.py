@@ -326,6 +326,7 @@ def _of_network(given: Overrides) -> dict[str, object]:
         "--crop": given.crop,
         "--exif": given.exif,
         "--image-range": given.image_range,
+        "--decode": given.decode,
         "--class-names": given.names_file or given.class_names,
         "--layers": given.layers,
         "--card": given.card,

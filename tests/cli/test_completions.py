@@ -39,6 +39,7 @@ def test_the_words_are_those_that_are_accepted():
     assert offered("objective") == list(OBJECTIVES)
     assert offered("interpolation") == list(preprocessing.INTERPOLATIONS)
     assert offered("exif") == list(preprocessing.EXIF)
+    assert offered("decode") == list(preprocessing.DECODE)
     assert offered("crop") == list(inputs.CROPS)
     # Sensitivities are measured while images are inverted, and cannot be asked for.
     assert set(offered("record")) == set(ROW_RECORDS) - {"layers.sensitivity"} | {"all"}

@@ -312,9 +312,63 @@ def test_arrays_obey_a_pair(resize: int | tuple[int, int], tmp_path: Path) -> No
     assert np.array_equal(expected, images) == (resize in ((8, 8), 8))
 
 
+# --- fast decoding --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A smooth picture of 640x480 as JPEG, PNG and a JPEG that is turned by EXIF."""
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    image = coarse.resize((640, 480), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "large").mkdir()
+    image.save(tmp_path / "large" / "a.jpg", quality=95)
+    image.save(tmp_path / "large" / "b.png")
+    image.save(tmp_path / "large" / "c.jpg", quality=95, exif=exif)
+    return tmp_path / "large"
+
+
+@pytest.mark.parametrize(
+    ("input_size", "resize", "side"),
+    [
+        ((24, 24), 32, 120),  # a quarter, as an eighth has 60, fewer than twice 32
+        ((24, 24), 28, 60),
+        ((16, 32), (20, 40), 120),
+        ((24, 32), None, 120),
+        ((48, 48), 150, 480),
+    ],
+)
+def test_fast_decoding_takes_the_smallest_that_is_enough(
+    large: Path,
+    input_size: tuple[int, int],
+    resize: int | tuple[int, int] | None,
+    side: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full = Preprocessing(input_size, (0.0,) * 3, (1.0,) * 3, resize=resize)
+    sides = []
+
+    def watched(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+        sides.append(min(image.size))
+        return fit(image, preprocessing)
+
+    monkeypatch.setattr("oodcli.images.pixels.fit", watched)
+    fast = read(large, replace(full, decode="fast"))
+    assert sorted(sides) == sorted([side, 480, side])  # not the PNG
+    monkeypatch.undo()
+    difference = (fast - read(large, full)).abs()
+    assert torch.equal(difference[1], torch.zeros_like(difference[1]))
+    assert difference.float().mean() < 1
+    assert bool(difference[[0, 2]].any()) == (side < 480)
+    assert torch.equal(fast, read(large, replace(full, decode="fast"), timeout=60.0))
+
+
 # --- files ----------------------------------------------------------------------------------
 
 NEW = ("--resize", "10,9", "--interpolation", "bicubic", "--exif", "keep", "--image-range", "0,9")
+NEW += ("--decode", "fast")
 
 
 def test_virtual_images_go_with_every_way_of_reading(fitted: Path, tmp_path: Path) -> None:
@@ -326,11 +380,13 @@ def test_virtual_images_go_with_every_way_of_reading(fitted: Path, tmp_path: Pat
         prepared = json.loads(new.attrs["preprocessing"])
     assert prepared["resize"] == [10, 9]
     assert (prepared["exif"], prepared["image_range"]) == ("keep", [0, 9])
+    assert prepared["decode"] == "fast"
     about = " ".join(oodcli("inspect", output).out.split())
     assert (
         "resized to 10x9, centre crop (bicubic), EXIF orientation ignored, range above 8 bits"
         in about
     )
+    assert "fast JPEG decoding" in about
     other = oodcli(
         "extract", fitted / "digits.pt", fitted / "v.h5", "--mean", "0.2", "-o", tmp_path / "g.h5"
     )
@@ -338,7 +394,7 @@ def test_virtual_images_go_with_every_way_of_reading(fitted: Path, tmp_path: Pat
 
 
 def test_files_of_before_go_with_new_ones(fitted: Path, tmp_path: Path) -> None:
-    """They lack exif and image_range, which means turn and none."""
+    """They lack exif, image_range and decode, which means turn, none and full."""
     (tmp_path / "images").mkdir()
     flat(7, np.uint8).save(tmp_path / "images" / "x.png")
     for name in ("old", "new", "kept"):
@@ -358,6 +414,7 @@ def test_files_of_before_go_with_new_ones(fitted: Path, tmp_path: Path) -> None:
         "turn",
         None,
     )
+    assert made["preprocessing"].pop("decode") == "full"
     beside.write_text(json.dumps(made))
     assert read_made(tmp_path / "old.csv") == read_made(tmp_path / "new.csv") | {
         key: made[key] for key in ("command", "paths_sha256")
@@ -375,7 +432,7 @@ def test_files_of_before_go_with_new_ones(fitted: Path, tmp_path: Path) -> None:
         assert oodcli(*words).status == 0
     with h5py.File(caches["old"], "r+") as file:
         found = json.loads(file.attrs["preprocessing"])
-        del found["exif"], found["image_range"]
+        del found["exif"], found["image_range"], found["decode"]
         file.attrs["preprocessing"] = json.dumps(found)
     output = ("-d", "knn", "-o", tmp_path / "fit", "--force")
     for train, calibrate in (("old", "new"), ("new", "old")):
@@ -408,7 +465,10 @@ def test_a_job_is_not_resumed_with_other_options(
     oodcli(*words)
     monkeypatch.undo()
     assert output.with_name("s.csv.partial").exists()
-    for other in (("--exif", "keep"), ("--image-range", "0,9"), ("--resize", "9"), NEW):
+    for other in (
+        *(("--exif", "keep"), ("--image-range", "0,9"), ("--resize", "9")),
+        *(("--decode", "fast"), NEW),
+    ):
         refused = oodcli(*words, *other)
         assert (refused.status, "the preprocessing" in refused.err) == (1, True), refused.err
     assert oodcli(*words).status == 0
@@ -423,6 +483,7 @@ def test_a_job_is_not_resumed_with_other_options(
         (("--image-range", "5,x"), "--image-range 5,x: expected numbers"),
         (("--image-range", "5,5"), "the first below the second"),
         (("--exif", "on"), "exif 'on' is not one of"),
+        (("--decode", "quick"), "decode 'quick' is not one of full, fast"),
         (("--crop", "middle"), "crop 'middle' is not one of"),
         (("--interpolation", "cubic"), "interpolation 'cubic' is not one of"),
     ],
