@@ -19,7 +19,7 @@ from oodcli.detectors.msp import probabilities
 from oodcli.features import Features, Rows, recorded
 from oodcli.files.atomic import atomic
 from oodcli.files.made import made_path, write_made
-from oodcli.files.scores import ScoreBlock, ScoresWriter
+from oodcli.files.scores import ScoreBlock, ScoresWriter, format_of
 from oodcli.images.pixels import is_text
 from oodcli.jobs.kept import Stored
 from oodcli.stages.chosen import Chosen, score_views
@@ -163,13 +163,14 @@ def score_to_file(
             yield replace(block, scores=found)
 
     with ExitStack() as stack:
-        unfinished = target
+        unfinished, kind = target, None
         force = force or (kept is not None and kept.about.complete)
         if isinstance(target, Path):
+            kind = format_of(target)
             unfinished = stack.enter_context(atomic(target, force=force))
         found = blocks()
         first = list(islice(found, 1))  # a detector may fail: before anything is printed
-        with ScoresWriter(unfinished, columns) as writer:
+        with ScoresWriter(unfinished, columns, kind) as writer:
             for block in chain(first, found):
                 writer.write(block)
                 total += len(block.paths)

@@ -880,9 +880,9 @@ def test_lists_on_standard_input(fitted, tmp_path):
     assert [row["path"] for row in rows(result.out)] == [str(tmp_path / "a.png")]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ""])
 def test_formats_of_scores(fitted, tmp_path, suffix):
-    output = tmp_path / f"s.{suffix}"
+    output = tmp_path / f"s{suffix}"
     oodcli("score", fitted / "digits.pt", "noise:uniform?n=3", "-o", output)
     assert list(read_scores(output).detectors) == ["1c-sum"]
 
