@@ -297,6 +297,10 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     )
     if inputs.calibrate or inputs.labelled is not None:
         return _calibrate_one(artefact, inputs)
+    real = inputs.train is not None and _kind_of(inputs.train.provenance) == "real"
+    if kind.reference_images is not None and inputs.train is not None and real:
+        # It was fitted on noise, so all real rows are new to it.
+        return _calibrate_one(artefact, replace(inputs, calibrate=[inputs.train]))
     if cache is None or cache.provenance.virtual or kind.reference_images is not None:
         return artefact
     everything, held_out = needs | detector.score_needs | {"logits"}, None

@@ -821,6 +821,13 @@ def test_noise_is_what_1c_sum_is_standardised_on(fitted, tmp_path):
     cached = oodcli("score", tmp_path / "id.h5", "-d", tmp_path / "1c-sum.safetensors")
     for one, other in zip(rows(direct.out), rows(cached.out), strict=True):
         assert float(one["1c-sum"]) == pytest.approx(float(other["1c-sum"]), rel=1e-5, abs=1e-6)
+    assert read_artefact(tmp_path / "1c-sum.safetensors").calibrations == {}
+    real = ("fit", tmp_path / "id.h5", "--noise", tmp_path / "noise.h5", "-d", "1c-sum")
+    made = oodcli(*real, "-o", tmp_path / "real")
+    assert made.status == 0, made.err
+    calibration = read_artefact(tmp_path / "real" / "1c-sum.safetensors").calibrations["plain"]
+    found = sorted(float(row["1c-sum"]) for row in rows(cached.out))
+    assert calibration.scores.tolist() == pytest.approx(found, rel=1e-5, abs=1e-6)
     fails(
         "1c-sum is standardised on noise:uniform",
         "fit",
