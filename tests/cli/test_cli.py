@@ -492,7 +492,7 @@ def test_verdicts_without_real_data(fitted, pool, tmp_path):
         assert len(said) <= 80
     notes = [line for line in result.err.splitlines() if "from virtual images" in line]
     assert notes == [
-        "note: thresholds from virtual images were off by −3 to +8 points in our tests",
+        "note: thresholds from virtual images were off by −4 to +8 points in our tests",
         "note: dms: thresholds from virtual images are far too strict: calibrate on real images",
     ]
     found = rows(result.out)

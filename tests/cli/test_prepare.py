@@ -323,6 +323,7 @@ def test_a_dry_run_knows_what_is_there(desk):
         ("the list is read more than once", ["--images", "-"]),
         ("holds virtual images: give real ones", ["--images", "digits.pt.oodcli/virtual.h5"]),
         ("nowhere does not exist", ["--images", "nowhere"]),
+        ("--per-class 1: the spread within a class needs two virtual images", ["--per-class", 1]),
         ("id.npz cannot be made: ", ["-o", "id.npz"]),
         ("name another folder with -o DIR", ["-o", "id.npz/x"]),
     ],
