@@ -35,7 +35,7 @@ from oodcli.stages.chosen import (
     require_same_network,
     score_views,
 )
-from oodcli.stages.verdict import classes_in_words
+from oodcli.stages.verdict import TOO_STRICT, classes_in_words
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def _none_of(failed: Mapping[str, OodcliError]) -> OodcliError:
 
 
 def _lacking(artefact: Artefact, origin: Provenance) -> Iterator[str]:
-    """Sentences about classes with too few rows."""
+    """Sentences about what the rows cannot give: classes with too few, and thresholds."""
     fitted_on = artefact.fitted_on
 
     def words(classes: Sequence[int]) -> str:
@@ -185,6 +185,8 @@ def _lacking(artefact: Artefact, origin: Provenance) -> Iterator[str]:
     if one := fitted_on.get("classes_with_one_row"):
         yield f"{fitted_on['file']} has only one row of {words(one)}"
     for calibration in artefact.calibrations.values():
+        if calibration.virtual and artefact.detector.strict_on_virtual:
+            yield f"{artefact.detector.name}: {TOO_STRICT}"
         count = calibration.real + calibration.virtual
         if calibration.without_verdict:
             yield (

@@ -69,6 +69,12 @@ class Deciding:
         return rules
 
 
+TOO_STRICT = (
+    "thresholds from virtual images are far too strict (one flagged 99 % of real images where 5 % "
+    "were wanted): calibrate on real images"
+)
+
+
 def off_by(classes: int) -> str:
     """By how many percentage points false alarms missed 5 % with thresholds from virtual images
     (docs/concepts.md; docs/research/many-classes.md)."""
@@ -99,11 +105,7 @@ def _at_rate(
         off = off_by(len(class_names))
         notes.say(log, f"thresholds from virtual images were off by {off} points in our tests")
     if strict:
-        notes.say(
-            log,
-            f"{', '.join(strict)}: thresholds from virtual images are far too strict: calibrate on "
-            "real images",
-        )
+        notes.say(log, f"{', '.join(strict)}: {TOO_STRICT}")
     return rules
 
 

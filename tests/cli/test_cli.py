@@ -32,6 +32,7 @@ from oodcli.files.cache import open_cache
 from oodcli.files.scores import read_scores
 from oodcli.networks.load import load_classifier
 from oodcli.recording.recorder import BACKWARD
+from oodcli.stages.verdict import TOO_STRICT
 
 COMMANDS = (
     *("inspect", "prepare", "invert", "extract", "fit", "score", "show", "merge", "evaluate"),
@@ -493,7 +494,7 @@ def test_verdicts_without_real_data(fitted, pool, tmp_path):
     notes = [line for line in result.err.splitlines() if "from virtual images" in line]
     assert notes == [
         "note: thresholds from virtual images were off by −4 to +8 points in our tests",
-        "note: dms: thresholds from virtual images are far too strict: calibrate on real images",
+        f"note: dms: {TOO_STRICT}",
     ]
     found = rows(result.out)
     for row in found:

@@ -15,6 +15,7 @@ from commands import oodcli
 
 from oodcli.files.artefact import read_artefact
 from oodcli.stages import prepare_plan
+from oodcli.stages.verdict import TOO_STRICT
 
 CODE = """import torch
 from torch import nn
@@ -142,3 +143,18 @@ def test_one_image_a_class_is_enough(ready, monkeypatch):
     result = oodcli(*words)
     assert result.status == 0, result.err
     assert "--per-class 1 " in result.out
+
+
+def test_a_mean_of_all_images_gives_no_threshold_on_virtual_ones(ready, monkeypatch, tmp_path):
+    monkeypatch.chdir(ready)
+    cache, pool = tmp_path / "v.h5", tmp_path / "p.h5"
+    extract = ("extract", "net.pt", "net.pt.oodcli/pool.h5", *OPTIONS, "--for", "c2ir-z")
+    fit = ("fit", cache, "-d", "c2ir-z", "--calibrate", pool, "-o", tmp_path)
+    artefact = tmp_path / "c2ir-z.safetensors"
+    score = ("score", "net.pt", "x.npz", *OPTIONS, "-d", artefact, "--fpr", 0.1)
+    for words in ((*extract, "-o", cache), (*extract, "--match-accuracy", ACCURACY, "-o", pool)):
+        assert oodcli(*words).status == 0
+    for words in (fit, score):
+        result = oodcli(*words)
+        assert result.status == 0, result.err
+        assert f"c2ir-z: {TOO_STRICT}" in result.err
