@@ -2,16 +2,19 @@
 
     python -m benchmarks.real_images DATA [--draws 5] [--numbers 10,30,100,300,1000]
         [--work FOLDER] [--figure FILE.png] [-o FILE.json]
+    python -m benchmarks.real_images CHECKPOINT --id IMAGES --ood NAME=IMAGES … --accuracy SHARE
+        [--options="--arch …"] [--invert="--total 150 --objective short --no-sensitivity"] …
 
-Runs on the CIFAR-10 networks of the folder DATA. One random half of the test images are the real
-images that a user may have, without labels; the other half is in-distribution (ID) when detectors
-are compared. With a WORK folder that is kept, it resumes.
+Runs on the CIFAR-10 networks of the folder DATA, or on a network and images of your own. One random
+half of the test images are the real images that a user may have, without labels; the other half is
+in-distribution (ID) when detectors are compared. With a WORK folder that is kept, it resumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +39,8 @@ from oodcli.files.cache import open_cache
 from oodcli.metrics import auroc, tnr95
 from oodcli.stages.fit import HELD_OUT_FROM
 
-NAMES = ("energy", "peak-energy", "1c-sum", "c2ir-z", "c2ir-peak", "knn", "nci")
+FREE = ("energy", "gen", "ang++", "peak-energy")
+NAMES = (*FREE, "1c-sum", "c2ir-z", "c2ir-peak", "knn", "nci")
 RATE = 0.05
 """Nominal rate of false alarms."""
 
@@ -131,10 +135,13 @@ def ways(site: Site, number: int, draw: int) -> Iterator[tuple[str, Callable[[],
         detector = fitted("c2ir-peak", rest, noise=site.noise, pool=held_out)
         return site.compare(detector, calibrate([scores(detector, held_out)], [], None))
 
+    free = {name: detectors.get(name)() for name in FREE}
+    noise = {"1c-sum": fitted("1c-sum", site.noise)}
     deviations = {"c2ir-z on virtual images": fitted("c2ir-z", site.virtual)}
-    free = {name: detectors.get(name)() for name in ("energy", "peak-energy")}
-    for name, detector in {**free, **deviations}.items():
+    for name, detector in {**free, **noise, **deviations}.items():
         yield name, partial(on, detector, pool=not number)
+    if number:
+        yield "1c-sum, pool", partial(on, noise["1c-sum"], pool=True)
     yield (
         "c2ir-peak on virtual images, pool",
         lambda: on(fitted("c2ir-peak", site.virtual, noise=site.noise, pool=site.pool), pool=True),
@@ -151,37 +158,57 @@ def ways(site: Site, number: int, draw: int) -> Iterator[tuple[str, Callable[[],
         yield "knn on real images", lambda: on_real("knn", k=max(1, min(50, number // 20)))
 
 
-def record(work: Work, checkpoint: str) -> None:
+@dataclass(frozen=True)
+class Network:
+    """name: of its folder. images: set → IMAGES, the first ID. options: of the model. inverting: of
+    ``invert``."""
+
+    name: str
+    checkpoint: str
+    accuracy: str
+    images: Mapping[str, str]
+    options: Sequence[str] = ()
+    inverting: Sequence[str] = ("--per-class", "50")
+
+
+def of_cifar(checkpoint: str, data: Path) -> Network:
+    images = {name: str(data / f"{name}.npz") for name in (INSIDE, *SETS)}
+    return Network(checkpoint.partition("-")[0], checkpoint, PUBLISHED[checkpoint], images)
+
+
+def record(work: Work, network: Network) -> None:
     """Caches of a network, in the folder of its name."""
-    stem = checkpoint.partition("-")[0]
-    (work.folder / stem).mkdir(exist_ok=True)
+    (work.folder / network.name).mkdir(exist_ok=True)
     records = ("--for", ",".join(NAMES))
 
-    def run(name: str, *words: str) -> str:
-        output = f"{stem}/{name}.h5"
-        work.run(output, *words, "-o", output, "--force")
+    def run(name: str, command: str, *words: str) -> str:
+        output = f"{network.name}/{name}.h5"
+        first = (command, network.checkpoint, *words, *network.options)
+        work.run(output, *first, "-o", output, "--force")
         return output
 
-    for name in (INSIDE, *SETS):
-        run(name, "extract", checkpoint, str(work.data / f"{name}.npz"), *records)
-    run("noise", "extract", checkpoint, "noise:uniform?n=2000", *records)
+    for name, images in network.images.items():
+        run(name, "extract", images, *records)
+    run("noise", "extract", "noise:uniform?n=2000", *records)
     for name, seed in (("virtual", "0"), ("pool", "1")):
-        images = run(f"{name}-images", "invert", checkpoint, "--per-class", "50", "--seed", seed)
-        matched = ("--match-accuracy", PUBLISHED[checkpoint]) if name == "pool" else ()
-        run(name, "extract", checkpoint, images, *matched, *records)
+        made = run(f"{name}-images", "invert", *network.inverting, "--seed", seed)
+        matched = ("--match-accuracy", network.accuracy) if name == "pool" else ()
+        run(name, "extract", made, *matched, *records)
 
 
-def opened(folder: Path, stack: ExitStack) -> Site:
+def opened(folder: Path, sets: Sequence[str], stack: ExitStack) -> Site:
+    """sets: names of the caches, the first ID."""
     kinds = [detectors.get(name) for name in NAMES]
     needs = frozenset[str]().union(*(kind.needs | kind.fit_needs() for kind in kinds))
 
     def read(name: str) -> Blocks:
         return list(stack.enter_context(open_cache(folder / f"{name}.h5")).rows(needs))
 
-    inside = [replace(b, label=torch.full((len(b),), -1)) for b in read(INSIDE)]  # unlabelled
+    first, *others = sets
+    inside = [replace(b, label=torch.full((len(b),), -1)) for b in read(first)]  # unlabelled
     count = sum(map(len, inside))
     rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    outside = {name: read(name) for name in SETS}
+    outside = {name: read(name) for name in others}
     return Site(read("noise"), read("virtual"), read("pool"), inside, rows, outside)
 
 
@@ -252,6 +279,11 @@ def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path)
+    parser.add_argument("--id")
+    parser.add_argument("--ood", action="append", default=[])
+    parser.add_argument("--accuracy")
+    parser.add_argument("--options", type=shlex.split, default=[])
+    parser.add_argument("--invert", type=shlex.split, default=Network.inverting)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--numbers", default="10,30,100,300,1000")
     parser.add_argument("--work", type=Path)
@@ -261,16 +293,23 @@ def main() -> None:
     numbers = [int(word) for word in options.numbers.split(",")]
     found = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        work = Work(options.work or Path(folder), options.data.resolve())
+        data = options.data.resolve()
+        work = Work(options.work or Path(folder), data)
         work.folder.mkdir(exist_ok=True, parents=True)
-        for network, checkpoint in NETWORKS.items():
-            record(work, checkpoint)
-            site = opened(work.folder / checkpoint.partition("-")[0], stack)
-            found[network] = measure(site, numbers, options.draws)
-            for name, row in found[network].items():
+        networks = {name: of_cifar(checkpoint, data) for name, checkpoint in NETWORKS.items()}
+        if options.id:
+            images = {"id": options.id, **dict(each.split("=", 1) for each in options.ood)}
+            images = {name: str(Path(each).resolve()) for name, each in images.items()}
+            more = (options.accuracy, images, options.options, options.invert)
+            networks = {data.stem: Network(data.stem, str(data), *more)}
+        for called, network in networks.items():
+            record(work, network)
+            site = opened(work.folder / network.name, list(network.images), stack)
+            found[called] = measure(site, numbers, options.draws)
+            for name, row in found[called].items():
                 for number, each in row.items():
                     told = "  ".join(f"{word} {m:.2f} ± {s:.2f}" for word, (m, s) in each.items())
-                    print(f"{network:10} {number:>5} {name:50} {told}", flush=True)
+                    print(f"{called:10} {number:>5} {name:50} {told}", flush=True)
     if options.figure:
         draw(found, options.figure)
     if options.output:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from oodcli.cli import allocation
 from oodcli.cli.completions import complete_architectures, complete_detectors, words
 from oodcli.errors import OodcliError
 
@@ -281,9 +282,10 @@ class ModelOptions:
 
     def running(self) -> dict[str, Any]:
         """Keyword arguments of the functions of ``oodcli.api`` that say how to run. Limits the
-        threads of this process."""
+        threads of this process, and lets it keep freed memory."""
         from oodcli.api import limit_threads
 
+        allocation.keep_freed_memory()
         limit_threads(self.threads)
         names = ("device", "batch_size", "precision", "seed")
         return {name: getattr(self, name) for name in names}

@@ -47,7 +47,7 @@ def command(
     per_class: Annotated[
         int | None,
         typer.Option(
-            min=2,
+            min=1,
             help="Virtual images per class.",
             show_default="50; with over 100 classes a number in all, by the image size",
         ),

@@ -71,9 +71,6 @@ class Detector(ABC):
     multi_label: ClassVar[bool] = False
     """It also fits networks with a sigmoid for each label instead of one softmax."""
 
-    strict_on_virtual: ClassVar[bool] = False
-    """It reads statistics that inversion matches, so thresholds from virtual images are wrong."""
-
     @classmethod
     def fit(cls, train: Blocks, *args: Any, **hyperparameters: Any) -> Self:
         """A detector without fitted state is made from its hyper-parameters alone. The others name
@@ -99,6 +96,12 @@ class Detector(ABC):
     @property
     def every_class(self) -> bool:
         """Whether it scores images of classes that had no rows to fit on as well as others."""
+        return False
+
+    @property
+    def strict_on_virtual(self) -> bool:
+        """Whether it reads statistics that inversion matches, so that thresholds from virtual
+        images flag most real ones."""
         return False
 
     @property

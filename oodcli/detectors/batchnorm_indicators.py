@@ -80,7 +80,10 @@ class BatchNormIndicator(Detector):
 
     only_input: ClassVar[bool] = False
     explains = True
-    strict_on_virtual = True
+
+    @property
+    def strict_on_virtual(self) -> bool:
+        return True
 
     @abstractmethod
     def _of(self, test: Features, channels: slice) -> Tensor:

@@ -137,6 +137,12 @@ class C2IRZ(Detector):
         """Whether no class needs rows of its own."""
         return len(self.evidence) < len(self.present)
 
+    @property
+    def strict_on_virtual(self) -> bool:
+        """Where all images share one mean, which BatchNorm's memory fixes: virtual images, made to
+        match it, are nearer to it than real ones."""
+        return self.every_class
+
     def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
         """The z-score at the head, then each layer's weighted deviation."""
         predicted = predicted_among(recorded(test.logits), self.present)

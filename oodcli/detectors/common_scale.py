@@ -60,6 +60,10 @@ class Summed(Detector):
         return self.deviation.every_class
 
     @property
+    def strict_on_virtual(self) -> bool:
+        return self.deviation.strict_on_virtual
+
+    @property
     @abstractmethod
     def parts(self) -> tuple[Detector, ...]:
         """P detectors, fitted."""

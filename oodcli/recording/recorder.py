@@ -589,7 +589,4 @@ def records_of(classifier: Classifier, tap: Tap) -> list[str]:
 def why_not(classifier: Classifier, words: list[str]) -> str:
     """One sentence for what a network cannot give."""
     reasons = impossible(words, tapped=bool(classifier.taps))
-    others = set(words) - {"deconf.h", "mos.others"}  # which no other choice could give
-    return f"{classifier.arch} cannot give {', '.join(words)}: {reasons}" + (
-        "; choose the records with --record or --for" if others else ""
-    )
+    return f"{classifier.arch} cannot give {', '.join(words)}: {reasons}"

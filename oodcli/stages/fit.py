@@ -35,7 +35,7 @@ from oodcli.stages.chosen import (
     require_same_network,
     score_views,
 )
-from oodcli.stages.verdict import classes_in_words
+from oodcli.stages.verdict import TOO_STRICT, classes_in_words
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def _none_of(failed: Mapping[str, OodcliError]) -> OodcliError:
 
 
 def _lacking(artefact: Artefact, origin: Provenance) -> Iterator[str]:
-    """Sentences about classes with too few rows."""
+    """Sentences about what the rows cannot give: classes with too few, and thresholds."""
     fitted_on = artefact.fitted_on
 
     def words(classes: Sequence[int]) -> str:
@@ -185,6 +185,8 @@ def _lacking(artefact: Artefact, origin: Provenance) -> Iterator[str]:
     if one := fitted_on.get("classes_with_one_row"):
         yield f"{fitted_on['file']} has only one row of {words(one)}"
     for calibration in artefact.calibrations.values():
+        if calibration.virtual and artefact.detector.strict_on_virtual:
+            yield f"{artefact.detector.name}: {TOO_STRICT}"
         count = calibration.real + calibration.virtual
         if calibration.without_verdict:
             yield (
@@ -297,6 +299,10 @@ def _fit_one(kind: type[Detector], given: dict[str, Any], inputs: FitInputs) -> 
     )
     if inputs.calibrate or inputs.labelled is not None:
         return _calibrate_one(artefact, inputs)
+    real = inputs.train is not None and _kind_of(inputs.train.provenance) == "real"
+    if kind.reference_images is not None and inputs.train is not None and real:
+        # It was fitted on noise, so all real rows are new to it.
+        return _calibrate_one(artefact, replace(inputs, calibrate=[inputs.train]))
     if cache is None or cache.provenance.virtual or kind.reference_images is not None:
         return artefact
     everything, held_out = needs | detector.score_needs | {"logits"}, None

@@ -13,7 +13,7 @@ import torch
 from oodcli import detectors, notes
 from oodcli._version import __version__
 from oodcli.detectors.base import Detector
-from oodcli.errors import OodcliError
+from oodcli.errors import DetectorError, OodcliError
 from oodcli.features import Rows
 from oodcli.files.cache import FORMAT, open_cache
 from oodcli.files.hashes import file_sha256
@@ -22,7 +22,7 @@ from oodcli.files.virtual import FORMAT as VIRTUAL
 from oodcli.images import ImageSource
 from oodcli.jobs.kept import Kept
 from oodcli.networks.classifier import Classifier
-from oodcli.recording.recorder import Recorder, recordable
+from oodcli.recording.recorder import Recorder, recordable, why_not
 from oodcli.stages.chosen import Chosen, FitReference, fit_on_noise, made_with, needs
 from oodcli.stages.model import Model
 from oodcli.stages.record import (
@@ -119,6 +119,10 @@ def from_images(
     precision = model.precision(fast=False)
 
     def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
+        for each in chosen:
+            possible = recordable(classifier) | {"label"}
+            if missing := sorted(each.detector.score_needs - possible):
+                raise DetectorError(f"{each.name}: {why_not(classifier, missing)}")
         recorder = Recorder(
             classifier,
             needs(chosen, mirror=mirror),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oodcli import notes
+from oodcli.detectors.c2ir_z import MANY_CLASSES
 from oodcli.errors import FileError, OodcliError
 from oodcli.files.artefact import read_artefact
 from oodcli.files.atomic import claimed, make_folder
@@ -41,6 +42,7 @@ from oodcli.stages.fit_job import Fitted, fit
 from oodcli.stages.invert_job import InvertRequest, invert
 from oodcli.stages.model import Checkpoint, Model
 from oodcli.stages.prepare_plan import (
+    FIVE_PERCENT_FROM,
     Choice,
     Effort,
     Places,
@@ -53,6 +55,7 @@ from oodcli.stages.prepare_plan import (
 )
 from oodcli.stages.prepare_time import Clock
 from oodcli.stages.record import file_state
+from oodcli.stages.verdict import off_by
 from oodcli.stages.watching import Watch, Watching, unwatched
 
 log = logging.getLogger(__name__)
@@ -176,8 +179,8 @@ def _refuse(request: PrepareRequest) -> None:
         raise OodcliError(
             f"--accuracy {request.accuracy:g}: expected a share between 0 and 1, such as 0.917"
         )
-    if request.per_class is not None and request.per_class < 2:
-        raise OodcliError(f"--per-class {request.per_class}: expected at least 2")
+    if request.per_class is not None and request.per_class < 1:
+        raise OodcliError(f"--per-class {request.per_class}: expected at least 1")
     if request.images == "-":
         raise OodcliError("--images -: the list is read more than once: give a file with the list")
     if request.images is not None and format_of(Path(request.images)) == VIRTUAL:
@@ -220,6 +223,11 @@ def _plan(request: PrepareRequest) -> _Plan:
         source is None or _complete(source, classifier.num_classes),
     )
     choice = choose(given)
+    if request.per_class == 1 and choice.virtual and given.classes <= MANY_CLASSES:
+        raise OodcliError(
+            "--per-class 1: the spread within a class needs two virtual images of it or more (only "
+            f"with over {MANY_CLASSES} classes is it that of all images)"
+        )
 
     def steps(where: Places) -> list[Step]:
         return steps_of(choice, where, virtual, request.accuracy)
@@ -284,7 +292,7 @@ def _warnings(
     if request.accuracy is not None and not choice.pool:
         if "multi-label" in given.available:
             why = "the network has several labels per image"
-        elif given.batchnorm and choice.fitted_on == "images":
+        elif given.batchnorm:
             why = f"the {given.rows} real images are enough to fit and calibrate on"
         else:
             why = "without BatchNorm statistics there are no virtual images"
@@ -292,12 +300,12 @@ def _warnings(
     if choice.pool and not given.rows:
         yield (
             "the verdicts rest on virtual images alone: in our tests their rates of false alarms "
-            "were off by −3 to +8 points; --images with a few real ones is better"
+            f"were off by {off_by(given.classes)} points; --images with a few real ones is better"
         )
-    if given.rows and not choice.pool and given.rows < 19:
+    if given.rows and not choice.pool and given.rows < FIVE_PERCENT_FROM:
         yield (
             f"with {given.rows} images no p-value is below {1 / (given.rows + 1):.2g}: --fpr 0.05 "
-            "needs 19 or more"
+            f"needs {FIVE_PERCENT_FROM} or more"
         )
     if not choice.calibrated and given.batchnorm and "multi-label" not in given.available:
         yield (

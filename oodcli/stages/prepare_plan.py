@@ -24,6 +24,9 @@ ROWS_A_CLASS = 10
 mean of ten images has a tenth of their variance."""
 
 
+FIVE_PERCENT_FROM = 19
+"""Real images from which ``--fpr 0.05`` is possible without a pool: 1/(19 + 1)."""
+
 POOL_FROM = 10
 """Real images from which they scale the parts of c2ir-peak, if there is no pool: it takes their
 quartiles."""
@@ -114,7 +117,7 @@ def choose(given: Situation) -> Choice:
         return tuple(name for name in names if given.allows(name))
 
     # With many classes, c2ir-peak flags nearly all real images, and 1c-sum, which ranks best, gets
-    # no good threshold from virtual ones (docs/research/many-classes.md).
+    # a good threshold from real images alone (docs/research/many-classes.md).
     many = given.classes > MANY_CLASSES
     strongest_free = ("ang++", "gen") if many else ()
     free = among("joint-energy") or among(*strongest_free, "energy", "msp")
@@ -122,6 +125,11 @@ def choose(given: Situation) -> Choice:
     pool = given.accuracy is not None and invertible
     real = given.rows >= REAL_FROM
     enough = given.complete and given.rows >= max(REAL_FROM, ROWS_A_CLASS * given.classes)
+    handful = given.rows >= (FIVE_PERCENT_FROM if pool else 1)
+    if many and handful and given.allows("1c-sum"):
+        fitted = among("c2ir-z", "knn") if enough else among("c2ir-z") if real else ()
+        names = ("1c-sum", *fitted, *free)
+        return Choice(names, "images") if fitted else Choice(names, "noise", images=True)
     if enough and not many and given.allows("c2ir-peak"):
         return Choice((*among("c2ir-peak", "c2ir-z", "knn"), *free), "images")
     if invertible and not many and given.allows("c2ir-z") and (pool or not enough):

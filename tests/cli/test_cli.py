@@ -32,6 +32,7 @@ from oodcli.files.cache import open_cache
 from oodcli.files.scores import read_scores
 from oodcli.networks.load import load_classifier
 from oodcli.recording.recorder import BACKWARD
+from oodcli.stages.verdict import TOO_STRICT
 
 COMMANDS = (
     *("inspect", "prepare", "invert", "extract", "fit", "score", "show", "merge", "evaluate"),
@@ -492,8 +493,8 @@ def test_verdicts_without_real_data(fitted, pool, tmp_path):
         assert len(said) <= 80
     notes = [line for line in result.err.splitlines() if "from virtual images" in line]
     assert notes == [
-        "note: thresholds from virtual images were off by −3 to +8 points in our tests",
-        "note: dms: thresholds from virtual images are far too strict: calibrate on real images",
+        "note: thresholds from virtual images were off by −4 to +8 points in our tests",
+        f"note: dms: {TOO_STRICT}",
     ]
     found = rows(result.out)
     for row in found:
@@ -821,6 +822,13 @@ def test_noise_is_what_1c_sum_is_standardised_on(fitted, tmp_path):
     cached = oodcli("score", tmp_path / "id.h5", "-d", tmp_path / "1c-sum.safetensors")
     for one, other in zip(rows(direct.out), rows(cached.out), strict=True):
         assert float(one["1c-sum"]) == pytest.approx(float(other["1c-sum"]), rel=1e-5, abs=1e-6)
+    assert read_artefact(tmp_path / "1c-sum.safetensors").calibrations == {}
+    real = ("fit", tmp_path / "id.h5", "--noise", tmp_path / "noise.h5", "-d", "1c-sum")
+    made = oodcli(*real, "-o", tmp_path / "real")
+    assert made.status == 0, made.err
+    calibration = read_artefact(tmp_path / "real" / "1c-sum.safetensors").calibrations["plain"]
+    found = sorted(float(row["1c-sum"]) for row in rows(cached.out))
+    assert calibration.scores.tolist() == pytest.approx(found, rel=1e-5, abs=1e-6)
     fails(
         "1c-sum is standardised on noise:uniform",
         "fit",

@@ -15,6 +15,7 @@ from commands import oodcli
 
 from oodcli.files.artefact import read_artefact
 from oodcli.stages import prepare_plan
+from oodcli.stages.verdict import TOO_STRICT
 
 CODE = """import torch
 from torch import nn
@@ -114,3 +115,46 @@ def test_c2ir_z_fitted_by_hand_speaks_of_every_class(ready, monkeypatch, tmp_pat
     artefact = read_artefact(tmp_path / "d" / "c2ir-z.safetensors")
     assert artefact.without_rows == ()
     assert artefact.detector.every_class
+
+
+@pytest.mark.parametrize("count", [30, 120])
+def test_real_images_calibrate_the_strongest(ready, monkeypatch, tmp_path, count):
+    """All of 30; of 120, four fifths of which c2ir-z is fitted on."""
+    monkeypatch.chdir(ready)
+    random = np.random.default_rng(1)
+    images = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "real.npz", images=images)
+    words = ("prepare", "net.pt", *OPTIONS, "--images", tmp_path / "real.npz", "-o", tmp_path / "d")
+    result = oodcli(*words, "--accuracy", ACCURACY)
+    assert result.status == 0, result.err
+    assert f"score uses 1c-sum (calibrated on {count} real images" in result.err
+    assert f"--accuracy is not used: the {count} real images are enough" in result.err
+    rows = {
+        path.stem: read_artefact(path).calibrations["plain"].real
+        for path in (tmp_path / "d").glob("*.safetensors")
+    }
+    fitted = {"c2ir-z": count // 5} if count >= 100 else {}
+    assert rows == {**dict.fromkeys(("1c-sum", "ang++", "gen", "energy", "msp"), count), **fitted}
+
+
+def test_one_image_a_class_is_enough(ready, monkeypatch):
+    monkeypatch.chdir(ready)
+    words = ("prepare", "net.pt", *OPTIONS, "--accuracy", ACCURACY, "--per-class", 1, "--dry-run")
+    result = oodcli(*words)
+    assert result.status == 0, result.err
+    assert "--per-class 1 " in result.out
+
+
+def test_a_mean_of_all_images_gives_no_threshold_on_virtual_ones(ready, monkeypatch, tmp_path):
+    monkeypatch.chdir(ready)
+    cache, pool = tmp_path / "v.h5", tmp_path / "p.h5"
+    extract = ("extract", "net.pt", "net.pt.oodcli/pool.h5", *OPTIONS, "--for", "c2ir-z")
+    fit = ("fit", cache, "-d", "c2ir-z", "--calibrate", pool, "-o", tmp_path)
+    artefact = tmp_path / "c2ir-z.safetensors"
+    score = ("score", "net.pt", "x.npz", *OPTIONS, "-d", artefact, "--fpr", 0.1)
+    for words in ((*extract, "-o", cache), (*extract, "--match-accuracy", ACCURACY, "-o", pool)):
+        assert oodcli(*words).status == 0
+    for words in (fit, score):
+        result = oodcli(*words)
+        assert result.status == 0, result.err
+        assert f"c2ir-z: {TOO_STRICT}" in result.err

@@ -22,7 +22,7 @@ from oodcli.inversion.objective import OBJECTIVES
 from oodcli.jobs.kept import Kept
 from oodcli.jobs.torchrun import Team
 
-ACCURACY = ("--accuracy", 0.8, "--per-class", 4, "--no-mirror")
+ACCURACY = ("--accuracy", 0.7, "--per-class", 4, "--no-mirror")
 FILES = {
     *("virtual.h5", "virtual.png", "virtual.features.h5", "pool.h5", "pool.png"),
     *("pool.features.h5", "noise.features.h5", "prepared.json"),
@@ -143,7 +143,7 @@ def test_the_summary_as_json(desk):
     assert found["files"]["knn"] == "digits.pt.oodcli/knn.safetensors"
     assert len(found["steps"]) == 6
     assert all(step["done"] for step in found["steps"])
-    assert found["calibrated_on"] == "virtual, matched to accuracy 0.8, no real data"
+    assert found["calibrated_on"] == "virtual, matched to accuracy 0.7, no real data"
     assert found["seconds"] == 0
     assert not found["planned"]
 
@@ -323,6 +323,7 @@ def test_a_dry_run_knows_what_is_there(desk):
         ("the list is read more than once", ["--images", "-"]),
         ("holds virtual images: give real ones", ["--images", "digits.pt.oodcli/virtual.h5"]),
         ("nowhere does not exist", ["--images", "nowhere"]),
+        ("--per-class 1: the spread within a class needs two virtual images", ["--per-class", 1]),
         ("id.npz cannot be made: ", ["-o", "id.npz"]),
         ("name another folder with -o DIR", ["-o", "id.npz/x"]),
     ],

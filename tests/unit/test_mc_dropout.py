@@ -232,5 +232,8 @@ def test_on_the_command_line(tmp_path):
     damaged = oodcli("score", cache, "-d", "mc-dropout", *three, "-o", parts, "--force")
     assert "/dropout/logits is 12 wide, expected 8" in damaged.err
     none = run("score", "-d", "mc-dropout", name="plain")
-    assert "dropout.logits: it has no dropout layer (nn.Dropout with p > 0)" in none.err
+    assert none.err.splitlines()[-1] == (
+        f"oodcli: mc-dropout: {tmp_path}/plain.py:make cannot give dropout.logits: it has no "
+        "dropout layer (nn.Dropout with p > 0)"
+    )
     assert none.status != 0

@@ -57,6 +57,7 @@ LABELS = replace(RESNET, available=ALL | {"multi-label"})
 FLAT = replace(RESNET, available=ALL - {"layers.peak"})
 """Without a map of several positions."""
 EACH = ("c2ir-z", "knn", "energy", "msp")
+MANY = ("ang++", "gen", "energy", "msp")
 
 CHOICES = {
     "nothing": (RESNET, Choice(("c2ir-z", "knn"), "virtual")),
@@ -66,12 +67,28 @@ CHOICES = {
     ),
     "many classes": (
         replace(RESNET, accuracy=0.9, classes=1000),
-        Choice(("ang++", "gen", "energy", "msp"), pool=True),
+        Choice(MANY, pool=True),
     ),
     "many classes, nothing": (replace(RESNET, classes=101), Choice(("1c-sum",), "noise")),
+    "many classes, some images": (
+        replace(RESNET, rows=10, classes=1000),
+        Choice(("1c-sum", *MANY), "noise", images=True),
+    ),
+    "many classes, accuracy, a handful": (
+        replace(RESNET, rows=18, accuracy=0.9, classes=1000),
+        Choice(MANY, pool=True, images=True),
+    ),
+    "many classes, accuracy, images": (
+        replace(RESNET, rows=19, accuracy=0.9, classes=1000),
+        Choice(("1c-sum", *MANY), "noise", images=True),
+    ),
+    "many classes, images": (
+        replace(RESNET, rows=100, classes=1000),
+        Choice(("1c-sum", "c2ir-z", *MANY), "images"),
+    ),
     "many classes, enough of each": (
         replace(RESNET, rows=10_000, classes=1000),
-        Choice(("c2ir-z", "knn", "ang++", "gen", "energy", "msp"), "images"),
+        Choice(("1c-sum", "c2ir-z", "knn", *MANY), "images"),
     ),
     "no peaks": (replace(FLAT, accuracy=0.9), Choice(EACH, "virtual", pool=True)),
     "nine images": (replace(RESNET, rows=9), Choice(EACH, "virtual", images=True)),
@@ -184,7 +201,7 @@ def test_many_classes_have_a_few_images_in_all():
         (1000, 448, None, Effort(total=75)),
         (200, 64, None, Effort(total=3675)),
         (101, 16, None, Effort(total=5050)),
-        (1000, 224, 2, Effort(2)),
+        (1000, 224, 1, Effort(1)),
     ],
 )
 def test_the_number_of_virtual_images(classes, side, per_class, expected):
