@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.papers.config import read_config
+from benchmarks.papers.config import located, read_config
 from benchmarks.papers.page import ALL_FIGURES, CLAIMS, PAGE, RESULTS, claims, figures, page
 from benchmarks.papers.runs import Runs
 from benchmarks.papers.tables import TABLES
@@ -48,12 +48,17 @@ def main(words: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no network '{unknown[0]}' in {options.config}")
     options.work.mkdir(parents=True, exist_ok=True)
+    data, work = options.data.resolve(), options.work.resolve()
+    networks = [config.networks[name] for name in options.network or config.networks]
+    try:
+        networks = [located(each, config, data, work / each.folder / "lists") for each in networks]
+    except ValueError as error:
+        parser.error(str(error))
     for name in options.tables or TABLES:
-        for network in config.networks.values():
-            if name in network.tables and network.name in (options.network or config.networks):
-                folders = options.data.resolve(), options.work.resolve()
+        for network in networks:
+            if name in network.tables:
                 records = dict.fromkeys(r for t in network.tables for r in TABLES[t].records)
-                runs = Runs(config, network, *folders, tuple(records))
+                runs = Runs(config, network, data, work, tuple(records))
                 measured(runs, name, options.results, options.machine)
     return 0
 
@@ -86,7 +91,7 @@ def _said(runs: Runs) -> dict[str, Any]:
     return {
         "checkpoint": Path(runs.network.checkpoint).name,
         "accuracy": round(100 * runs.accuracy, 2),
-        "test": Path(runs.network.test).name,
+        "test": Path(runs.network.test.images).name,
         "train": Path(runs.network.train).name,
         "tested": runs.counts.get("ID", 0),
         "sets": {name: runs.counts.get(name, 0) for name in runs.network.sets},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,27 @@ from typing import Any
 @dataclass(frozen=True)
 class ImageSet:
     """images: the images to score. learn: other images of the same kind, for detectors that learn
-    from OOD images. Without it they learn from every other row of an .npz and score the rest."""
+    from OOD images. Without it they learn from every other row of an .npz and score the rest.
+    list: a text list of the images to score, with paths relative to a root; all are scored where
+    there is no such file. group: name of the sets that are averaged with it, such as near."""
 
     images: str
     learn: str = ""
+    list: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
 class Network:
-    """test, train: in-distribution images. stages: names of the layers that LSGM's figures choose
-    from. tables: names of the tables to measure. sets: the OOD sets by name."""
+    """test, train: in-distribution images; without train only what needs none can be measured.
+    stages: names of the layers that LSGM's figures choose from. tables: names of the tables to
+    measure. sets: the OOD sets by name. accuracy: the published one, for ``prepare``."""
 
     name: str
     checkpoint: str
-    test: str
+    test: ImageSet
     train: str
+    accuracy: float | None
     sets: Mapping[str, ImageSet]
     stages: tuple[str, ...]
     tables: tuple[str, ...]
@@ -43,7 +49,8 @@ class Network:
 @dataclass(frozen=True)
 class Config:
     """networks: by name. per_class: virtual images a class. seeds: of the inversion. noise: images
-    of each kind. precision: of the passes over images."""
+    of each kind. precision: of the passes over images. roots: folders in which images are looked
+    for, in this order. without: detectors to leave out of ``benchmarks.fit_free``."""
 
     networks: Mapping[str, Network]
     per_class: int
@@ -51,6 +58,8 @@ class Config:
     noise: int
     resamples: int
     precision: str
+    roots: tuple[str, ...]
+    without: tuple[str, ...]
 
 
 def read_config(path: Path, tables: Collection[str]) -> Config:
@@ -58,22 +67,23 @@ def read_config(path: Path, tables: Collection[str]) -> Config:
     missing or unknown, and for an unknown set or table."""
     with path.open("rb") as file:
         found = tomllib.load(file)
-    usual = {"per_class": 50, "seeds": [0, 1], "noise": 2000, "resamples": 1000}
-    usual["precision"] = "float32"
+    usual: dict[str, Any] = {"per_class": 50, "seeds": [0, 1], "noise": 2000, "resamples": 1000}
+    usual |= {"precision": "float32", "roots": ["."], "without": []}
     _refuse_unknown(found, {*usual, "test", "train", "sets", "networks"}, str(path))
     sets = {name: _image_set(name, value) for name, value in found.get("sets", {}).items()}
     networks = {}
     for name, given in found.get("networks", {}).items():
         _refuse_unknown(given, {each.name for each in fields(Network)} - {"name"}, name)
         whole = {"test": found.get("test"), "train": found.get("train"), **given}
-        absent = [key for key in ("checkpoint", "test", "train") if not whole.get(key)]
+        absent = [key for key in ("checkpoint", "test") if not whole.get(key)]
         if absent:
             raise ValueError(f"{path}: {name} has no {absent[0]}")
         networks[name] = Network(
             name=name,
             checkpoint=whole["checkpoint"],
-            test=whole["test"],
-            train=whole["train"],
+            test=_image_set("test", whole["test"]),
+            train=whole["train"] or "",
+            accuracy=whole.get("accuracy"),
             sets={_checked(each, sets, "set"): sets[each] for each in given.get("sets", sets)},
             stages=tuple(given.get("stages", ("layer1", "layer2", "layer3"))),
             tables=tuple(_checked(each, tables, "table") for each in given.get("tables", tables)),
@@ -81,13 +91,49 @@ def read_config(path: Path, tables: Collection[str]) -> Config:
     if not networks:
         raise ValueError(f"{path} names no network: expected a table [networks.NAME]")
     settings = {key: found.get(key, value) for key, value in usual.items()}
-    return Config(networks=networks, **{**settings, "seeds": tuple(settings["seeds"])})
+    settings |= {key: tuple(settings[key]) for key in ("seeds", "roots", "without")}
+    return Config(networks=networks, **settings)
+
+
+def located(network: Network, config: Config, data: Path, lists: Path) -> Network:
+    """The same network with the place of every image set in the data folder, or its list with whole
+    paths, which is written into ``lists``. Raises ValueError for what is not in the data folder."""
+    if not (data / network.checkpoint).exists():
+        raise ValueError(_absent(network.checkpoint, network, config, data))
+
+    def place(name: str, given: ImageSet) -> ImageSet:
+        if ":" in given.images:  # torchvision:… and noise:…
+            return given
+        roots = [each for each in config.roots if (data / each / given.images).exists()]
+        if not roots:
+            raise ValueError(_absent(given.images, network, config, data))
+        if given.list and (data / given.list).exists():
+            lines = (data / given.list).read_text("utf-8").splitlines()
+            lists.mkdir(parents=True, exist_ok=True)
+            target = lists / f"{name}.txt"
+            root = (data / roots[0]).resolve()
+            target.write_text("".join(f"{root}/{line}\n" for line in lines if line), "utf-8")
+            return replace(given, images=str(target))
+        return replace(given, images=str(Path(roots[0]) / given.images))
+
+    sets = {name: place(name, each) for name, each in network.sets.items()}
+    return replace(network, test=place("test", network.test), sets=sets)
+
+
+def _absent(what: str, network: Network, config: Config, data: Path) -> str:
+    images = [network.test.images, *(each.images for each in network.sets.values())]
+    roots = [each for each in config.roots if each != "."]
+    inside = f", which may be in {' or '.join(roots)}" if roots else ""
+    return (
+        f"{data} has no {what}: expected in it {network.checkpoint}, and the images "
+        f"{', '.join(images)}{inside}; to measure fewer sets, remove them from the configuration"
+    )
 
 
 def _image_set(name: str, value: Any) -> ImageSet:
     if isinstance(value, str):
         return ImageSet(value)
-    _refuse_unknown(value, {"images", "learn"}, name)
+    _refuse_unknown(value, {each.name for each in fields(ImageSet)}, name)
     return ImageSet(**value)
 
 

@@ -35,7 +35,7 @@ def measure(runs: Runs) -> Rows:
     words += ["-d", "peak-energy", "--mirror", *runs.precision]
     names = {name: f"{name}, mirror" for name in (*MIRRORED, "peak-energy")}
     sets = {name: (checkpoint, each.images) for name, each in runs.network.sets.items()}
-    test = (checkpoint, runs.network.test)
+    test = (checkpoint, runs.network.test.images)
     return rows | runs.compare("data-free/mirror", words, sets, METRICS, names, test)
 
 

@@ -30,7 +30,8 @@ INTRODUCTION = """\
 We measured the tables of five papers again on other networks and OOD sets, and tested the papers'
 claims. Compare the order of methods on one network, not the figures with a paper's. This page shows
 the figures of the first network; [claims.csv](claims.csv) has those of all networks, and
-[tables.csv](tables.csv) all methods, ours beside the papers', with intervals.
+[tables.csv](tables.csv) all methods, ours beside the papers', with intervals. Networks of 1,000
+classes have [a page of their own](fit-free.md).
 """
 
 CONVENTIONS = """\

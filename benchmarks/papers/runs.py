@@ -32,6 +32,10 @@ WORK = "work"
 """Stands for the work folder in commands as they are shown."""
 
 
+UNREADABLE = 3
+"""Exit status of a command that could not read some images."""
+
+
 @dataclass
 class Runs:
     """records: detectors whose features ``extract`` records. commands: all that a table ran, in
@@ -95,9 +99,12 @@ class Runs:
         )
 
     def test(self) -> str:
-        return self.cache(self.network.test, "test")
+        return self.cache(self.network.test.images, "test")
 
     def train(self) -> str:
+        """Features of training images. Raises ValueError where the configuration has none."""
+        if not self.network.train:
+            raise ValueError(f"{self.network.name} has no train")
         return self.cache(self.network.train, "train", but=["odin"])
 
     def invert(self, seed: int) -> str:
@@ -167,11 +174,22 @@ class Runs:
             given = (each,) if isinstance(each, str) else each
             scores[name] = self.write(f"{output}/{name}.csv", "score", *given, *words, "--quiet")
         inside = scores.pop("test")
+        return self.evaluated(f"{output}/evaluate", inside, scores, metrics, names)
+
+    def evaluated(
+        self,
+        output: str,
+        inside: str,
+        scores: Mapping[str, str],
+        metrics: Sequence[str],
+        names: Mapping[str, str] | None = None,
+    ) -> Rows:
+        """Metrics of scores files. scores: name of an OOD set → its file."""
         pairs = (word for name, path in scores.items() for word in ("--ood", f"{name}={path}"))
         resamples = ("--resamples", str(self.config.resamples))
         summary = json.loads(
             self.run(
-                f"{self.folder}/{output}/evaluate",
+                f"{self.folder}/{output}",
                 *("evaluate", "--id", inside, *pairs, *resamples, "--json", "--quiet"),
             )
         )
@@ -191,7 +209,8 @@ class Runs:
 
 
 def _oodcli(words: Sequence[str], folder: Path) -> str:
-    """Returns what the command printed. Raises SystemExit when it fails."""
+    """Returns what the command printed. Raises SystemExit when it fails; images that could not be
+    read are no failure."""
     from oodcli.cli import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -204,7 +223,7 @@ def _oodcli(words: Sequence[str], folder: Path) -> str:
         try:
             main()
         except SystemExit as stop:
-            if stop.code:
+            if stop.code not in (None, 0, UNREADABLE):
                 raise SystemExit(f"{shlex.join(['oodcli', *words])}\n{err.getvalue()}") from None
     return out.getvalue()
 

@@ -208,6 +208,7 @@ def test_all_configurations_are_read(tmp_path):
         ("sizes = 1", "unknown key 'sizes'"),
         ("test = 'a'", "names no network"),
         ("[networks.a]\ncheckpoint = 'b'", "a has no test"),
+        ("[networks.a]\ncheckpoint = 'b'\ntest={images='c',group=1,kind=2}", "key 'kind'"),
         ("[networks.a]\ncheckpoint = 'b'\ntest='c'\ntrain='d'\nsets=['e']", "no set 'e'"),
         ("[networks.a]\ncheckpoint = 'b'\ntest='c'\ntrain='d'\ntables=['e']", "no table 'e'"),
         ("[networks.a]\narchitecture = 'b'", "unknown key 'architecture'"),
@@ -320,11 +321,17 @@ def test_what_was_run_is_not_run_again(digits, trained, capfd):
     assert command.read_results(digits / "results.json") == before
 
 
-def test_what_fails_is_said(digits, trained, tmp_path):
-    (tmp_path / "c.toml").write_text(DIGITS.replace("stripes.npz", "gone.npz"))
+def test_what_fails_is_said(digits, trained, tmp_path, capsys):
+    np.savez(trained / "broken.npz", pictures=np.zeros(3))
     words = [str(tmp_path / "c.toml"), str(trained), "rg-table-2", "--work", str(digits / "work")]
-    with pytest.raises(SystemExit, match=r"oodcli extract digits.pt gone.npz(?s:.*)gone.npz"):
-        command.main([*words, "--results", str(tmp_path / "results.json")])
+    words += ["--results", str(tmp_path / "results.json")]
+    (tmp_path / "c.toml").write_text(DIGITS.replace("stripes.npz", "broken.npz"))
+    with pytest.raises(SystemExit, match=r"oodcli extract digits.pt broken.npz(?s:.*)broken.npz"):
+        command.main(words)
+    (tmp_path / "c.toml").write_text(DIGITS.replace("stripes.npz", "gone.npz"))
+    with pytest.raises(SystemExit, match="2"):
+        command.main(words)
+    assert f"{trained} has no gone.npz: expected in it digits.pt" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
 
 
