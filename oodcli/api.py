@@ -519,11 +519,11 @@ def invert(
     """Invert a network: optimise virtual images from the statistics of its BatchNorm layers, into
     an .h5 file, by default CHECKPOINT.virtual.h5 in the working directory.
 
-    total: number of images in all, instead of per_class. objective: kl, paper or deepinversion.
-    steps, mirror: None for the default of the objective. classes: classes to invert, such as
-    ``"0-4,7"`` or [0, 7]. compiled: compile the step; None to compile if that is faster.
-    sensitivity: measure what ``c2ir`` needs. Raises OodcliError for a network without BatchNorm,
-    and for invalid arguments.
+    total: number of images in all, instead of per_class. objective: kl, short, patches, paper or
+    deepinversion. steps, mirror: None for the default of the objective. classes: classes to invert,
+    such as ``"0-4,7"`` or [0, 7]. compiled: compile the step; None to compile if that is faster.
+    sensitivity: measure what ``c2ir`` needs. Raises OodcliError for a network without BatchNorm and
+    an objective other than patches, and for invalid arguments.
     """
     model = _model(checkpoint, device, batch_size, precision, seed)
     request = _inversion(

@@ -44,9 +44,9 @@ def command(
     objective: Annotated[
         str,
         typer.Option(
-            help="Objective: kl (ours), short (ours, for many classes), paper (C2IR, eq. 5) or "
-            "deepinversion.",
-            autocompletion=words("kl", "short", "paper", "deepinversion"),
+            help="Objective: kl (ours), short (ours, for many classes), patches (for networks "
+            "without BatchNorm), paper (C2IR, eq. 5) or deepinversion.",
+            autocompletion=words("kl", "short", "patches", "paper", "deepinversion"),
         ),
     ] = "kl",
     steps: Annotated[
@@ -54,13 +54,13 @@ def command(
         typer.Option(
             min=1,
             help="Optimisation steps per image.",
-            show_default="50 for kl, 24 for short, otherwise 2000",
+            show_default="50 for kl, 30 for patches, 24 for short, otherwise 2000",
         ),
     ] = None,
     classes: Annotated[
         str | None, typer.Option(metavar="0-4,7", help="Classes to invert.", show_default="all")
     ] = None,
-    mirror: Annotated[bool | None, mirroring("on for kl and short, otherwise off")] = None,
+    mirror: Annotated[bool | None, mirroring("off for paper, deepinversion")] = None,
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -87,7 +87,7 @@ def command(
     *,
     model: ModelOptions,
 ) -> None:
-    """Recall virtual images from the statistics of BatchNorm layers."""
+    """Make virtual images of every class from the checkpoint alone."""
     from oodcli.cli.library import api
 
     given: dict[str, Any] = {
@@ -123,10 +123,13 @@ def command(
         console.emit_json(vars(inverted))
         return
     gaps = inverted.batchnorm_gap
-    worst = max(gaps, key=lambda name: gaps[name])
-    console.say(
+    worst = max(gaps, key=lambda name: gaps[name], default=None)
+    said = (
         f"the network predicts the target class on {inverted.agreement:.1%}, cross entropy "
-        f"{inverted.cross_entropy:.3g} nats; BatchNorm gap (KL, nats) mean "
-        f"{sum(gaps.values()) / len(gaps):.3f}, worst {gaps[worst]:.3f} ({worst})"
+        f"{inverted.cross_entropy:.3g} nats"
     )
+    if worst is not None:
+        mean = sum(gaps.values()) / len(gaps)
+        said += f"; BatchNorm gap (KL, nats) mean {mean:.3f}, worst {gaps[worst]:.3f} ({worst})"
+    console.say(said)
     console.say(f"wrote {inverted.file} and {inverted.contact_sheet}")

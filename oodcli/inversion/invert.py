@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oodcli.errors import CheckpointError, OodcliError, first_line
 from oodcli.inversion.mgi import Sensitivity
-from oodcli.inversion.objective import OBJECTIVES, Objective, multiscale_start
+from oodcli.inversion.objective import OBJECTIVES, Objective, multiscale_start, spread_order
 from oodcli.inversion.step import Step
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.outputs import as_logits
@@ -77,7 +77,7 @@ class Plan:
         classes may be alike, such as ImageNet's 118 breeds of dogs."""
         classes = torch.tensor(self.classes)
         if len(classes) > max(self.batch_size, SMALL_BATCH):
-            classes = classes[_spread(len(classes))]
+            classes = classes[spread_order(len(classes))]
         first = 0 if self.total is None else self.seed * self.total
         labels = classes[torch.arange(first, first + self.count) % len(classes)]
         return list(torch.tensor_split(labels, math.ceil(self.count / self.batch_size)))
@@ -85,13 +85,6 @@ class Plan:
     def images(self, batches: range) -> int:
         """How many images some of the batches have."""
         return sum(len(labels) for labels in self.batches()[batches.start : batches.stop])
-
-
-def _spread(count: int) -> Tensor:
-    """A permutation of 0 … count − 1, (count,) int64, in which every stretch is spread evenly: the
-    ranks of the multiples of the golden ratio, modulo 1."""
-    multiples = torch.arange(count, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2)
-    return multiples.frac().argsort().argsort()
 
 
 @dataclass(frozen=True)
@@ -103,13 +96,15 @@ class VirtualBatch:
     sensitivity: dict[str, Tensor]
 
 
-def refuse_without_batchnorm(classifier: Classifier) -> None:
-    """Raises CheckpointError for a network that keeps no BatchNorm statistics."""
-    if not classifier.batchnorms:
+def refuse_without_batchnorm(classifier: Classifier, objective: Objective) -> None:
+    """Raises CheckpointError for a network that keeps no BatchNorm statistics, if the objective
+    needs them."""
+    if objective.distance_weight and not classifier.batchnorms:
         raise CheckpointError(
-            f"{classifier.arch} has no BatchNorm layer with running statistics, which inversion "
-            "needs: score it with detectors that need no fitting (msp, energy, odin: 'oodcli "
-            "inspect' lists them), or fit on real images"
+            f"{classifier.arch} has no BatchNorm layer with running statistics, which --objective "
+            f"{objective.name} needs: invert with --objective patches, score it with detectors "
+            "that need no fitting (msp, energy, gen: 'oodcli inspect' lists them), or fit on real "
+            "images"
         )
 
 
@@ -126,9 +121,10 @@ def invert(
     seed and its own number alone. step: of this classifier and plan, as ``prepare`` makes it.
     progress is told how many images have made one more step.
 
-    Raises CheckpointError for a network without BatchNorm, OodcliError when an image diverges.
+    Raises CheckpointError for a network without BatchNorm that the objective needs, OodcliError
+    when an image diverges.
     """
-    refuse_without_batchnorm(classifier)
+    refuse_without_batchnorm(classifier, plan.objective)
     step = step or Step(classifier, plan.objective, plan.precision)
     batches = plan.batches()
     for number in range(first, len(batches) if last is None else last):
@@ -157,9 +153,10 @@ def prepare(
     """By a short trial: the plan, with its steps at half the side where those are possible and with
     smaller batches where the memory is short, the way to make a step of it, and the seconds that
     all of it will take. compiled: or not, by default in long jobs. decided: what ``decisions`` said
-    of this job before, to go on with. Raises CheckpointError for a network without BatchNorm,
-    OodcliError when not even one image fits, or nothing compiles that was to be."""
-    refuse_without_batchnorm(classifier)
+    of this job before, to go on with. Raises CheckpointError for a network without BatchNorm that
+    the objective needs, OodcliError when not even one image fits, or nothing compiles that was to
+    be."""
+    refuse_without_batchnorm(classifier, plan.objective)
     eager = Step(classifier, plan.objective, plan.precision)
     if decided:
         plan = replace(

@@ -1,4 +1,5 @@
-"""The gradient of a step, by a copy of the network whose BatchNorm layers pull to their memory."""
+"""The gradient of a step, by a copy of the network whose BatchNorm layers pull to their memory, and
+whose blocks pull the similarities of patches apart."""
 
 from __future__ import annotations
 
@@ -15,9 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.errors import CheckpointError
 from oodcli.features import Features, Layer
-from oodcli.inversion.objective import Moments, Objective, batchnorm_distance, image_loss
-from oodcli.networks.classifier import Classifier
-from oodcli.networks.outputs import as_logits
+from oodcli.inversion.objective import (
+    Moments,
+    Objective,
+    batchnorm_distance,
+    image_loss,
+    patch_entropy,
+)
+from oodcli.networks.classifier import Classifier, Tap
+from oodcli.networks.outputs import as_logits, first_tensor, with_first
 from oodcli.recording.recorder import batchnorm_constants, only_normalises
 
 SAME = 1e-3
@@ -139,6 +146,47 @@ class Recalling(nn.Module):
         return self.strength * distance
 
 
+class _Pushed(torch.autograd.Function):
+    """y = x; on the way back a gradient is added to that of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, added: Tensor) -> Tensor:
+        ctx.save_for_backward(added)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None]:
+        return given + ctx.saved_tensors[0], None
+
+
+class Spreading:
+    """A hook behind a block. On the way back it adds the gradient of −``strength`` × the mean
+    entropy of the block's patch similarities."""
+
+    def __init__(self, tap: Tap, strength: float) -> None:
+        self.channel_dim, self.strength = tap.channel_dim, strength
+
+    def __call__(self, block: nn.Module, given: Any, output: Any) -> Any:
+        found = first_tensor(output)
+        if found is None:
+            return None
+        added = grad(self._pull)(found.detach())
+        return with_first(output, _Pushed.apply(found, added))
+
+    def _pull(self, output: Tensor) -> Tensor:
+        return -self.strength * patch_entropy(output, self.channel_dim).mean()
+
+
+def spread_taps(classifier: Classifier) -> list[Tap]:
+    """Blocks and stages with several positions; not what only returns another one's output, such as
+    a stage its last block's."""
+    taps = [tap for tap in classifier.taps if tap.kind in ("block", "stage")]
+    taps = [tap for tap in taps if tap.spatial_size > 1 and "@" not in tap.name]
+    return [
+        tap for tap in taps if not any(other.module.startswith(f"{tap.module}.") for other in taps)
+    ]
+
+
 class Step:
     """Gradients of an objective by images, with frozen weights. path: ``eager`` or ``compiled``.
 
@@ -165,6 +213,12 @@ class Step:
             self._recalling[name] = Recalling(norm, objective)
             # The layer stays in its place: a network may ask for its kind or its attributes.
             norm.forward = self._recalling[name].__call__  # type: ignore[method-assign]
+        self._pulling: dict[str, nn.Module] = dict(self._recalling)
+        spread = spread_taps(classifier) if objective.spread_weight else []
+        for tap in spread:
+            block = self._network.get_submodule(tap.module)
+            block.register_forward_hook(Spreading(tap, objective.spread_weight / len(spread)))
+            self._pulling[tap.module] = block
         self._forward: Callable[[Tensor], Any] = self._network
         self._require_same_network()
 
@@ -173,7 +227,7 @@ class Step:
         preprocessing, device = self.classifier.preprocessing, self.classifier.device
         shape = (1, preprocessing.channels, *preprocessing.input_size)
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-        found, called = [], dict.fromkeys(self._recalling, 0)
+        found, called = [], dict.fromkeys(self._pulling, 0)
 
         def count(name: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
@@ -182,7 +236,7 @@ class Step:
             return hook
 
         handles = [
-            layer.register_forward_hook(count(name)) for name, layer in self._recalling.items()
+            layer.register_forward_hook(count(name)) for name, layer in self._pulling.items()
         ]
         try:
             for network in (self.classifier.network, self._network):
@@ -201,9 +255,9 @@ class Step:
                 "network's; fit on real images instead, and report this architecture"
             )
         for name, times in called.items():
-            if times != sum(tap.module == name for tap in self._taps):
+            if times != sum(tap.module == name for tap in self.classifier.taps):
                 raise CheckpointError(
-                    f"{self.classifier.arch} cannot be inverted: its BatchNorm layer {name} is "
+                    f"{self.classifier.arch} cannot be inverted: its layer {name} is "
                     "called in a way that the copy for inversion does not reproduce; fit on real "
                     "images instead, and report this architecture"
                 )

@@ -182,13 +182,13 @@ def _plan(request: InvertRequest) -> tuple[Classifier, Plan]:
         recipe = replace(recipe, mirror=request.mirror)
     model = request.model
     classifier = model.load()
-    refuse_without_batchnorm(classifier)
+    refuse_without_batchnorm(classifier, recipe)
     height, width = classifier.preprocessing.input_size
     plan = Plan(
         classes=wanted_classes(request.classes, classifier.num_classes),
         per_class=request.per_class,
         total=request.total,
-        sensitivity=request.sensitivity,
+        sensitivity=request.sensitivity and bool(classifier.batchnorms),
         objective=recipe,
         steps=request.steps,
         batch_size=model.running.batch_size

@@ -82,7 +82,7 @@ OFFERED = [
     ("oodcli extract x.pt y --record logits,odi", ["logits,odin.logits"]),
     ("oodcli extract x.pt y --for msp,odi", ["msp,odin"]),
     ("oodcli extract x.pt y --for odin,odi", []),
-    ("oodcli invert x.pt --objective p", ["paper"]),
+    ("oodcli invert x.pt --objective p", ["paper", "patches"]),
 ]
 
 

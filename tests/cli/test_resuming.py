@@ -304,6 +304,7 @@ def photos(small) -> Path:
         ),
         ("score net.pt photos -d energy -d act --threshold energy=0.5 -o new.jsonl", 3),
         ("invert net.pt --per-class 3 --steps 4 --objective paper -o new.h5", 0),
+        ("invert net.pt --per-class 3 --steps 4 --objective patches -o new.h5", 0),
     ],
 )
 def test_a_job_that_goes_on_gives_the_same_bytes(

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -447,3 +448,62 @@ def test_augmented_images_are_crops_mirrored_or_not_with_a_hole():
     assert holes.sum((1, 2)).max() <= 16
     assert holes.any()
     assert (holed.movedim(1, 3)[holes] == 0).all()
+
+
+def test_a_network_of_timm_becomes_a_folder_of_a_hub(tmp_path, monkeypatch, capfd):
+    """With Muon, whose state is kept as SGD's is."""
+    pytest.importorskip("timm")
+    images = np.repeat(np.uint8([30, 220]), 24)[:, None, None, None].repeat(32, 1).repeat(32, 2)
+    np.savez(
+        tmp_path / "a.npz",
+        images=images.repeat(3, 3),
+        labels=np.repeat([0, 1], 24),
+        classes=["dark", "light"],
+    )
+    data = [str(tmp_path / "a.npz")] * 2
+    arguments = {"patch_size": 2, "dims": [8, 8, 8, 8], "depths": [1, 1, 0, 0]}
+    arguments |= {"ls_init_value": None}
+    settings = ["--arch", "timm:convnext_atto", "--model-args", json.dumps(arguments)]
+    settings += ["--optimiser", "muon", "--device", "cpu", "--batch-size", "8", "--lr", "0.01"]
+    words = [*data, *settings, "--epochs", "4", "-o"]
+    folder = tmp_path / "net"
+    assert train_cifar.main([*words, str(folder)]) == 0
+    assert f"wrote {folder}: 100.00 % right" in capfd.readouterr().out
+    inspected = json.loads(oodcli("inspect", folder, "--json").out)
+    assert inspected["arch"].startswith("timm:convnext_atto?patch_size=2")
+    assert inspected["class_names"] == ["dark", "light"]
+    assert inspected["preprocessing"]["mean"] == list(train_cifar.CIFAR_MEAN)
+    assert inspected["batchnorm_layers"] == []
+    monkeypatch.setattr(train_cifar, "EVERY", 5)
+    save = train_cifar.Training.save
+
+    def interrupted(self, path):
+        save(self, path)
+        raise KeyboardInterrupt
+
+    again = tmp_path / "again"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_cifar.Training, "save", interrupted)
+        train_cifar.main([*words, str(again)])
+    assert train_cifar.main([*words, str(again)]) == 0
+    weights = [(each / "model.safetensors").read_bytes() for each in (folder, again)]
+    assert weights[0] == weights[1]
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(SystemExit, match="needs timm: pip install timm"):
+        train_cifar.main([*words, str(tmp_path / "without")])
+
+
+def test_the_step_of_muon_is_orthogonal():
+    torch.manual_seed(0)
+    for shape in ((6, 20), (20, 6)):
+        found = torch.linalg.svdvals(train_cifar.orthogonal(torch.randn(shape)))
+        assert found.min() > 0.5
+        assert found.max() < 1.5
+    one, other = (torch.nn.Parameter(torch.randn(4, 3, 2, 2)) for _ in range(2))
+    before = other.detach().clone()
+    one.grad, other.grad = torch.ones_like(one), torch.randn_like(other)
+    train_cifar.Muon([one, other], lr=0.1).step()
+    moved = before * (1 - 0.1 * train_cifar.DECAY) - other.detach()
+    lengths = torch.linalg.svdvals(moved.flatten(1))
+    assert lengths.min() > 0.5 * 0.1 * 0.2 * 12**0.5
+    assert (moved * other.grad).sum() > 0

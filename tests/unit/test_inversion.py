@@ -24,10 +24,11 @@ from oodcli.inversion.objective import (
     image_loss,
     multiscale_start,
     neighbour_difference,
+    patch_entropy,
     total_variation,
 )
 from oodcli.inversion.quality import Quality, report
-from oodcli.inversion.step import Step, batch_moments
+from oodcli.inversion.step import Step, batch_moments, spread_taps
 from oodcli.networks.assemble import assemble
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
@@ -89,10 +90,19 @@ def whole_objective(classifier, objective, images, labels):
 
     norms = {id(norm): norm for norm in classifier.batchnorms.values()}.values()
     hooks = [norm.register_forward_pre_hook(before) for norm in norms]
+    spread, taps = [], spread_taps(classifier) if objective.spread_weight else []
+
+    def after(_, __, output):
+        spread.append(patch_entropy(output).mean())
+
+    modules = [classifier.network.get_submodule(tap.module) for tap in taps]
+    hooks += [module.register_forward_hook(after) for module in modules]
     logits = classifier.network(images)
     for hook in hooks:
         hook.remove()
     total = objective.distance_weight * torch.stack(distances).sum()
+    if spread:
+        total = total - objective.spread_weight * torch.stack(spread).mean()
     return total + image_loss(objective, images, logits, labels)
 
 
@@ -299,7 +309,7 @@ class Captured(networks.Maps):
 
 def test_a_network_that_a_copy_does_not_follow_is_not_inverted():
     network = assemble(Captured(), arch="captured", preprocessing=networks.PREPROCESSING)
-    with pytest.raises(CheckpointError, match="captured cannot be inverted: its BatchNorm layer"):
+    with pytest.raises(CheckpointError, match="captured cannot be inverted: its layer bn is"):
         Step(network, OBJECTIVES["kl"], "float32")
 
 
@@ -601,7 +611,7 @@ def test_bfloat16_is_close(network):
 
 def test_a_network_without_batchnorm_is_refused():
     plain = networks.classifier(networks.Plain())
-    with pytest.raises(CheckpointError, match=r"no BatchNorm layer.*msp, energy, odin"):
+    with pytest.raises(CheckpointError, match=r"no BatchNorm layer.*patches.*msp, energy, gen"):
         next(invert(plain, Plan((0, 1, 2), 2)))
 
 
