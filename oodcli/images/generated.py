@@ -51,11 +51,57 @@ def blob(random: np.random.Generator, shape: tuple[int, int, int]) -> Pixels:
     return np.where(blurred < 0.75, 0.0, blurred)
 
 
+LEAVES = 300
+"""Shapes of an image of dead leaves: enough that background is left on one pixel in a thousand."""
+
+LEAF = (0.04, 0.4)
+"""Smallest and largest radius of a leaf, in shorter sides of the image."""
+
+
+def leaves(random: np.random.Generator, shape: tuple[int, int, int]) -> Pixels:
+    """Dead leaves (Lee, Mumford and Huang 2001): discs, squares and diamonds of one colour each,
+    every one upon those before it, with radii r of density r⁻³: edges, flat areas and occlusions as
+    in photographs, without an object. Returns shape = (C, H, W)."""
+    channels, height, width = shape
+    inverse = np.array(LEAF) ** -2.0
+    radii = random.uniform(*inverse[::-1], LEAVES) ** -0.5 * min(height, width)
+    centres = random.random((LEAVES, 2)) * (height, width)
+    kinds = random.integers(0, 3, LEAVES)
+    colours = random.random((LEAVES + 1, channels, 1))
+    found = np.broadcast_to(colours[-1, :, :, None], shape).copy()
+    for radius, centre, kind, colour in zip(radii, centres, kinds, colours, strict=False):
+        first = np.maximum(centre - radius, 0).astype(int)
+        last = np.ceil(centre + radius).astype(int)
+        part = found[:, first[0] : last[0], first[1] : last[1]]
+        y, x = (
+            np.abs(start + np.arange(extent) + 0.5 - middle)
+            for start, extent, middle in zip(first, part.shape[1:], centre, strict=True)
+        )
+        far = (np.hypot, np.maximum, np.add)[kind](y[:, None], x)
+        part[:, far < radius] = colour
+    return found
+
+
+def fractal(random: np.random.Generator, shape: tuple[int, int, int]) -> Pixels:
+    """Gaussian noise whose amplitude falls with the spatial frequency as 1/f, as that of
+    photographs does (Field 1987), with mean 0.5 and standard deviation 0.25, clipped to [0, 1];
+    half of the variance is that of the grey image. Returns shape = (C, H, W)."""
+    channels, height, width = shape
+    white = random.normal(size=(channels + 1, height, width))
+    mixed = white[:-1] + white[-1]
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf
+    pink = np.fft.irfft2(np.fft.rfft2(mixed) / frequency, s=(height, width))
+    return np.clip(0.5 + 0.25 * pink / max(pink.std(), 1e-12), 0, 1)
+
+
 NOISES: dict[str, Callable[[np.random.Generator, tuple[int, int, int]], Pixels]] = {
     "gaussian": gaussian,
     "uniform": uniform,
     "rademacher": rademacher,
     "blob": blob,
+    "leaves": leaves,
+    "fractal": fractal,
 }
 
 

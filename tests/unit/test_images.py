@@ -793,6 +793,41 @@ def test_blob_is_blurred_over_space_only():
     np.testing.assert_allclose(image[1], np.where(blurred < 0.75, 0, blurred), atol=1e-12)
 
 
+def test_leaves_are_flat_shapes_on_top_of_each_other():
+    """Against a naive painter: pixel by pixel, in the order of the leaves."""
+    from oodcli.images.generated import LEAF, LEAVES, leaves
+
+    shape = (2, 9, 14)
+    image = leaves(np.random.default_rng(5), shape)
+    random = np.random.default_rng(5)
+    radii = random.uniform(LEAF[1] ** -2, LEAF[0] ** -2, LEAVES) ** -0.5 * 9
+    places = random.random((LEAVES, 2)) * (9, 14)
+    kinds = random.integers(0, 3, LEAVES)
+    colours = random.random((LEAVES + 1, 2, 1))[..., 0]
+    lengths = [np.linalg.norm, lambda v: max(abs(v)), lambda v: sum(abs(v))]
+    for row, column in np.ndindex(9, 14):
+        way = np.array([row + 0.5, column + 0.5]) - places
+        over = [i for i in range(LEAVES) if lengths[kinds[i]](way[i]) < radii[i]]
+        expected = colours[over[-1] if over else LEAVES]
+        np.testing.assert_array_equal(image[:, row, column], expected)
+
+
+def test_leaves_have_flat_areas():
+    images = read("noise:leaves?n=9", replace(PLAIN, input_size=(64, 64)), batch_size=9)[0].images
+    assert 0.6 < (images[..., 1:] == images[..., :-1]).float().mean().item() < 0.95
+
+
+@pytest.mark.parametrize("size", [(32, 32), (17, 40)])
+def test_amplitudes_of_fractals_fall_with_the_frequency(size):
+    images = read("noise:fractal?n=300", replace(PLAIN, input_size=size), batch_size=300)[0].images
+    assert images.mean().item() == pytest.approx(0.5, abs=0.01)
+    power = np.abs(np.fft.fft2(images.double().numpy())).__pow__(2).mean((0, 1))
+    along = np.sqrt(power[0, [2, 8]])
+    assert along[0] / along[1] == pytest.approx(4, rel=0.1)
+    red, green = images[:, 0].flatten(), images[:, 1].flatten()
+    assert np.corrcoef(red, green)[0, 1] == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_million_noise_images_stream():
     source = open_images("noise:uniform?n=1000000", PLAIN, PETS)
     assert len(source) == 1_000_000
