@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -53,19 +54,51 @@ def finite_rows(train: Blocks, needs: Iterable[str], who: str) -> Iterator[Featu
         raise DetectorError(f"{who}: no rows to fit on")
 
 
-def drawn_rows(blocks: Callable[[], Iterable[Tensor]], most: int, seed: int) -> Tensor:
-    """All rows if there are no more than ``most``, else so many of them, drawn at random without
-    replacement, in their order. blocks: (N, D) each, called for two passes. Returns (M, D)."""
-    count = sum(len(rows) for rows in blocks())
+def drawn_of(count: int, most: int, seed: int) -> Tensor:
+    """(count,) bool: which rows are drawn at random, ``most`` of them without replacement, or all
+    if there are no more."""
     drawn = torch.ones(count, dtype=torch.bool)
     if count > most:
         generator = torch.Generator().manual_seed(seed)
         drawn[torch.randperm(count, generator=generator)[most:]] = False
+    return drawn
+
+
+def drawn_rows(blocks: Callable[[], Iterable[Tensor]], most: int, seed: int) -> Tensor:
+    """All rows if there are no more than ``most``, else so many of them, drawn at random without
+    replacement, in their order. blocks: (N, D) each, called for two passes. Returns (M, D)."""
+    drawn = drawn_of(sum(len(rows) for rows in blocks()), most, seed)
     parts, start = [], 0
     for rows in blocks():
         parts.append(rows[drawn[start : start + len(rows)]])
         start += len(rows)
     return torch.cat(parts)
+
+
+def drawn_blocks(train: Blocks, needs: Iterable[str], who: str, most: int, seed: int) -> Blocks:
+    """The same for rows to fit on, of those in which ``needs`` is finite: in blocks, so that the
+    drawn rows need not fit into memory. One pass, and one for each time that the blocks are read.
+    Raises DetectorError as ``finite_rows``."""
+    count = sum(len(block) for block in finite_rows(train, needs, who))
+    if count <= most:
+        return train
+    return _Drawn(train, frozenset(needs), who, drawn_of(count, most, seed))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """train: rows of which ``drawn``, (N,) bool, are wanted among the N finite ones."""
+
+    train: Blocks
+    needs: frozenset[str]
+    who: str
+    drawn: Tensor
+
+    def __iter__(self) -> Iterator[Features]:
+        start = 0
+        for block in finite_rows(self.train, self.needs, self.who):
+            yield block.select(self.drawn[start : start + len(block)])
+            start += len(block)
 
 
 def score_in_halves(score: Callable[[Features], Tensor], test: Features, who: str) -> Tensor:

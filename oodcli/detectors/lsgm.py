@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
-from oodcli.detectors.blocks import Blocks, finite_rows
+from oodcli.detectors.blocks import Blocks, drawn_of, finite_rows
 from oodcli.detectors.hyperparameters import require_positive
 from oodcli.detectors.layer_choice import LAYERS, chosen_layers, layer_mean, layer_rows
 from oodcli.detectors.mixture_fit import Fitted, fit_dirichlet_process, fit_gaussian_mixture
@@ -346,10 +346,8 @@ def _sample(
     """Layer → at most ``most`` rows (N, C), drawn without replacement. float32, which features are
     recorded in."""
     count = sum(len(block) for block in blocks())
-    drawn = torch.ones(count, dtype=torch.bool)
+    drawn = drawn_of(count, most, seed)
     if count > most:
-        generator = torch.Generator().manual_seed(seed)
-        drawn[torch.randperm(count, generator=generator)[most:]] = False
         log.info("lsgm: mixtures are fitted on %d of %d rows (lsgm.rows=%d)", most, count, most)
     parts: dict[str, list[Tensor]] = {}
     start = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.base import Detector
-from oodcli.detectors.blocks import Blocks, finite_rows
+from oodcli.detectors.blocks import Blocks, drawn_of, finite_rows
 from oodcli.detectors.hyperparameters import require_fraction, require_positive
 from oodcli.detectors.knn import PAIRS, unit
 from oodcli.detectors.peak_energy import positive_energy
@@ -100,9 +100,7 @@ class NNGuide(Detector):
                 f"{cls.name}.k={k}, but only {stored} rows are stored: choose a smaller k or a "
                 "larger share"
             )
-        chosen = torch.zeros(rows, dtype=torch.bool)
-        generator = torch.Generator().manual_seed(seed)
-        chosen[torch.randperm(rows, generator=generator)[:stored]] = True
+        chosen = drawn_of(rows, stored, seed)
 
         def weighted() -> Iterable[Tensor]:
             start = 0

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from oodcli.detectors.base import Detector
-from oodcli.detectors.blocks import Blocks, finite_rows
+from oodcli.detectors.blocks import ROWS_IN_CACHE, Blocks, by_rows, finite_rows
 from oodcli.detectors.energy import head_energy
 from oodcli.detectors.hyperparameters import require_percent, require_positive
 from oodcli.detectors.percentiles import percentiles_of
@@ -81,15 +82,21 @@ class OptFS(Detector):
             )
         total = torch.zeros(bins + 1, dtype=torch.float64)
         for block in finite_rows(train, cls.fit_needs(), cls.name):
-            u = recorded(block.embedding).double()
-            weight = recorded(block.head).weight[recorded(block.logits).argmax(1)]
-            place = bin_of(u, start, end, bins).flatten()
-            total.index_add_(0, place, (weight * u).flatten())
+            top = recorded(block.logits).argmax(1).split(ROWS_IN_CACHE)
+            for rows, classes in zip(
+                recorded(block.embedding).split(ROWS_IN_CACHE), top, strict=True
+            ):
+                u = rows.double()
+                shares = recorded(block.head).weight[classes] * u
+                total.index_add_(0, bin_of(u, start, end, bins).flatten(), shares.flatten())
         length = float(total[:-1].norm())
         return cls(LENGTH * total[:-1] / (length or 1.0), start, end)
 
     def _score(self, test: Features) -> Tensor:
-        u = recorded(test.embedding).double()
-        theta = torch.cat([self.theta, torch.zeros_like(self.theta[:1])])
-        place = bin_of(u, self.low, self.high, len(self.theta))
-        return head_energy(theta[place] * u, recorded(test.head))
+        theta = F.pad(self.theta, (0, 1))  # 0 outside of the bins
+
+        def reweighted(rows: Tensor) -> Tensor:
+            u = rows.double()
+            return theta[bin_of(u, self.low, self.high, len(self.theta))] * u
+
+        return head_energy(by_rows(reweighted, recorded(test.embedding)), recorded(test.head))

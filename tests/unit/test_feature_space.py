@@ -370,11 +370,23 @@ def test_gram_needs_two_rows_of_a_class():
 # ---------------------------------------------------------------------------- 1d
 
 
-@pytest.mark.parametrize("budget", [1 << 30, 1])
-def test_1d_against_naive(budget, monkeypatch):
+@pytest.mark.parametrize(("budget", "narrow"), [(1 << 30, 64), (1, 64), (1 << 30, 1)])
+def test_1d_against_naive(budget, narrow, monkeypatch):
     monkeypatch.setattr(one_dimensional, "BYTES", budget)  # one class a pass
+    monkeypatch.setattr(one_dimensional, "NARROW", narrow)
     expected = NAIVE["1d"](TEST, Fit(TRAIN))
     torch.testing.assert_close(fit("1d", BLOCKS).score(TEST), double(expected))
+
+
+def test_the_first_eigenvector_of_a_wide_matrix():
+    rows = normal(200, 80).double()
+    square = rows.T @ rows
+    found = one_dimensional.first_eigenvector(square)
+    expected = torch.linalg.eigh(square).eigenvectors[:, -1]
+    torch.testing.assert_close(found * (found @ expected).sign(), expected, rtol=0, atol=1e-12)
+    assert torch.equal(found, one_dimensional.first_eigenvector(square))
+    nothing = one_dimensional.first_eigenvector(torch.zeros(80, 80).double())
+    assert float(nothing.norm()) == pytest.approx(1)
 
 
 def test_1d_by_hand():

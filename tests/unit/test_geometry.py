@@ -15,6 +15,7 @@ from scipy import stats
 
 from oodcli import detectors
 from oodcli.detectors import serial
+from oodcli.detectors.blocks import drawn_blocks
 from oodcli.detectors.cadref import confidence
 from oodcli.detectors.corp import fourier_features, random_features
 from oodcli.detectors.head_geometry import boundaries
@@ -312,6 +313,23 @@ def test_random_features_approximate_a_gaussian_kernel():
     assert not torch.equal(again.phase, detectors.get("corp").fit(train, features=8).phase)
 
 
+def test_corp_fits_on_drawn_rows():
+    train = rows()
+    train.embedding[7] = torch.nan
+    parts = [train.select(slice(0, 20)), train.select(slice(20, 60))]
+    some = drawn_blocks(parts, {"embedding"}, "x", 30, 0)
+    for _ in range(2):  # as often as wanted
+        drawn = torch.cat([each.embedding for each in some])
+        assert len(drawn) == 30
+        assert torch.isfinite(drawn).all()
+        assert len(drawn.unique(dim=0)) == 30
+    found = detectors.get("corp").fit(parts, rows=30)
+    expected = detectors.get("corp").fit(list(some))
+    torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=0)
+    assert not torch.equal(found.mean, detectors.get("corp").fit(parts).mean)
+    assert drawn_blocks(parts, {"embedding"}, "x", 59, 0) is parts
+
+
 def test_nnguide_stores_a_random_share(monkeypatch):
     monkeypatch.setattr("oodcli.detectors.nnguide.LEAST", 10)
     kind = detectors.get("nnguide")
@@ -349,6 +367,7 @@ def test_relation_raises_to_a_power():
         ("nac", {"bins": 0}, "must be positive"),
         ("cop", {"share": 90.0}, r"cop\.share=90 must be in 0 … 1, a fraction"),
         ("corp", {"gamma": 0.0}, "must be positive"),
+        ("corp", {"rows": 0}, "must be positive"),
         ("pca-fused", {"share": 90.0}, r"pca-fused\.share=90 must be in 0 … 1, a fraction"),
         ("pca-fused", {"c": 0.0}, r"pca-fused\.c=0 must be positive"),
         ("pca-fused", {"percentile": 101.0}, r"pca-fused\.percentile=101 must be in 0 … 100"),
