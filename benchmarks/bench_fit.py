@@ -4,13 +4,13 @@
         [--only NAME …] [--once] [--peers]
 
 Generates FOLDER/ROWSxWIDTHxCLASSES.h5 (8 GB; kept for the next run): embeddings of 100 classes,
-logits, a head, and a stage whose spatial means are the embedding, as in a ResNet-50. Then each
-detector that such rows fit is fitted by 'oodcli fit' in a process of its own, and printed as JSON:
-seconds, processor seconds, largest resident memory, that beyond what the imports take, and MB of
-embeddings fitted on in a processor second; 'knn' also scores 1,000 other rows. 'fit' fits twice, as
-it always does on real rows, or, with --once, once, and calibrates on 1,000 other rows. With --peers
-the same rows go through pytorch-ood (pip install -e '.[bench]') and scikit-learn, which want all of
-them in memory.
+logits, a head, and a stage whose spatial means are the embedding, as in a ResNet-50; further
+records are the embedding again. Then each detector that such rows fit is fitted by 'oodcli fit' in
+a process of its own, and printed as JSON: seconds, processor seconds, largest resident memory, that
+beyond what the imports take, and MB of embeddings fitted on in a processor second; 'knn' also
+scores 1,000 other rows. 'fit' fits twice, as it always does on real rows, or, with --once, once,
+and calibrates on 1,000 other rows. With --peers the same rows go through pytorch-ood (pip install
+-e '.[bench]') and scikit-learn, which want all of them in memory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -28,6 +29,7 @@ import torch
 
 from benchmarks.measure import usage
 from oodcli import detectors
+from oodcli.features import AdaScaleStep
 from oodcli.files.cache import FORMAT
 from oodcli.files.hdf5 import Provenance, checked
 from oodcli.networks.preprocessing import Preprocessing
@@ -38,7 +40,8 @@ IMPORTS = "import oodcli.stages.fit"
 FITTED = ("mds", "mds-sum", "vim", "react", "klm", "thinkback-norm", "knn", "1d", "lsgm")
 """Examples, which 'python -m benchmarks' measures."""
 
-RECORDED = {"label", "logits", "logits.level", "embedding", "head", "layers.mean"}
+RECORDED = {"label", "logits", "logits.level", "embedding", "head"}
+RECORDED |= {"layers.mean", "layers.std", "layers.peak", "adascale.u"}
 
 
 def fitted_on_rows() -> list[str]:
@@ -89,7 +92,11 @@ def generate(path: Path, rows: int, width: int, seed: int, classes: int = CLASSE
         )
         layer = file.require_group("layers/layer4")
         layer.attrs["kind"], layer.attrs["order"] = "stage", 0
-        layer["mean"] = embedding  # a hard link: global average pooling makes them the same
+        for part in ("mean", "std", "peak"):  # hard links: a network that pools has such means,
+            layer[part] = embedding  # and only the size of the others matters
+        step = file.require_group("adascale")
+        step["u"] = embedding
+        step.attrs.update(asdict(AdaScaleStep()))
         for start in range(0, rows, BLOCK):
             count = min(BLOCK, rows - start)
             own = rng.integers(0, classes, count)

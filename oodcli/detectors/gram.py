@@ -15,8 +15,12 @@ from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.class_statistics import predicted_among
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
+from oodcli.float64 import in_float64
 
 ORDERS = 10
+AT_ONCE = 1 << 22
+"""Entries of a float64 copy that are in memory at once, if an image has no more."""
+
 EPSILON = 1e-6
 """What the authors' code adds to a bound before it divides by it."""
 
@@ -26,12 +30,20 @@ def gram_sums(activation: Tensor) -> Tensor:
     signed p-th root of Σ_j G_ij (Sastry & Oore 2020, §3; the root after the sum, as in their code).
 
     activation: (N, C, …). Returns (N, 10·C) float32, order by order. No C×C matrix is formed: the
-    sum over its row is F^p times the sum of all channels' F^p.
+    sum over its row is F^p times the sum of all channels' F^p. Float64 copies are made of a few
+    images at a time.
     """
     flat = activation.flatten(2) if activation.ndim > 2 else activation[:, :, None]
-    largest = flat.abs().amax((1, 2), keepdim=True).double()
+    some = max(1, AT_ONCE // (flat.shape[1] * flat.shape[2]))
+    parts = [_gram_sums(in_float64(each)) for each in torch.split(flat, some)]
+    return torch.cat(parts).to(flat.device)
+
+
+def _gram_sums(flat: Tensor) -> Tensor:
+    """The same of (N, C, P) float64."""
+    largest = flat.abs().amax((1, 2), keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
-    scaled = flat.double() / largest  # powers of it do not overflow
+    scaled = flat / largest  # powers of it do not overflow
     power = scaled.clone()
     found = []
     for order in range(1, ORDERS + 1):

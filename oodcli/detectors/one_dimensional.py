@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -72,18 +73,22 @@ class OneDimensional(Detector):
         for block in finite_rows(train, needs, cls.name):
             present |= set(class_of(block).tolist())
             width = recorded(block.embedding).shape[1]
-        found = []
+        found: list[Tensor] = []
         classes = sorted(present)
         step = max(1, BYTES // (8 * width * width))
         for start in range(0, len(classes), step):
-            group = classes[start : start + step]
-            square = torch.zeros(len(group), width, width, dtype=torch.float64)
-            for block in finite_rows(train, needs, cls.name):
-                label, rows = class_of(block), recorded(block.embedding)
-                for each, c in zip(square, group, strict=True):
-                    add_square(each, rows[label == c].double())
-            found += [first_eigenvector(whole_square(each)) for each in square]
+            found += cls._directions(train, classes[start : start + step], width)
         return cls(torch.stack(found))
+
+    @classmethod
+    def _directions(cls, train: Blocks, classes: Sequence[int], width: int) -> list[Tensor]:
+        """(D,) for each of some classes. One pass; a (D, D) sum is kept for each."""
+        square = torch.zeros(len(classes), width, width, dtype=torch.float64)
+        for block in finite_rows(train, cls.fit_needs(), cls.name):
+            label, rows = class_of(block), recorded(block.embedding)
+            for each, c in zip(square, classes, strict=True):
+                add_square(each, rows[label == c].double())
+        return [first_eigenvector(whole_square(each)) for each in square]
 
     def _score(self, test: Features) -> Tensor:
         return smallest_angle(recorded(test.embedding), self.direction)

@@ -82,10 +82,11 @@ class OptFS(Detector):
             )
         total = torch.zeros(bins + 1, dtype=torch.float64)
         for block in finite_rows(train, cls.fit_needs(), cls.name):
-            top = recorded(block.logits).argmax(1).split(ROWS_IN_CACHE)
-            for rows, classes in zip(
-                recorded(block.embedding).split(ROWS_IN_CACHE), top, strict=True
-            ):
+            parts = (
+                torch.split(each, ROWS_IN_CACHE)
+                for each in (recorded(block.embedding), recorded(block.logits).argmax(1))
+            )
+            for rows, classes in zip(*parts, strict=True):
                 u = rows.double()
                 shares = recorded(block.head).weight[classes] * u
                 total.index_add_(0, bin_of(u, start, end, bins).flatten(), shares.flatten())

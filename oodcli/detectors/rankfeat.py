@@ -11,6 +11,7 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.energy import head_energy
 from oodcli.errors import DetectorError
 from oodcli.features import Features, recorded
+from oodcli.float64 import in_float64
 
 SQUARINGS = 3
 """Of a Gram matrix G: to G⁸."""
@@ -56,8 +57,8 @@ def first_eigenvector(gram: Tensor) -> Tensor:
         vector = matrix @ (vector / vector.norm(dim=1, keepdim=True))
     vector = (vector / vector.norm(dim=1, keepdim=True)).squeeze(2)
     if not pure.all():
-        rest = torch.nan_to_num(gram[~pure].double(), posinf=0, neginf=0)
-        vector[~pure] = torch.linalg.eigh(rest).eigenvectors[..., -1].to(vector.dtype)
+        rest = torch.nan_to_num(in_float64(gram[~pure]), posinf=0, neginf=0)
+        vector[~pure] = torch.linalg.eigh(rest).eigenvectors[..., -1].float().to(vector.device)
     return vector
 
 

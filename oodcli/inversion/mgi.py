@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from oodcli.features import Features, recorded
+from oodcli.float64 import in_float64
 
 SMALLEST_STEP = 0.01
 """Steps with |Δy| below this are skipped: 1/Δy would drown all others."""
@@ -31,14 +32,14 @@ class Sensitivity:
 
     def add(self, point: Features) -> None:
         """point: with logits and layers.gradient."""
-        score = recorded(point.logits).gather(1, self.label[:, None])[:, 0].double()
+        score = in_float64(recorded(point.logits).gather(1, self.label[:, None])[:, 0])
         if self._previous is not None:
             step = score - self._previous
             counts = step.abs() >= SMALLEST_STEP
             scale = torch.where(counts, 1 / torch.where(counts, step, 1.0), 0.0)
             self._kept = counts.double() if self._kept is None else self._kept + counts
             for name, layer in point.layers.items():
-                term = recorded(layer.gradient).double() * scale[:, None]
+                term = in_float64(recorded(layer.gradient)) * scale[:, None]
                 self._sums[name] = term if name not in self._sums else self._sums[name] + term
         self._previous = score
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oodcli.features import INPUT, recorded
+from oodcli.float64 import in_float64
 from oodcli.inversion.objective import gaussian_kl
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import Recorder
@@ -46,13 +47,13 @@ class Quality:
         for name, norm in seen.batchnorm.items():
             if name == INPUT:
                 continue
-            center, var = recorded(norm.mean).double(), recorded(norm.var).double()
+            center, var = in_float64(recorded(norm.mean)), in_float64(recorded(norm.var))
             shrink = (norm.spatial_size - 1) / norm.spatial_size
             second = var * shrink + center.square()
             found = torch.stack([center.sum(0), second.sum(0)])
             self._moments[name] = self._moments.get(name, torch.zeros_like(found)) + found
-            variance = norm.running_var.double() + norm.eps
-            self._memory[name] = torch.stack([norm.running_mean.double(), variance])
+            variance = in_float64(norm.running_var) + norm.eps
+            self._memory[name] = torch.stack([in_float64(norm.running_mean), variance])
 
     def sums(self) -> Sums:
         """Those of all images so far."""

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodcli.errors import CheckpointError
 from oodcli.features import Features, Layer
+from oodcli.float64 import in_float64
 from oodcli.inversion.objective import (
     Moments,
     Objective,
@@ -242,7 +243,7 @@ class Step:
             for network in (self.classifier.network, self._network):
                 with torch.random.fork_rng(devices=[]), torch.no_grad():
                     torch.manual_seed(0)  # a network may draw at random
-                    found.append(as_logits(network(image)).double())
+                    found.append(in_float64(as_logits(network(image))))
         finally:
             for handle in handles:
                 handle.remove()

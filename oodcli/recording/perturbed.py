@@ -10,6 +10,7 @@ from torch import Tensor
 
 from oodcli.detectors.pro import ascent
 from oodcli.features import AdaScaleStep, OdinStep, ProSteps
+from oodcli.float64 import in_float64
 
 
 def in_turn(
@@ -47,7 +48,7 @@ def odin_loss(logits: Tensor, step: OdinStep) -> Tensor:
 
 def pro_loss(logits: Tensor, how: ProSteps) -> Tensor:
     """Its gradient by the image has the signs of that of the uncertainty, row for row."""
-    return (logits * ascent(logits, how).to(logits.dtype)).sum()
+    return (logits * ascent(in_float64(logits.detach()), how).float().to(logits.device)).sum()
 
 
 def moved_by_odin(images: Tensor, gradient: Tensor, std: Tensor, step: OdinStep) -> Tensor:

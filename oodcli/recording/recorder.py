@@ -30,6 +30,7 @@ from oodcli.features import (
     ProSteps,
     concatenate,
 )
+from oodcli.float64 import in_float64
 from oodcli.networks.classifier import Classifier, Tap
 from oodcli.networks.outputs import as_logits, copy_input, first_tensor, with_first
 from oodcli.networks.thinned import Thinned
@@ -102,15 +103,16 @@ def spatial_moments(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, T
     count = x[0, 0].numel()
     if x.is_contiguous():
         x = x.flatten(2).float()  # (N, C, P)
-        sums, squares = x.sum(2), torch.linalg.vector_norm(x, dim=2).double().square()
+        sums, squares = x.sum(2), in_float64(torch.linalg.vector_norm(x, dim=2)).square()
     else:
         x = x.movedim(1, -1).flatten(1, -2)  # (N, P, C): channels last, in the order of its memory
         wide = x.float()
         sums = wide.sum(1)
         # New memory costs more than the arithmetic: a copy is squared where it lies.
-        squares = (wide.square() if wide is x else wide.square_()).sum(1).double()
-    mean = sums.double() / count
-    return mean.float(), (squares / count - mean.square()).clamp_min_(0).float()
+        squares = in_float64((wide.square() if wide is x else wide.square_()).sum(1))
+    mean = in_float64(sums) / count
+    variance = (squares / count - mean.square()).clamp_min_(0)
+    return mean.float().to(x.device), variance.float().to(x.device)
 
 
 def by_image(rows: Tensor, count: int, channel_dim: int = 1) -> Tensor:
@@ -440,17 +442,17 @@ class Recorder:
     def _uncertainties(self, logits: Tensor, moved: Tensor, how: ProSteps) -> Tensor:
         """(N, T + 1) float32: PRO's uncertainty of the images and after each step. logits: of the
         images. moved: the images after the first step."""
-        found = [uncertainty(logits.detach(), how)]
+        found = [uncertainty(in_float64(logits.detach()), how)]
         for _ in range(how.steps - 1):
             given = moved.requires_grad_()
             with torch.enable_grad():
                 with self._autocast():
                     z = as_logits(self.classifier.network(given)).float()
                 (gradient,) = torch.autograd.grad(pro_loss(z, how), given)
-            found.append(uncertainty(z.detach(), how))
+            found.append(uncertainty(in_float64(z.detach()), how))
             moved = moved_by_pro(given.detach(), gradient, how)
-        found.append(uncertainty(self._logits(moved), how))
-        return torch.stack(found, 1).float()
+        found.append(uncertainty(in_float64(self._logits(moved)), how))
+        return torch.stack(found, 1).float().to(logits.device)
 
     @cached_property
     def _thinned(self) -> Thinned:

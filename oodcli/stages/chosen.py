@@ -22,6 +22,7 @@ from oodcli.errors import DetectorError
 from oodcli.features import Features, Making, in_words
 from oodcli.files.artefact import Artefact, read_artefact
 from oodcli.files.origin import Origin, Words
+from oodcli.float64 import has_float64
 from oodcli.images import open_images
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
@@ -312,9 +313,9 @@ def needs(chosen: Iterable[Chosen], *, mirror: bool = False) -> frozenset[str]:
 
 def placed(chosen: Iterable[Chosen], device: str) -> list[Chosen]:
     """The same detectors, heavy ones moved to a GPU if ``device`` supports float64."""
-    if device.startswith(("cpu", "mps")):
-        return list(chosen)
     there = torch.device(device)
+    if there.type == "cpu" or not has_float64(there):
+        return list(chosen)
     return [
         replace(each, detector=each.detector.to(there), device=there)
         if each.detector.heavy
