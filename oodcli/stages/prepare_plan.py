@@ -121,7 +121,8 @@ def choose(given: Situation) -> Choice:
     # With many classes, c2ir-peak flags nearly all real images, and 1c-sum, which ranks best, gets
     # no good threshold from virtual ones (docs/research/many-classes.md).
     many = given.classes > MANY_CLASSES
-    strongest_free = ("ang++", "gen") if many else ()
+    # Without BatchNorm energy was better than either (docs/research/without-batchnorm.md).
+    strongest_free = ("ang++", "gen") if many and given.batchnorm else ()
     free = among("joint-energy") or among(*strongest_free, "energy", "msp")
     real = given.rows >= REAL_FROM
     # Without BatchNorm nothing is fitted on virtual images, because nothing gained by it

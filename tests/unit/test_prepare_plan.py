@@ -114,7 +114,7 @@ CHOICES = {
     "no BatchNorm, images": (replace(VIT, rows=100), Choice(("knn", "energy", "msp"), "images")),
     "no BatchNorm, few of each class": (
         replace(VIT, rows=200, classes=1000),
-        Choice(("ang++", "gen", "energy", "msp", "knn"), "images"),
+        Choice(("energy", "msp", "knn"), "images"),
     ),
     "no head": (BARE, Choice(("energy",))),
     "no head, accuracy": (
