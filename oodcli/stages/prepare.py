@@ -213,6 +213,7 @@ def _plan(request: PrepareRequest) -> _Plan:
         classifier.num_classes,
         classifier.preprocessing.input_size,
         *(request.per_class, request.steps, request.mirror),
+        batchnorm=bool(classifier.batchnorms),
     )
     given = Situation(
         recordable(classifier),
@@ -292,10 +293,8 @@ def _warnings(
     if request.accuracy is not None and not choice.pool:
         if "multi-label" in given.available:
             why = "the network has several labels per image"
-        elif given.batchnorm:
-            why = f"the {given.rows} real images are enough to fit and calibrate on"
         else:
-            why = "without BatchNorm statistics there are no virtual images"
+            why = f"the {given.rows} real images are enough to fit and calibrate on"
         yield f"--accuracy is not used: {why}"
     if choice.pool and not given.rows:
         yield (
@@ -307,16 +306,18 @@ def _warnings(
             f"with {given.rows} images no p-value is below {1 / (given.rows + 1):.2g}: --fpr 0.05 "
             f"needs {FIVE_PERCENT_FROM} or more"
         )
-    if not choice.calibrated and given.batchnorm and "multi-label" not in given.available:
+    one_label = "multi-label" not in given.available
+    if not choice.calibrated and given.batchnorm and one_label:
         yield (
             "no calibration, so no verdicts: thresholds on raw virtual images accepted 47 to 72 % "
             "of real images where 95 % were wanted; --accuracy or --images gives verdicts"
         )
     elif not choice.calibrated:
+        ways = "--accuracy, or --images" if one_label else "--images"
         yield (
             "without BatchNorm statistics and images there is nothing to fit on: "
-            f"{choice.names[0]} ranks images, but gives no verdicts; --images with 19 or more real "
-            "ones gives them"
+            f"{choice.names[0]} ranks images, but gives no verdicts; {ways} with 19 or more real "
+            "ones, gives them"
         )
 
 

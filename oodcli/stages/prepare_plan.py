@@ -41,12 +41,13 @@ PIXELS = 300 * 224 * 224
 @dataclass(frozen=True)
 class Effort:
     """How many virtual images are made, and how. total: images in all; None for per_class of each
-    class. steps, mirror: as of ``invert``."""
+    class. steps, mirror, objective: as of ``invert``."""
 
     per_class: int = PER_CLASS
     total: int | None = None
     steps: int | None = None
     mirror: bool | None = None
+    objective: str = "kl"
 
 
 def effort(
@@ -55,14 +56,18 @@ def effort(
     per_class: int | None = None,
     steps: int | None = None,
     mirror: bool | None = None,
+    *,
+    batchnorm: bool = True,
 ) -> Effort:
     """The virtual images for a network. size: height and width. per_class, steps, mirror: what the
-    user asks for. 50 images of each of 1,000 classes take days on a CPU at 224 pixels: with many
-    classes, all images together have ``PIXELS``, but are not more than otherwise."""
+    user asks for. batchnorm: as of ``Situation``. 50 images of each of 1,000 classes take days on a
+    CPU at 224 pixels: with many classes, all images together have ``PIXELS``, but are not more than
+    otherwise."""
     total = None
     if per_class is None and classes > MANY_CLASSES:
         total = min(PIXELS // (size[0] * size[1]), PER_CLASS * classes)
-    return Effort(per_class or PER_CLASS, total, steps, mirror)
+    objective = "patches" if not batchnorm else "kl" if total is None else "short"
+    return Effort(per_class or PER_CLASS, total, steps, mirror, objective)
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,14 @@ def choose(given: Situation) -> Choice:
     # With many classes, c2ir-peak flags nearly all real images, and 1c-sum, which ranks best, gets
     # a good threshold from real images alone (docs/research/many-classes.md).
     many = given.classes > MANY_CLASSES
-    strongest_free = ("ang++", "gen") if many else ()
+    # Without BatchNorm energy was better than either (docs/research/without-batchnorm.md).
+    strongest_free = ("ang++", "gen") if many and given.batchnorm else ()
     free = among("joint-energy") or among(*strongest_free, "energy", "msp")
-    invertible = given.batchnorm and "multi-label" not in given.available
-    pool = given.accuracy is not None and invertible
     real = given.rows >= REAL_FROM
+    # Without BatchNorm nothing is fitted on virtual images, because nothing gained by it
+    # (docs/research/without-batchnorm.md); they only calibrate, if there are few real ones.
+    invertible = "multi-label" not in given.available and (given.batchnorm or not real)
+    pool = given.accuracy is not None and invertible
     enough = given.complete and given.rows >= max(REAL_FROM, ROWS_A_CLASS * given.classes)
     handful = given.rows >= (FIVE_PERCENT_FROM if pool else 1)
     if many and handful and given.allows("1c-sum"):
@@ -196,13 +204,13 @@ def steps_of(
             per_class=virtual.per_class,
             steps=virtual.steps,
             mirror=virtual.mirror,
+            objective=virtual.objective,
         )
         if virtual.total is not None:
             # To compile takes as long as a hundred images; c2ir, for sensitivities, is not fitted.
             request = replace(
                 request,
                 total=virtual.total,
-                objective="short",
                 sensitivity=False,
                 compiled=False,
             )

@@ -237,8 +237,8 @@ def test_a_network_without_batchnorm(desk):
         "import torch\n"
         "def net():\n"
         "    torch.manual_seed(0)\n"
-        "    return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(),\n"
-        "        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 10))\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(1, 32, 3), torch.nn.ReLU(),\n"
+        "        torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(128, 10))\n"
     )
     import torch
 
@@ -247,16 +247,25 @@ def test_a_network_without_batchnorm(desk):
     torch.save(namespace["net"]().state_dict(), "plain.pt")
     options = ("--arch", "nets.py:net", "--input-size", 8, "--mean", 0.3, "--std", 0.3)
     words = ("prepare", "plain.pt", *options)
-    result = oodcli(*words, "--accuracy", 0.9)
+    result = oodcli(*words)
     assert result.status == 0, result.err
     assert os.listdir("plain.pt.oodcli") == ["prepared.json"]
-    assert "--accuracy is not used: without BatchNorm statistics" in result.err
-    assert "energy ranks images, but gives no verdicts; --images" in result.err
+    assert "energy ranks images, but gives no verdicts; --accuracy, or --images" in result.err
     assert "score uses energy (no calibration, so no verdicts)" in result.err
     following = shlex.split(result.err.splitlines()[-1][2:].replace("IMAGES", "id.npz"))[1:]
     scored = oodcli(*following)
     assert scored.status == 0, scored.err
     assert "no -d: using energy, as plain.pt.oodcli is prepared" in scored.err
+    result = oodcli(*words, "--accuracy", 0.3, "--per-class", 10)
+    assert result.status == 0, result.err
+    assert "oodcli invert plain.pt --per-class 10 --objective patches" in result.err
+    assert "score uses energy (calibrated on virtual, matched to accuracy 0.3" in result.err
+    made = {"prepared.json", "pool.h5", "pool.png", "pool.features.h5"}
+    assert {*os.listdir("plain.pt.oodcli")} == made | {"energy.safetensors", "msp.safetensors"}
+    following = shlex.split(result.err.splitlines()[-1][2:].replace("IMAGES", "id.npz"))[1:]
+    assert "--fpr" in following
+    scored = oodcli(*following, "--force")
+    assert scored.status == 0, scored.err
     for images, default in (("ten.npz", "energy"), ("id.npz", "knn")):
         result = oodcli(*words, "--images", images)
         assert result.status == 0, result.err

@@ -115,12 +115,23 @@ CHOICES = {
         Choice(("c2ir-peak", *EACH), "virtual", pool=True, images=True),
     ),
     "no BatchNorm": (VIT, Choice(("energy",))),
-    "no BatchNorm, accuracy": (replace(VIT, accuracy=0.9), Choice(("energy",))),
+    "no BatchNorm, accuracy": (
+        replace(VIT, accuracy=0.9),
+        Choice(("energy", "msp"), pool=True),
+    ),
+    "no BatchNorm, accuracy, ten images": (
+        replace(VIT, accuracy=0.9, rows=10),
+        Choice(("energy", "msp"), pool=True, images=True),
+    ),
+    "no BatchNorm, accuracy, images": (
+        replace(VIT, accuracy=0.9, rows=100),
+        Choice(("knn", "energy", "msp"), "images"),
+    ),
     "no BatchNorm, ten images": (replace(VIT, rows=10), Choice(("energy", "msp"), images=True)),
     "no BatchNorm, images": (replace(VIT, rows=100), Choice(("knn", "energy", "msp"), "images")),
     "no BatchNorm, few of each class": (
         replace(VIT, rows=200, classes=1000),
-        Choice(("ang++", "gen", "energy", "msp", "knn"), "images"),
+        Choice(("energy", "msp", "knn"), "images"),
     ),
     "no head": (BARE, Choice(("energy",))),
     "no head, accuracy": (
@@ -192,15 +203,24 @@ def test_many_classes_have_a_few_images_in_all():
         COMMANDS[name].make_context(name, list(words))
 
 
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_without_batchnorm_virtual_images_have_their_objective(classes):
+    choice = Choice(("energy",), pool=True)
+    steps = planned(choice, Model(CKPT), effort(classes, (224, 224), batchnorm=False))
+    words = " ".join(steps["pool"].words)
+    assert "--objective patches" in words
+    assert ("--total 300" in words) == (classes == 1000)
+
+
 @pytest.mark.parametrize(
     ("classes", "side", "per_class", "expected"),
     [
         (10, 224, None, Effort()),
         (100, 32, None, Effort()),
-        (101, 224, None, Effort(total=300)),
-        (1000, 448, None, Effort(total=75)),
-        (200, 64, None, Effort(total=3675)),
-        (101, 16, None, Effort(total=5050)),
+        (101, 224, None, Effort(total=300, objective="short")),
+        (1000, 448, None, Effort(total=75, objective="short")),
+        (200, 64, None, Effort(total=3675, objective="short")),
+        (101, 16, None, Effort(total=5050, objective="short")),
         (1000, 224, 1, Effort(1)),
     ],
 )
