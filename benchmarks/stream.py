@@ -1,6 +1,6 @@
 """What ``score --stream`` gains, by the share of OOD images in the job.
 
-    python -m benchmarks.bench_stream ID.h5 NAME=OOD.h5 … -d DETECTOR … [--draws 20]
+    python -m benchmarks.stream ID.h5 NAME=OOD.h5 … -d DETECTOR … [--draws 20]
 
 Draws jobs from feature caches: ID images, and as many of one OOD set as make the share. Prints
 Markdown: TNR95 of the plain scores, the mean change over the sets, and that of the worst set.
@@ -79,7 +79,7 @@ def gains(job: ScoreBlock, few: int) -> dict[str, tuple[float, float]]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_stream")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream")
     parser.add_argument("id", type=Path, metavar="ID.h5")
     parser.add_argument("ood", nargs="+", metavar="NAME=OOD.h5")
     parser.add_argument("-d", "--detector", action="append", required=True, metavar="DETECTOR")
