@@ -120,7 +120,8 @@ def measured(runs: Runs) -> list[Line]:
     words = [word for name in _detectors(runs) for word in ("-d", name)]
     sets = {name: (network.checkpoint, each.images) for name, each in network.sets.items()}
     test = (network.checkpoint, network.test.images)
-    rows = runs.compare("scores", [*words, *runs.precision], sets, METRICS, test=test)
+    words += [*runs.model, *runs.precision]
+    rows = runs.compare("scores", words, sets, METRICS, test=test)
     groups: dict[str, list[str]] = {}
     for name, each in network.sets.items():
         if each.group:
@@ -140,7 +141,8 @@ def measured(runs: Runs) -> list[Line]:
 def _detectors(runs: Runs) -> list[str]:
     """Names and artefacts, as ``score -d`` takes them."""
     checkpoint, network = runs.network.checkpoint, runs.network
-    found = json.loads(runs.run(f"{runs.folder}/inspect", "inspect", checkpoint, "--json"))
+    words = ("inspect", checkpoint, *runs.model, "--json")
+    found = json.loads(runs.run(f"{runs.folder}/inspect", *words))
     allowed = {each["name"]: each["fitted"] for each in found["detectors"] if each["allowed"]}
     chosen = {name: name for name, fitted in allowed.items() if not fitted}
     if OWN in allowed:
@@ -148,7 +150,7 @@ def _detectors(runs: Runs) -> list[str]:
         chosen[OWN] = f"{folder}/{OWN}.safetensors"
     if network.accuracy is not None:
         accuracy = ("--accuracy", str(network.accuracy))
-        folder = runs.write("prepared", "prepare", checkpoint, *accuracy, "--quiet")
+        folder = runs.write("prepared", "prepare", checkpoint, *runs.model, *accuracy, "--quiet")
         if prepared := read_prepared(runs.work / network.folder / "prepared"):
             files = {name: file for name, file in prepared.detectors.items() if file}
             chosen |= {name: f"{folder}/{file}" for name, file in files.items()}

@@ -394,6 +394,7 @@ def score(
     threshold: str | Iterable[str] | Mapping[str, float] = (),
     contamination: float | None = None,
     mirror: bool = False,
+    stream: bool = False,
     explain: bool = False,
     force: bool = False,
     restart: bool = False,
@@ -415,7 +416,8 @@ def score(
     ``"FILE.py:CLASS"`` or classes; by default the strongest detector that needs no data. fpr: the
     false-alarm rate of the verdicts, by the artefacts' calibration. threshold: detector → number
     above which a score is OOD, or ``"split"`` or ``"labelled"``. contamination: the expected share
-    of OOD images. timeout: seconds to decode an image. shard: ``"3/64"``. engine: ``"ray"`` or
+    of OOD images. stream: add scores that borrow from similar images of the job. timeout: seconds
+    to decode an image. shard: ``"3/64"``. engine: ``"ray"`` or
     ``"ray://HOST:PORT"``. html: also write the page of ``show``, to this file.
 
     Raises OodcliError for invalid arguments and unusable files; an unreadable image is a row with
@@ -435,6 +437,7 @@ def score(
             _share("contamination", contamination),
         ),
         mirror=mirror,
+        stream=stream,
         explain=explain,
         force=force,
         restart=restart,

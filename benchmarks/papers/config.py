@@ -30,13 +30,15 @@ class ImageSet:
 class Network:
     """test, train: in-distribution images; without train only what needs none can be measured.
     stages: names of the layers that LSGM's figures choose from. tables: names of the tables to
-    measure. sets: the OOD sets by name. accuracy: the published one, for ``prepare``."""
+    measure. sets: the OOD sets by name. accuracy: the published one, for ``prepare``. arch: as
+    ``--arch``, where the checkpoint does not tell; code in a file is run."""
 
     name: str
     checkpoint: str
     test: ImageSet
     train: str
     accuracy: float | None
+    arch: str
     sets: Mapping[str, ImageSet]
     stages: tuple[str, ...]
     tables: tuple[str, ...]
@@ -84,6 +86,7 @@ def read_config(path: Path, tables: Collection[str]) -> Config:
             test=_image_set("test", whole["test"]),
             train=whole["train"] or "",
             accuracy=whole.get("accuracy"),
+            arch=whole.get("arch", ""),
             sets={_checked(each, sets, "set"): sets[each] for each in given.get("sets", sets)},
             stages=tuple(given.get("stages", ("layer1", "layer2", "layer3"))),
             tables=tuple(_checked(each, tables, "table") for each in given.get("tables", tables)),

@@ -90,10 +90,18 @@ class Runs:
         usual = self.config.precision == "float32"
         return () if usual else ("--precision", self.config.precision)
 
+    @property
+    def model(self) -> tuple[str, ...]:
+        """Options of the network, unless its checkpoint tells all."""
+        if not self.network.arch:
+            return ()
+        trust = ("--trust-pickle",) if ".py:" in self.network.arch else ()
+        return ("--arch", self.network.arch, *trust)
+
     def cache(self, images: str, name: str, *, but: Sequence[str] = ()) -> str:
         """Features of images, with all records but those of some detectors."""
         needed = ",".join(each for each in self.records if each not in but)
-        words = ("--for", needed, *self.precision)
+        words = ("--for", needed, *self.model, *self.precision)
         return self.write(
             f"{name}.h5", "extract", self.network.checkpoint, images, *words, "--quiet"
         )
@@ -110,7 +118,7 @@ class Runs:
     def invert(self, seed: int) -> str:
         """Virtual images."""
         many = ("--per-class", str(self.config.per_class), "--seed", str(seed), "--quiet")
-        return self.write(f"v{seed}.h5", "invert", self.network.checkpoint, *many)
+        return self.write(f"v{seed}.h5", "invert", self.network.checkpoint, *self.model, *many)
 
     def virtual(self, seed: int) -> str:
         """Features of virtual images."""

@@ -89,6 +89,14 @@ def command(
             help="Add the score of the mirrored image. Not for classes that mirroring changes.",
         ),
     ] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Add NAME[stream], which borrows from the scores of similar images in this job. "
+            "For whole jobs of 100 images or more.",
+        ),
+    ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Explain scores in NAME.why, where the detector can.")
     ] = False,
@@ -139,6 +147,7 @@ def command(
             threshold=threshold or (),
             contamination=contamination,
             mirror=mirror,
+            stream=stream,
             explain=explain,
             force=force,
             restart=restart,

@@ -79,7 +79,7 @@ class ScoreBlock:
 
     paths, labels, errors: N strings, empty where there is none. predicted: R strings. confidence:
     (R,) float64. scores: R numbers or strings for every column between ``confidence`` and
-    ``error``.
+    ``error``. sketches: R rows that images are compared by; they are not written.
     """
 
     paths: Sequence[str]
@@ -88,6 +88,7 @@ class ScoreBlock:
     predicted: Sequence[str]
     confidence: NDArray[np.float64]
     scores: Mapping[str, NDArray[np.float64] | Sequence[str]]
+    sketches: NDArray[np.float32] | None = None
 
 
 class ScoresWriter:

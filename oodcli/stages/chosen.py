@@ -214,6 +214,8 @@ def _must_be_fitted(kind: type[Detector]) -> DetectorError:
     return DetectorError(f"{kind.name} must be fitted first", hint=how)
 
 
+SIMILARITY = "layers.mean"
+"""The record that ``score --stream`` compares images by."""
 POOL = "--calibrate POOL.h5"
 
 
@@ -303,9 +305,12 @@ def one_way(wanted: Iterable[tuple[str, Making | None]]) -> dict[str, Making]:
     return {group: making for group, (_, making) in found.items()}
 
 
-def needs(chosen: Iterable[Chosen], *, mirror: bool = False) -> frozenset[str]:
-    """All records that the chosen detectors need to score."""
-    views = {"mirror"} if mirror else set()
+def needs(
+    chosen: Iterable[Chosen], *, mirror: bool = False, stream: bool = False
+) -> frozenset[str]:
+    """All records that the chosen detectors need to score, and with ``stream`` to find similar
+    images."""
+    views = ({"mirror"} if mirror else set()) | ({SIMILARITY} if stream else set())
     return frozenset[str]().union(
         *(each.detector.score_needs for each in chosen), {"logits"}, views
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Opened:
     cluster: OnCluster | None = None
 
 
-def from_cache(path: Path, stack: ExitStack, *, mirror: bool, command: str) -> Opened:
+def from_cache(path: Path, stack: ExitStack, *, mirror: bool, stream: bool, command: str) -> Opened:
     """The rows of a feature cache, which stays open as long as the stack. Raises OodcliError if the
     file is not a cache, or cannot be read."""
     cache_like = path.suffix in (".h5", ".hdf5") or not path.exists()
@@ -70,6 +71,7 @@ def from_cache(path: Path, stack: ExitStack, *, mirror: bool, command: str) -> O
         raise OodcliError(f"{path} is not a cache: after a checkpoint, give IMAGES")
     cache = stack.enter_context(open_cache(path))
     log_cache("score", cache)
+    wanted = partial(needs, mirror=mirror, stream=stream)
 
     def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
         views = {"mirror"} if mirror else set()
@@ -78,7 +80,7 @@ def from_cache(path: Path, stack: ExitStack, *, mirror: bool, command: str) -> O
             cache.require(detector.score_needs | views, word, detector.made_with)
 
         def rows(start: int, stop: int) -> Iterator[Rows]:
-            for block in cache.blocks(needs(chosen, mirror=mirror), start=start, stop=stop):
+            for block in cache.blocks(wanted(chosen), start=start, stop=stop):
                 yield block
                 advance(len(block.paths))
 
@@ -97,7 +99,7 @@ def from_cache(path: Path, stack: ExitStack, *, mirror: bool, command: str) -> O
         record,
         lambda: {"the cache's state": file_state(path)},
         cache.count,
-        lambda chosen: cache.block_rows(needs(chosen, mirror=mirror)),
+        lambda chosen: cache.block_rows(wanted(chosen)),
         lambda: cache.rows_sha256 or file_sha256(path),
         extracted_by=cache.provenance.command,
     )
@@ -109,6 +111,7 @@ def from_images(
     images: str,
     *,
     mirror: bool,
+    stream: bool = False,
     timeout: float | None,
     command: str,
 ) -> tuple[Opened, ImageSource, int | None]:
@@ -125,7 +128,7 @@ def from_images(
                 raise DetectorError(f"{each.name}: {why_not(classifier, missing)}")
         recorder = Recorder(
             classifier,
-            needs(chosen, mirror=mirror),
+            needs(chosen, mirror=mirror, stream=stream),
             made_with=made_with(each.detector for each in chosen),
             precision=precision,
         )

@@ -24,6 +24,7 @@ from oodcli.images.pixels import is_text
 from oodcli.jobs.kept import Stored
 from oodcli.stages.chosen import Chosen, score_views
 from oodcli.stages.record import ALONE, Progress, Work, no_progress
+from oodcli.stages.stream import WIDTH, detector_of, sketch, smoothed, stream_name
 from oodcli.stages.verdict import Rule, StreamRule, rule_of
 
 
@@ -106,6 +107,7 @@ def score_to_file(
     rules: Mapping[str, Rule] | None = None,
     stream_rule: StreamRule | None = None,
     mirror: bool = False,
+    stream: bool = False,
     explain: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
@@ -117,13 +119,15 @@ def score_to_file(
     which adds ``<detector>.ood`` and with a calibration ``<detector>.p``. stream_rule: finds
     thresholds in the whole stream, which is then held in memory. explain: add ``<detector>.why``. A
     detector that has learnt from OOD data adds ``<detector>.saw``. ``<detector>`` is the name of
-    the column, such as ``knn[real]``."""
+    the column, such as ``knn[real]``. stream: add ``<detector>[stream]``, see ``smoothed``, with
+    thresholds of the stream rule; all rows are held in memory, too."""
     scoring = Scoring.of(
         chosen,
         class_names,
         rules or {},
         streamed=stream_rule is not None,
         mirror=mirror,
+        stream=stream,
         explain=explain,
     )
     columns, rules = scoring.columns, scoring.rules
@@ -143,21 +147,28 @@ def score_to_file(
     kept = work.kept
 
     def blocks() -> Iterator[ScoreBlock]:
-        if stream_rule is None:
+        if stream_rule is None and not stream:
             yield from scored
             return
-        stream = list(scored)
-        for each in chosen:
+        names = [each.name for each in chosen]
+        held = list(scored)
+        if stream:
+            held = smoothed(held, names)
+            names = [*names, *map(stream_name, names)]
+        if stream_rule is None:
+            yield from held
+            return
+        for name in names:
             values, verdicts = (
-                np.concatenate([block.scores[name] for block in stream])
-                for name in (each.name, f"{each.name}.ood")
+                np.concatenate([block.scores[column] for block in held])
+                for column in (name, f"{detector_of(name)}.ood")
             )
             judged = torch.from_numpy(values[~np.isnan(verdicts)])
-            thresholds[each.name] = stream_rule(judged)
-        for block in stream:
+            thresholds[name] = stream_rule(judged)
+        for block in held:
             found = dict(block.scores)
             for name, threshold in thresholds.items():
-                silent = torch.tensor(np.isnan(found[f"{name}.ood"]))
+                silent = torch.tensor(np.isnan(block.scores[f"{detector_of(name)}.ood"]))
                 rule = replace(rules[name], threshold=threshold)
                 found |= rule.columns_without(name, torch.tensor(found[name]), silent)
             yield replace(block, scores=found)
@@ -201,7 +212,9 @@ def score_to_file(
 
 def stored_scores(block: ScoreBlock) -> Stored:
     """Scores, for ``_restored``."""
-    arrays = {"confidence": block.confidence}
+    arrays: dict[str, NDArray[Any]] = {"confidence": block.confidence}
+    if block.sketches is not None:
+        arrays["sketches"] = block.sketches
     words: dict[str, Any] = {}
     for name, cells in block.scores.items():
         if isinstance(cells, np.ndarray):
@@ -217,10 +230,11 @@ _TEXTS = ("paths", "labels", "errors", "predicted")
 
 def _restored(stored: Stored) -> ScoreBlock:
     arrays = dict(stored.arrays)
-    confidence = arrays.pop("confidence")
+    confidence, sketches = arrays.pop("confidence"), arrays.pop("sketches", None)
     scores = {name.removeprefix("scores/"): cells for name, cells in arrays.items()}
     texts = {name: stored.words[name] for name in _TEXTS}
-    return ScoreBlock(**texts, confidence=confidence, scores={**scores, **stored.words["scores"]})
+    scores |= stored.words["scores"]
+    return ScoreBlock(**texts, confidence=confidence, scores=scores, sketches=sketches)
 
 
 def _explained(detector: Detector, wanted: bool) -> bool:
@@ -229,13 +243,15 @@ def _explained(detector: Detector, wanted: bool) -> bool:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Recorded rows → scores. columns: columns of the file between confidence and error."""
+    """Recorded rows → scores. columns: columns of the file between confidence and error. stream:
+    each block also has the sketches of its rows."""
 
     columns: tuple[str, ...]
     class_names: tuple[str, ...]
     rules: Mapping[str, Rule]
     mirror: bool
     explain: bool
+    stream: bool = False
 
     @classmethod
     def of(
@@ -246,11 +262,15 @@ class Scoring:
         *,
         streamed: bool = False,
         mirror: bool = False,
+        stream: bool = False,
         explain: bool = False,
     ) -> Scoring:
-        """streamed: every detector gets a threshold from the whole stream."""
+        """streamed: every detector gets a threshold from the whole stream, and with ``stream`` its
+        scores that borrow from similar images get another."""
         if streamed:
             rules = {**rules, **{each.name: rule_of(each, class_names) for each in chosen}}
+            if stream:
+                rules |= {stream_name(each.name): rules[each.name] for each in chosen}
         columns: list[str] = []
         for each in chosen:
             columns.append(each.name)
@@ -260,13 +280,25 @@ class Scoring:
                 columns.append(f"{each.name}.saw")
             if _explained(each.detector, explain):
                 columns.append(f"{each.name}.why")
-        return cls(tuple(columns), tuple(class_names), dict(rules), mirror, explain)
+            if stream:
+                name = stream_name(each.name)
+                columns.append(name)
+                if name in rules:
+                    columns += rules[name].columns(name, torch.zeros(0))
+                if each.saw:
+                    columns.append(f"{name}.saw")
+        return cls(tuple(columns), tuple(class_names), dict(rules), mirror, explain, stream)
+
+    def _columns_of(self, one: Chosen) -> tuple[str, ...]:
+        """The detector's columns of scores."""
+        return (one.name, stream_name(one.name)) if self.stream else (one.name,)
 
     def __call__(self, block: Rows, chosen: Sequence[Chosen]) -> ScoreBlock:
         """chosen: the same detectors, on any device."""
         scores: dict[str, NDArray[np.float64] | Sequence[str]] = {}
         predicted: list[str] = []
         confidence = np.zeros(0)
+        sketches = np.zeros((0, WIDTH), np.float32) if self.stream else None
         features = block.features
         if features is None or not len(features):
             scores = {column: np.zeros(0) for column in self.columns}
@@ -275,6 +307,8 @@ class Scoring:
             top = (features.shared(probabilities) if sure is None else sure).max(1)
             predicted = [self.class_names[index] for index in top.indices.tolist()]
             confidence = top.values.numpy()
+            if self.stream:
+                sketches = sketch(features)
             there: dict[torch.device | None, Features] = {None: features}
             for each in chosen:
                 if each.device not in there:
@@ -283,8 +317,8 @@ class Scoring:
                 scores[each.name] = values.double().numpy()
                 if each.name in self.rules:
                     scores |= self.rules[each.name].columns(each.name, values, top.indices)
-                if each.saw:
-                    scores[f"{each.name}.saw"] = [each.saw] * len(values)
+                for name in self._columns_of(each) if each.saw else ():
+                    scores[f"{name}.saw"] = [each.saw] * len(values)
                 if _explained(each.detector, self.explain):
                     scores[f"{each.name}.why"] = each.detector.explain(there[each.device])
         return ScoreBlock(
@@ -297,4 +331,5 @@ class Scoring:
             predicted,
             confidence,
             scores,
+            sketches,
         )

@@ -19,6 +19,7 @@ from oodcli.jobs.kept import Kept, kept_work, refuse_output
 from oodcli.jobs.shards import Share
 from oodcli.jobs.torchrun import Team, part_of
 from oodcli.stages.chosen import (
+    SIMILARITY,
     Chosen,
     choose_detectors,
     fingerprint,
@@ -32,6 +33,7 @@ from oodcli.stages.prepared import with_prepared
 from oodcli.stages.record import Work, file_state, job_of, shard_of
 from oodcli.stages.score import Doubts, ScoreSummary, Scoring, doubts, score_to_file
 from oodcli.stages.sources import log_kept
+from oodcli.stages.stream import FEWEST, detector_of
 from oodcli.stages.verdict import Deciding, Rule, basis_in_words, rule_of
 from oodcli.stages.watching import Watch, watched
 
@@ -52,6 +54,7 @@ class ScoreRequest:
     parameters: Mapping[str, Mapping[str, str]] | None = None
     deciding: Deciding = field(default_factory=Deciding)
     mirror: bool = False
+    stream: bool = False
     explain: bool = False
     force: bool = False
     restart: bool = False
@@ -101,6 +104,8 @@ def score(request: ScoreRequest, watch: Watch | None = None) -> Scored | None:
                 f"--shard {share}: {request.model.name} already is shard {opened.made.shard}, and "
                 "so are its scores: leave --shard out"
             )
+        if request.stream:
+            _require_stream(opened)
         chosen = _chosen(request, opened)
         rules = request.deciding.rules(chosen, opened.made.class_names, mirror=request.mirror)
         _log_chosen(chosen, rules, request.deciding)
@@ -137,6 +142,7 @@ def score(request: ScoreRequest, watch: Watch | None = None) -> Scored | None:
             rules=rules,
             stream_rule=request.deciding.stream_rule,
             mirror=request.mirror,
+            stream=request.stream,
             explain=request.explain,
             force=request.force,
             progress=advance,
@@ -159,6 +165,12 @@ def _refuse(request: ScoreRequest, share: Share, team: Team | None) -> None:
         raise OodcliError(
             f"--shard {share}: a shard lacks the whole stream to find a threshold in: merge the "
             "shards first, then use --threshold NAME=NUMBER"
+        )
+    if request.stream and not (share.whole and request.engine is None):
+        which = f"--shard {share}" if request.engine is None else f"--engine {request.engine}"
+        raise OodcliError(
+            f"{which}: --stream compares each image with all others of the job: score a cache of "
+            "them in one process"
         )
     if request.engine is not None:
         from oodcli.stages.on_cluster import refuse_with_engine
@@ -183,14 +195,30 @@ def _opened(request: ScoreRequest, stack: ExitStack) -> Opened:
             raise OodcliError(
                 "the network is a loaded classifier: give images, or the path of a cache"
             )
-        return from_cache(request.model.path, stack, **how)
+        return from_cache(request.model.path, stack, **how, stream=request.stream)
     classifier = request.model.load()
     if request.engine is not None:
         from oodcli.stages.on_cluster import for_cluster
 
         return for_cluster(request.model, classifier, request.images, **how)
     timeout = request.timeout
-    return from_images(request.model, classifier, request.images, timeout=timeout, **how)[0]
+    return from_images(
+        request.model, classifier, request.images, timeout=timeout, **how, stream=request.stream
+    )[0]
+
+
+def _require_stream(opened: Opened) -> None:
+    """Raises OodcliError where images cannot be compared, or are too few to be."""
+    if SIMILARITY not in opened.available:
+        raise OodcliError(
+            f"--stream compares images by {SIMILARITY}, which these records lack",
+            hint=f"record it with 'oodcli extract … --record {SIMILARITY}', or choose --layers",
+        )
+    if opened.count < FEWEST:
+        raise OodcliError(
+            f"--stream compares images with each other: expected at least {FEWEST}, but got "
+            f"{opened.count}: leave it out"
+        )
 
 
 def _chosen(request: ScoreRequest, opened: Opened) -> list[Chosen]:
@@ -259,6 +287,7 @@ def _kept(
         "--threshold": list(deciding.threshold) or None,
         "--contamination": deciding.contamination,
         "--mirror": request.mirror,
+        "--stream": request.stream,
         "--explain": request.explain,
     }
     kept = stack.enter_context(
@@ -293,6 +322,7 @@ def _about(
             name: rule.distribution for name, rule in rules.items() if rule.calibration is not None
         },
         "mirror": request.mirror,
+        "stream": request.stream,
     }
 
 
@@ -316,8 +346,8 @@ def _scored(
         saw_ood={each.name: each.saw for each in chosen if each.saw},
         bases={
             name: basis_in_words(
-                by_name[name],
-                rules.get(name) or rule_of(by_name[name], names),
+                replace(by_name[detector_of(name)], column=name),
+                rules.get(name) or rule_of(by_name[detector_of(name)], names),
                 summary.thresholds,
                 names,
             )

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import oodcli
 
 import benchmarks.__main__ as command
+from benchmarks import stream
 from benchmarks.bench_growth import Line
 from benchmarks.measure import in_turns, peak, pinned, ratio
+from oodcli.metrics import tnr95
 from oodcli.stages.demo import CARD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,3 +181,30 @@ def test_memory_from_end_to_end(trained, tmp_path):
     ]
     assert all(row["peak_mb"] > 100 and row["seconds"] > 0 for row in found["results"].values())
     assert "| score the cache, 1 rows |" in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_the_gains_of_a_stream(trained, tmp_path, capsys):
+    for name, images in (("id", trained / "test.npz"), ("blobs", "noise:blob?n=90")):
+        words = ("extract", trained / "digits.pt", images, "-o", tmp_path / f"{name}.h5")
+        assert oodcli(*words).status == 0
+    words = [str(tmp_path / "id.h5"), f"blobs={tmp_path / 'blobs.h5'}", "-d", "energy", "-d", "msp"]
+    few = ["--rows", "300", "--share", "0.1", "0.3", "--draws", "2"]
+    assert stream.main([*words, *few]) == 0
+    table = capsys.readouterr().out.splitlines()[-4:]
+    found = [[cell.strip(" |") for cell in line.split("|")[1:-1]] for line in table]
+    shares = [(share, name) for share in ("0.1", "0.3") for name in ("`energy`", "`msp`")]
+    assert [(row[0], row[1]) for row in found] == shares
+    known, ood = (
+        stream.rows_of(tmp_path / f"{name}.h5", ["energy", "msp"], tmp_path)
+        for name in ("id", "blobs")
+    )
+    for row, (share, name) in zip(found, shares, strict=True):
+        jobs = [stream.drawn(known, ood, 300, float(share), seed) for seed in range(2)]
+        count = round(300 * float(share))
+        plain = [job.scores[name.strip("`")] for job in jobs]
+        mean = sum(100 * tnr95(each[:-count], each[-count:]) for each in plain) / 2
+        assert float(row[2]) == pytest.approx(mean, abs=0.051)
+        assert row[4] == f"{row[3]} (blobs)"  # the only set is the worst
+    assert len({*found[0][3:4], *found[2][3:4]}) == 2
+    with pytest.raises(SystemExit, match="90 rows, but a job needs 150: lower --rows"):
+        stream.main([*words, "--rows", "300", "--share", "0.5"])

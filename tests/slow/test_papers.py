@@ -198,6 +198,9 @@ def test_all_configurations_are_read(tmp_path):
         (),
         ("--precision", "bfloat16"),
     )
+    assert runs.model == ()
+    own = replace(runs.network, arch="nets.py:tiny")
+    assert replace(runs, network=own).model == ("--arch", "nets.py:tiny", "--trust-pickle")
     public = read_config(page.HERE / "public.toml", TABLES).networks
     assert public["ResNet-34"].sets["svhn"].learn.endswith("train")
     assert "lsgm-table-1" in public["DenseNet-100-CIFAR-100"].tables
