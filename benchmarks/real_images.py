@@ -243,7 +243,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    shown = [name for name in next(iter(found.values())) if not name.startswith(("nci", "peak"))]
+    left_out = ("nci", "peak", "gen", "ang++", "1c-sum, pool")
+    shown = [name for name in next(iter(found.values())) if not name.startswith(left_out)]
     for index, name in enumerate(shown):
         for axes, word in ((left, "tnr95"), (right, "false_alarms")):
             points: dict[int, list[float]] = defaultdict(list)
