@@ -1124,8 +1124,8 @@ def summed(*parts):
     return score
 
 
-def c2ir_peak(test, fit):
-    """Peak counts where noise has the lower ones."""
+def c2ir_peak(test, fit, near=0):
+    """Peak counts where noise has the lower ones. near: units of nci."""
 
     def log_energy(rows):
         return -np.log(positive_energy(rows))
@@ -1144,7 +1144,7 @@ def c2ir_peak(test, fit):
     total = on_scale(*(a + b for a, b in zip(first, second, strict=True)))[0]
     if np.median(-peak(fit.noise)) < np.median(-peak(fit.pool)):
         total = total + scaled(log_peak)[0]
-    return total
+    return total + near * scaled(lambda rows: nci(rows, Fit(fit.train)))[0]
 
 
 NAIVE = {

@@ -4,9 +4,9 @@ scale: the strongest here that needs no data."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.c2ir_z import C2IRZ
 from oodcli.detectors.common_scale import Summed, median_and_spread, on_common_scale
+from oodcli.detectors.hyperparameters import require_between
+from oodcli.detectors.nci import NCI
 from oodcli.detectors.one_class_sum import OneClassSum
 from oodcli.detectors.peak import Peak
 from oodcli.detectors.peak_energy import positive_energy
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 FLOOR = 1e-3
 """Of a layer's mean squared deviation, in variances: no image is nearer to its class, but a layer
 that is dead."""
+
+ALPHA = 1e-4
+"""nci's α, its default."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,26 @@ class LogDeviation(Detector):
 
 
 @dataclass(frozen=True)
+class Nearness(Detector):
+    """nci, as one term."""
+
+    name = "nci"
+    needs = NCI.needs
+    fitted = True
+    explains = True
+
+    of: NCI
+
+    def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
+        """One term, the score itself: (N, 1)."""
+        words = ["the embedding is unlike the weights of the predicted class"]
+        return words, self._score(test)[:, None]
+
+    def _score(self, test: Features) -> Tensor:
+        return self.of.score(test)
+
+
+@dataclass(frozen=True)
 class C2IRPeak(Summed):
     """r(r(−log E) + r(mean_l log d_l)) + r(−log‖p‖): free energy and deviations from the class's
     virtual images layer by layer, which go as one, and the highest positions, which means over
@@ -94,6 +119,8 @@ class C2IRPeak(Summed):
     range 1. with_peak: whether the last term counts. It does not where uniform noise has higher
     peaks than the pool, as in small networks on plain images: there, strange images are those with
     the high peaks.
+
+    nci: units of r(nci) that are added. mean: (D,), of nci; empty where nci is 0.
     """
 
     name = "c2ir-peak"
@@ -109,15 +136,28 @@ class C2IRPeak(Summed):
     """
     needs = C2IRZ.needs | Peak.needs
     noise_images = OneClassSum.reference_images
+    later: ClassVar[Mapping[str, Any]] = {"mean": torch.zeros(0), "nci": 0.0}
 
     with_peak: bool
+    mean: Tensor
+    nci: float
 
     @classmethod
-    def fit(cls, train: Blocks, *, noise: Blocks, pool: Blocks) -> Self:
-        """One pass over train, for c2ir-z, and over noise, for its median of peak; two over the
-        pool, for that median and for the terms of each row. Raises DetectorError when a record is
-        missing or one of the three has no row, and when a score does not vary over the pool."""
+    def fit(
+        cls,
+        train: Blocks,
+        *,
+        noise: Blocks,
+        pool: Blocks,
+        nci: Annotated[float, "units of nci to add, 0 to 10; we measured 0.5"] = 0.0,
+    ) -> Self:
+        """One pass over train, for c2ir-z, and one for nci; one over noise, for its median of peak;
+        two over the pool, for that median and for the terms of each row. Raises DetectorError when
+        a record is missing or one of the three has no row, when a score does not vary over the
+        pool, and for an nci that is not in 0 … 10."""
+        require_between(cls.name, 0, 10, nci=nci)
         deviation = C2IRZ.fit(train)
+        mean = NCI.fit(train).mean if nci else torch.zeros(0)
         of_noise, of_pool = (_usual_peak(rows, cls.name) for rows in (noise, pool))
         with_peak = of_noise < of_pool
         if not with_peak:
@@ -125,7 +165,7 @@ class C2IRPeak(Summed):
                 f"{cls.name}: peak is left out: noise has higher peaks ({of_noise:.3g}, "
                 f"the pool {of_pool:.3g})"
             )
-        rows, scale = cls._on_pool(_parts(deviation, with_peak), pool)
+        rows, scale = cls._on_pool(_parts(deviation, with_peak, mean), pool)
         median, spread = scale["median"], scale["spread"]
         both = on_common_scale(rows, median, spread)[:, :2].sum(1, keepdim=True)
         (of_both,), (unit,) = (each.tolist() for each in median_and_spread(both))
@@ -136,20 +176,23 @@ class C2IRPeak(Summed):
             )
         median[0] += of_both * spread[0]
         spread[:2] *= unit
-        return cls(deviation, with_peak=with_peak, **scale)
+        if nci:
+            spread[-1] /= nci
+        return cls(deviation, with_peak=with_peak, mean=mean, nci=nci, **scale)
 
     @property
     def parts(self) -> tuple[Detector, ...]:
-        return _parts(self.deviation, self.with_peak)
+        return _parts(self.deviation, self.with_peak, self.mean)
 
     @property
     def score_needs(self) -> frozenset[str]:
         return self.needs if self.with_peak else C2IRZ.needs
 
 
-def _parts(deviation: C2IRZ, with_peak: bool) -> tuple[Detector, ...]:
+def _parts(deviation: C2IRZ, with_peak: bool, mean: Tensor) -> tuple[Detector, ...]:
     peak = (LogPeak(),) if with_peak else ()
-    return LogEnergy(), LogDeviation(deviation), *peak
+    near = (Nearness(NCI(mean, ALPHA)),) if len(mean) else ()
+    return LogEnergy(), LogDeviation(deviation), *peak, *near
 
 
 def _usual_peak(rows: Blocks, who: str) -> float:

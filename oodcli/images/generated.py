@@ -63,8 +63,8 @@ def leaves(random: np.random.Generator, shape: tuple[int, int, int]) -> Pixels:
     every one upon those before it, with radii r of density r⁻³: edges, flat areas and occlusions as
     in photographs, without an object. Returns shape = (C, H, W)."""
     channels, height, width = shape
-    inverse = np.array(LEAF) ** -2.0
-    radii = random.uniform(*inverse[::-1], LEAVES) ** -0.5 * min(height, width)
+    smallest, largest = LEAF
+    radii = random.uniform(largest**-2, smallest**-2, LEAVES) ** -0.5 * min(height, width)
     centres = random.random((LEAVES, 2)) * (height, width)
     kinds = random.integers(0, 3, LEAVES)
     colours = random.random((LEAVES + 1, channels, 1))
@@ -92,7 +92,8 @@ def fractal(random: np.random.Generator, shape: tuple[int, int, int]) -> Pixels:
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf
     pink = np.fft.irfft2(np.fft.rfft2(mixed) / frequency, s=(height, width))
-    return np.clip(0.5 + 0.25 * pink / max(pink.std(), 1e-12), 0, 1)
+    found: Pixels = np.clip(0.5 + 0.25 * pink / max(pink.std(), 1e-12), 0, 1)
+    return found
 
 
 NOISES: dict[str, Callable[[np.random.Generator, tuple[int, int, int]], Pixels]] = {

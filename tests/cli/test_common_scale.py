@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import fails, oodcli
-from naive import NAIVE, Fit, standardised_deviations
+from naive import NAIVE, Fit, c2ir_peak, standardised_deviations
 from safetensors.torch import load_file, save_file
 
 from oodcli import detectors
@@ -24,6 +24,7 @@ from oodcli.detectors.c2ir_peak import FLOOR, C2IRPeak, LogDeviation, LogEnergy
 from oodcli.detectors.c2ir_z import C2IRZ
 from oodcli.detectors.common_scale import median_and_spread, on_common_scale
 from oodcli.detectors.duo import Duo
+from oodcli.detectors.nci import NCI
 from oodcli.detectors.one_class_sum import OneClassSum
 from oodcli.detectors.peak import Peak
 from oodcli.detectors.peak_energy import PeakEnergy
@@ -74,6 +75,23 @@ KINDS = (C2IRPeak, Duo, Trio)
 def test_the_formula_against_a_naive_one(three, test, kind):
     expected = torch.from_numpy(NAIVE[kind.name](test, Fit(**three)))
     torch.testing.assert_close(kind.fit(**three).score(test), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("times", [0.5, 2])
+def test_the_formula_with_nci_against_a_naive_one(three, test, times):
+    """With peaks of the noise below and above those of the pool."""
+    given = {**three, "noise": with_peaks(three["noise"], times * 2)}
+    made = C2IRPeak.fit(**given, nci=0.5)
+    expected = torch.from_numpy(c2ir_peak(test, Fit(**given), 0.5))
+    torch.testing.assert_close(made.score(test), expected, rtol=1e-8, atol=1e-8)
+    difference = made.score(test) - C2IRPeak.fit(**given).score(test)
+    near = NCI.fit(three["train"])
+    assert torch.equal(difference.argsort(), near.score(test).argsort())
+
+
+def test_units_of_nci_out_of_range_are_refused(three):
+    with pytest.raises(DetectorError, match="nci=-1 must be"):
+        C2IRPeak.fit(**three, nci=-1)
 
 
 def test_the_floor_is_in_the_unit_of_the_deviations(three, test):
@@ -270,8 +288,37 @@ def test_an_artefact_holds_both_parts(three, test, tmp_path, kind):
         assert torch.equal(mine.score(test), its.score(test))
     assert json.loads(metadata(path)["hyperparameters"]) == {
         "deviation": {"layers": list(duo.deviation.layers), "weights": "uniform"},
-        **({"with_peak": True} if kind is C2IRPeak else {"indicators": {"reference": "uniform"}}),
+        **(
+            {"with_peak": True, "nci": 0.0}
+            if kind is C2IRPeak
+            else {"indicators": {"reference": "uniform"}}
+        ),
     }
+
+
+def test_an_artefact_with_nci(three, test, tmp_path):
+    made = C2IRPeak.fit(**three, nci=0.5)
+    path = tmp_path / "c2ir-peak.safetensors"
+    write_artefact(Artefact(made, "abc", {"rows": 24, "kind": "virtual"}), path)
+    again = read_artefact(path).detector
+    assert torch.equal(again.score(test), made.score(test))
+    names, terms = again.contributions(test)
+    assert names[-1] == "the embedding is unlike the weights of the predicted class"
+    rest = made.score(test) - terms.sum(1)
+    torch.testing.assert_close(rest, rest[:1].expand(9), rtol=1e-9, atol=1e-9)
+
+
+def test_an_artefact_of_before_has_no_nci(three, test, tmp_path):
+    made = C2IRPeak.fit(**three)
+    path = tmp_path / "c2ir-peak.safetensors"
+    write_artefact(Artefact(made, "abc", {"rows": 24, "kind": "virtual"}), path)
+    words = metadata(path)
+    settings = json.loads(words["hyperparameters"])
+    assert settings.pop("nci") == 0
+    words["hyperparameters"] = json.dumps(settings)
+    tensors = {name: value for name, value in load_file(path).items() if name != "mean"}
+    save_file(tensors, path, words)
+    assert torch.equal(read_artefact(path).detector.score(test), made.score(test))
 
 
 def metadata(path):
