@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from oodcli.cli import allocation
 from oodcli.cli.completions import complete_architectures, complete_detectors, words
 from oodcli.errors import OodcliError
 
@@ -282,10 +281,9 @@ class ModelOptions:
 
     def running(self) -> dict[str, Any]:
         """Keyword arguments of the functions of ``oodcli.api`` that say how to run. Limits the
-        threads of this process, and lets it keep freed memory."""
+        threads of this process."""
         from oodcli.api import limit_threads
 
-        allocation.keep_freed_memory()
         limit_threads(self.threads)
         names = ("device", "batch_size", "precision", "seed")
         return {name: getattr(self, name) for name in names}
