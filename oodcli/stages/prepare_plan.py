@@ -128,8 +128,8 @@ def choose(given: Situation) -> Choice:
     strongest_free = ("ang++", "gen") if many and given.batchnorm else ()
     free = among("joint-energy") or among(*strongest_free, "energy", "msp")
     real = given.rows >= REAL_FROM
-    # Without BatchNorm nothing is fitted on virtual images, because nothing gained by it
-    # (docs/research/without-batchnorm.md); they only calibrate, if there are few real ones.
+    # Without BatchNorm nothing is fitted on virtual images, because nothing was reliably better for
+    # it (docs/research/without-batchnorm.md); they only calibrate, if there are few real ones.
     invertible = "multi-label" not in given.available and (given.batchnorm or not real)
     pool = given.accuracy is not None and invertible
     enough = given.complete and given.rows >= max(REAL_FROM, ROWS_A_CLASS * given.classes)

@@ -26,8 +26,8 @@ from torch import nn
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(4, 10))
+    return nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                         nn.Linear(128, 10))
 """
 """A network without BatchNorm."""
 
@@ -96,7 +96,8 @@ DEFAULTS = {
 def test_the_commands_do_the_same_by_hand_and_the_next_one_works(situation, desk, tmp_path):
     network, accuracy, images = situation
     words = ["prepare", network, *NETWORKS[network]]
-    words += ["--accuracy", 0.8] if accuracy else []
+    reached = {"digits.pt": 0.8, "plain.pt": 0.3}  # on virtual images, at least
+    words += ["--accuracy", reached[network]] if accuracy else []
     words += ["--images", f"{images}.npz"] if images else []
     result = oodcli(*words)
     assert result.status == 0, result.err
@@ -120,7 +121,7 @@ def test_the_commands_do_the_same_by_hand_and_the_next_one_works(situation, desk
     with open("scores.csv", encoding="utf-8", newline="") as file:
         header = next(csv.reader(file))
     assert header[4] == prepared.default
-    calibrated = (network == "digits.pt" and accuracy) or images is not None
+    calibrated = accuracy or images is not None
     assert (f"{prepared.default}.ood" in header) == calibrated == ("--fpr" in following)
 
 
