@@ -38,6 +38,11 @@ PIXELS = 300 * 224 * 224
 """Pixels of all virtual images where there are many classes."""
 
 
+STEPS_OF_MANY = 60
+"""Steps without BatchNorm where there are many classes. On SqueezeNet, 30 steps reached the wanted
+class for 56 % of 32 images, less than the network's accuracy, and 60 for 94 % of 16."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How many virtual images are made, and how. total: images in all; None for per_class of each
@@ -67,6 +72,8 @@ def effort(
     if per_class is None and classes > MANY_CLASSES:
         total = min(PIXELS // (size[0] * size[1]), PER_CLASS * classes)
     objective = "patches" if not batchnorm else "kl" if total is None else "short"
+    if objective == "patches" and total is not None:
+        steps = steps or STEPS_OF_MANY
     return Effort(per_class or PER_CLASS, total, steps, mirror, objective)
 
 

@@ -149,8 +149,10 @@ def test_a_stage_that_returns_its_last_block_counts_once():
 
 
 def test_a_network_without_batchnorm_reaches_its_classes():
+    torch.manual_seed(0)
     network = assembled(Tokens())
-    plan = Plan((0, 1, 2), 4, OBJECTIVES["patches"], batch_size=12, sensitivity=False)
+    recipe = OBJECTIVES["patches"]
+    plan = Plan((0, 1, 2), 4, recipe, steps=100, batch_size=12, sensitivity=False)
     (batch,) = invert(network, plan)
     assert (network.network(batch.images.float()).argmax(1) == batch.label).all()
     assert batch.sensitivity == {}

@@ -209,7 +209,10 @@ def test_without_batchnorm_virtual_images_have_their_objective(classes):
     steps = planned(choice, Model(CKPT), effort(classes, (224, 224), batchnorm=False))
     words = " ".join(steps["pool"].words)
     assert "--objective patches" in words
-    assert ("--total 300" in words) == (classes == 1000)
+    assert (
+        "--total 300 --objective patches --no-sensitivity --no-compile --steps 60" in words
+    ) == (classes == 1000)
+    assert effort(classes, (224, 224), steps=9, batchnorm=False).steps == 9
 
 
 @pytest.mark.parametrize(
