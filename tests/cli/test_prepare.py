@@ -150,11 +150,11 @@ def test_the_summary_as_json(desk):
 
 @pytest.mark.slow
 def test_a_step_whose_settings_change_is_made_again_with_what_depends_on_it(desk):
-    again = oodcli("prepare", "digits.pt", "--accuracy", 0.7, *ACCURACY[2:])
+    again = oodcli("prepare", "digits.pt", "--accuracy", 0.6, *ACCURACY[2:])
     assert made(again.err) == ["pool.features.h5", "c2ir-peak"]
-    assert "matched to accuracy 0.7" in again.err
+    assert "matched to accuracy 0.6" in again.err
     assert set(os.listdir(desk / "digits.pt.oodcli")) == FILES
-    again = oodcli("prepare", "digits.pt", "--accuracy", 0.7, *ACCURACY[2:], "--seed", 1)
+    again = oodcli("prepare", "digits.pt", "--accuracy", 0.6, *ACCURACY[2:], "--seed", 1)
     assert len(made(again.err)) == 6
     assert oodcli("prepare", "digits.pt", *ACCURACY, "--device", "cpu", "--seed", 1).status == 0
     assert made(oodcli("prepare", "digits.pt", *ACCURACY, "--seed", 1).err) == []
@@ -315,7 +315,7 @@ def test_a_dry_run_under_torchrun_estimates_what_is_shared(desk, monkeypatch):
 
 
 def test_a_dry_run_knows_what_is_there(desk):
-    result = oodcli("prepare", "digits.pt", "--accuracy", 0.7, *ACCURACY[2:], "--dry-run")
+    result = oodcli("prepare", "digits.pt", "--accuracy", 0.6, *ACCURACY[2:], "--dry-run")
     assert result.out.count("# there already") == 4
     forced = oodcli("prepare", "digits.pt", *ACCURACY, "--dry-run", "--force")
     assert "there already" not in forced.out
@@ -522,6 +522,6 @@ def test_what_is_used_stays_until_its_successor_is_fitted(desk, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("oodcli.stages.prepare.extract", interrupted)
-    stopped = oodcli("prepare", "digits.pt", "--accuracy", 0.7, *ACCURACY[2:])
+    stopped = oodcli("prepare", "digits.pt", "--accuracy", 0.6, *ACCURACY[2:])
     assert stopped.status == 130
     assert "using digits.pt.oodcli/c2ir-peak" in oodcli("score", "digits.pt", "ten.npz").err
