@@ -96,7 +96,7 @@ DEFAULTS = {
 def test_the_commands_do_the_same_by_hand_and_the_next_one_works(situation, desk, tmp_path):
     network, accuracy, images = situation
     words = ["prepare", network, *NETWORKS[network]]
-    reached = {"digits.pt": 0.8, "plain.pt": 0.3}  # on virtual images, at least
+    reached = {"digits.pt": 0.7, "plain.pt": 0.3}  # on virtual images, at least
     words += ["--accuracy", reached[network]] if accuracy else []
     words += ["--images", f"{images}.npz"] if images else []
     result = oodcli(*words)
