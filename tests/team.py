@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,8 @@ def answers(job: dict[str, Any]) -> list[dict[str, Any]]:
         while children:
             child, status = os.wait()
             ended[children.pop(child)] = os.waitstatus_to_exitcode(status)
-            if status:
+            if status and children:
+                time.sleep(0.3)  # torchrun does not notice at once either
                 for other in children:
                     os.kill(other, signal.SIGTERM)
         found = []
