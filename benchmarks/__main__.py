@@ -47,6 +47,7 @@ BENCHMARKS = {
     ),
     "memory": Benchmark(("CHECKPOINT",), full=("--rows", "1000000")),
     "growth": Benchmark(("CHECKPOINT",)),
+    "company": Benchmark(("CHECKPOINT",), usual=("--jobs", "3", "--per-class", "5")),
     "kills": Benchmark(("CHECKPOINT",), usual=("--kills", "12"), full=("--kills", "300")),
     "fuzz": Benchmark((), usual=("--inputs", "500", "--seconds", "60"), full=("--inputs", "10000")),
 }
