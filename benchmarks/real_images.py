@@ -291,6 +291,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
+    if options.id and not (options.ood and options.accuracy):
+        parser.error("--id needs --ood and --accuracy")
     numbers = [int(word) for word in options.numbers.split(",")]
     found = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

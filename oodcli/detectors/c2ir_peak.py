@@ -16,7 +16,7 @@ from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.c2ir_z import C2IRZ
 from oodcli.detectors.common_scale import Summed, median_and_spread, on_common_scale
 from oodcli.detectors.hyperparameters import require_between
-from oodcli.detectors.nci import NCI
+from oodcli.detectors.nci import ALPHA, NCI
 from oodcli.detectors.one_class_sum import OneClassSum
 from oodcli.detectors.peak import Peak
 from oodcli.detectors.peak_energy import positive_energy
@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 FLOOR = 1e-3
 """Of a layer's mean squared deviation, in variances: no image is nearer to its class, but a layer
 that is dead."""
-
-ALPHA = 1e-4
-"""nci's α, its default."""
 
 
 @dataclass(frozen=True)

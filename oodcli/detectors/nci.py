@@ -19,6 +19,9 @@ from oodcli.features import Features, recorded
 SHARE = 0.1
 """With ``alpha=scaled``, the spread of the second term as a share of that of the first."""
 
+ALPHA = 1e-4
+"""The default of ``alpha``."""
+
 
 def nearness(u: Tensor, k: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
     """(N, 2) float64: w_k·(u − μ)/‖u − μ‖, 0 where u = μ, and ‖u‖₁ (Liu & Qin 2025). u: (N, D); k:
@@ -62,7 +65,7 @@ class NCI(Detector):
             float | Literal["scaled"],
             "α, 0 to 1e9; by default OpenOOD's; scaled: the second term varies a tenth as much "
             "as the first over the rows fitted on",
-        ] = 1e-4,
+        ] = ALPHA,
     ) -> Self:
         """One pass, two where α is scaled. Raises DetectorError when there is no row, or for an α
         that is not in 0 … 1e9."""
