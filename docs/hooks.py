@@ -179,6 +179,8 @@ def detector(name: str) -> Iterator[str]:
     kind = detectors.get(name)
     needs = ", ".join(f"`{word}`" for word in facts.records(kind))
     rows = [["Source", _plain(kind.source)], ["Fitted on", facts.fitted_on(kind)]]
+    if kind.superseded_by:
+        rows.append(["Superseded by", _linked(kind.superseded_by, "")])
     rows.append(["[Must be recorded](index.md#what-must-be-recorded)", needs])
     yield from table(["", name], rows)
     yield "\n## Formula\n"
@@ -240,9 +242,8 @@ def index() -> Iterator[str]:
             cells[network] += f"{'; ' * bool(cells[network])}{way} {pair(mean(row))}"
         means = [cell.strip() or NOT_MEASURED for cell in cells.values()]
         needs = " ".join(facts.records(kind))
-        rows.append(
-            [f"[`{name}`]({name}.md)", _plain(kind.about), *means, facts.fitted_on(kind), needs]
-        )
+        about = _plain(facts.summary(kind))
+        rows.append([f"[`{name}`]({name}.md)", about, *means, facts.fitted_on(kind), needs])
     yield from table(["name", "what it is", *networks, "fitted on", "must be recorded"], rows)
 
 

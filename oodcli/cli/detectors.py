@@ -75,6 +75,7 @@ def _as_json(kind: type[Detector]) -> dict[str, Any]:
         "fitted_on": facts.fitted_on(kind),
         "group": facts.group(kind),
         "about": kind.about,
+        "superseded_by": kind.superseded_by,
         "explanation": facts.explanation(kind),
         "formula": facts.equations(kind),
         "settings": facts.settings(kind),
@@ -97,7 +98,7 @@ def _list(kinds: list[type[Detector]]) -> None:
         table.add_column(overflow="fold")
         for kind in members:
             source = f" ({kind.source})" if kind.source else ""
-            table.add_row(f"  {kind.name}", f"{kind.about}{source}")
+            table.add_row(f"  {kind.name}", f"{facts.summary(kind)}{source}")
         console.emit_table(table)
 
 
@@ -109,6 +110,7 @@ def _describe(kind: type[Detector]) -> None:
     about = {
         "name": kind.name,
         "about": kind.about,
+        "superseded by": kind.superseded_by,
         "score": facts.explanation(kind).replace("``", ""),
         "source": kind.source,
         "needs": " ".join(facts.records(kind)),

@@ -31,6 +31,9 @@ class Detector(ABC):
     made from this, the first paragraph of the class's docstring, which explains the signs, and the
     ``Annotated[TYPE, "meaning"]`` of each setting. Optional for detectors outside this package."""
 
+    superseded_by: ClassVar[str | None] = None
+    """The detector that does better wherever both can be used, by the figures in docs/research."""
+
     needs: ClassVar[frozenset[str]]
     """Records that ``_score`` reads, such as logits, embedding, head: records.KNOWN_RECORDS."""
 

@@ -69,6 +69,7 @@ class C2IR(Detector):
         \frac{1}{\Delta y_c} \sum_k \beta^c_{l,k}
         \operatorname{mean}_{h,w} \frac{\partial y_c}{\partial A_{l,k}}\Bigr)
     """
+    superseded_by = "c2ir-z"
     needs = frozenset({"logits", "layers.mean", "batchnorm.running"})
     fitted = True
 

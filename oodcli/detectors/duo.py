@@ -27,6 +27,7 @@ class Duo(Summed):
         \qquad r(s) = \frac{s - \operatorname{median}}{q_{75} - q_{25}}
     """
     needs = C2IRZ.needs | OneClassSum.needs
+    superseded_by = "c2ir-peak"
     noise_images = OneClassSum.reference_images
     further: ClassVar[tuple[Detector, ...]] = ()
     """What is added besides, and needs no fitting."""

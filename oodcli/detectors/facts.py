@@ -72,7 +72,12 @@ def selected(
 
 
 def _text(kind: type[Detector]) -> str:
-    return " ".join((kind.name, kind.about, explanation(kind), kind.source))
+    return " ".join((kind.name, summary(kind), explanation(kind), kind.source))
+
+
+def summary(kind: type[Detector]) -> str:
+    """What it is, and what supersedes it, for a table."""
+    return kind.about + (f"; superseded by {kind.superseded_by}" if kind.superseded_by else "")
 
 
 def explanation(kind: type[Detector]) -> str:

@@ -86,6 +86,8 @@ def fit(request: FitRequest, watch: Watch | None = None) -> Fitted:
             raise DetectorError(
                 f"--noise {request.noise}: none of {', '.join(names)} is fitted on noise"
             )
+        if not everything:
+            _tell_superseded(kinds)
         hyperparameters = {name: parse(kind, given.get(name, {})) for name, kind in kinds.items()}
         _log(inputs, chosen, hyperparameters)
         notes.done(log, "caches")
@@ -133,6 +135,13 @@ def _chosen(
     either: dict[str, type[Detector] | Artefact] = {**found, **artefacts}
     kinds = {kind.name: kind for kind in found.values()}
     return [either[word] for word in names if word in either], kinds
+
+
+def _tell_superseded(kinds: Mapping[str, type[Detector]]) -> None:
+    for name, kind in kinds.items():
+        if kind.superseded_by:
+            better = kind.superseded_by
+            notes.say(log, f"{better} supersedes {name}: fit {better} where the network allows it")
 
 
 def _takes_noise(kind: type[Detector]) -> bool:

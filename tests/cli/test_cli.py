@@ -1146,11 +1146,22 @@ def test_list_of_detectors():
     for row in found:
         assert set(row) == {
             *("name", "source", "needs", "fitted", "fitted_on", "group", "about"),
-            *("explanation", "formula", "settings"),
+            *("explanation", "formula", "settings", "superseded_by"),
         }
     shown = oodcli("detectors").out
     assert all(name in shown for name in detectors.names())
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_superseded_detectors_are_marked():
+    found = json.loads(oodcli("detectors", "--json").out)
+    marked = {row["name"]: row["superseded_by"] for row in found if row["superseded_by"]}
+    assert marked == {"c2ir": "c2ir-z", "duo": "c2ir-peak", "trio": "c2ir-peak"}
+    words = " ".join(oodcli("detectors").out.split())
+    assert words.count("; superseded by c2ir-peak (this project") == 2
+    assert words.count("; superseded by c2ir-z (") == 1
+    shown = oodcli("detectors", "trio", "c2ir-peak").out
+    assert re.findall(r"(?m)^superseded by +(.*)$", shown) == ["c2ir-peak"]
 
 
 def test_detectors_by_what_you_have():

@@ -475,8 +475,19 @@ def test_all_that_can_be_fitted(place, tmp_path):
         result = oodcli(*words, *more)
         made = {artefact["detector"] for artefact in json.loads(result.out)}
         assert made & set(names) == set(expected)
+        assert " supersedes " not in result.err  # nobody asked for one by name
     assert "1c-sum (--noise; or let score fit it)" in result.err
     assert "duo (--noise)" in result.err
+
+
+def test_fit_names_what_supersedes_a_detector(place, tmp_path):
+    note = "note: c2ir-peak supersedes duo: fit c2ir-peak where the network allows it"
+    once = oodcli(*fit(place, "-d", "duo", "-d", "c2ir-peak", "-d", "knn", "-o", tmp_path / "1"))
+    assert once.err.count(" supersedes ") == once.err.count(note) == 1
+    made = tmp_path / "1" / "duo.safetensors"
+    again = oodcli("fit", "-d", made, "--calibrate", place / "id.h5", "-o", tmp_path / "2")
+    assert again.status == 0
+    assert " supersedes " not in again.err  # it is fitted already
 
 
 def test_what_is_missing_is_said(place, tmp_path):

@@ -93,6 +93,10 @@ def test_listing(name):
     for key, setting in hyperparameters(kind).items():
         assert setting.meaning, f'say what {key} is: {key}: Annotated[TYPE, "meaning"] = DEFAULT'
     assert serial.fault_of_fields(kind) is None
+    if kind.superseded_by is not None:
+        better = detectors.get(kind.superseded_by)
+        assert better.superseded_by is None
+        assert facts.group(better) == facts.group(kind), "it must need no other images"
 
 
 ELSEWHERE = {

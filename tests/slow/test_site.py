@@ -159,6 +159,14 @@ def test_a_detector_without_figures_is_not_measured():
     assert row.count("not measured") == 2
 
 
+def test_a_superseded_detector_links_to_the_better_one():
+    line = "| Superseded by | [`c2ir-peak`](c2ir-peak.md) |"
+    assert list(hooks.detector("duo")).count(line) == 1
+    assert not any("Superseded" in each for each in hooks.detector("c2ir-peak"))
+    (row,) = (each for each in hooks.index() if each.startswith("| [`duo`](duo.md) |"))
+    assert "; superseded by c2ir-peak |" in row
+
+
 def test_the_losses_are_differences_to_real_rows(monkeypatch):
     def network(real: float, virtual: float, matched: float) -> dict[str, object]:
         values = {"knn[real]": real, "knn[virtual]": virtual, "knn[matched]": matched, "msp": 1.0}
