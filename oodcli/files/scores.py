@@ -6,8 +6,9 @@ With a verdict there are ``<detector>.p``, ``<detector>.ood`` and ``<detector>.b
 rests on) too, the first two empty where the detector has none on the predicted class; with an
 explanation ``<detector>.why``, and for a detector that has learnt from OOD data
 ``<detector>.saw``, which says from which; they are no detectors. One that was fitted twice has the
-columns ``<detector>[virtual]`` and ``<detector>[real]``. A row that could not be scored keeps
-its place: empty cells and the reason in ``error``.
+columns ``<detector>[virtual]`` and ``<detector>[real]``; ``<detector>[stream]`` depends on the
+other rows of its job. A row that could not be scored keeps its place: empty cells and the reason in
+``error``.
 
 Decisions:
 
@@ -51,6 +52,9 @@ TRAILING = ("error",)
 DERIVED = (".p", ".ood", ".basis", ".why", ".saw")
 WORDS = (".basis", ".why", ".saw")
 """Endings of the columns that belong to a detector without being one."""
+
+STREAM = "[stream]"
+"""Ending of a detector's column that depends on the other rows: see ``score --stream``."""
 
 _SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 _ROW_GROUP = 8192

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from oodcli.errors import FileError
-from oodcli.files.made import require_same_origin
-from oodcli.files.scores import Scores
+from oodcli.files.made import SHA256, require_same_origin
+from oodcli.files.scores import STREAM, Scores
 from oodcli.metrics import CONVENTIONS, LOWER_IS_BETTER, MEAN, Estimate, evaluate_sets
 from oodcli.report.thresholds import judged
 
@@ -127,8 +127,9 @@ def evaluate_files(
     The rows are resampled alike for all detectors (``metrics.evaluate_sets``).
 
     Raises FileError when no detector is in all files, when a file has no readable row, when there
-    is no set, when a set is called ``mean`` or ``ID``, and when two files were scored with
-    different checkpoints, preprocessing or fits of a detector.
+    is no set, when a set is called ``mean`` or ``ID``, when two files were scored with different
+    checkpoints, preprocessing or fits of a detector, and when files of two jobs have a column of
+    ``score --stream`` in common.
     """
     if not ood_scores:
         raise FileError("no OOD set: give at least one, --ood NAME=F")
@@ -144,6 +145,7 @@ def evaluate_files(
                 f"the first says: {scores.errors[0]}"
             )
     detectors = _common(files)
+    _require_one_stream(files, detectors)
     accuracy, labelled, notes = _accuracy(id_scores)
     rows = []
     for done, detector in enumerate(detectors, start=1):
@@ -190,6 +192,25 @@ def _common(files: Mapping[str, Scores]) -> list[str]:
         )
         raise FileError(f"no detector is in all files ({columns}): score with the same -d")
     return shared
+
+
+def _require_one_stream(files: Mapping[str, Scores], detectors: Sequence[str]) -> None:
+    """Raises FileError where scores that depend on the other rows of their job are of two jobs. The
+    scores file that a job wrote identifies it, also beside a part of that file."""
+    streams = [name for name in detectors if name.endswith(STREAM)]
+    if not streams:
+        return
+    made = [(scores.made, scores.source) for scores in files.values()]
+    jobs = {job[SHA256]: source for job, source in made if job is not None}
+    if len(jobs) < 2:
+        return
+    one, other = list(jobs.values())[:2]
+    plain = dict.fromkeys(name.removesuffix(STREAM) for name in detectors)
+    raise FileError(
+        f"{one} and {other} are of different jobs, but {streams[0]} compares within one job only: "
+        "score ID and OOD images in one job and split its file, or compare the plain scores "
+        f"({' '.join(f'-d {name}' for name in plain)})"
+    )
 
 
 def _left_out(files: Mapping[str, Scores], detectors: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oodcli.features import Features, recorded
-from oodcli.files.scores import ScoreBlock
+from oodcli.files.scores import STREAM, ScoreBlock
 
 WIDTH = 64
 """Numbers in a sketch."""
@@ -33,12 +33,12 @@ Floats = NDArray[np.float64]
 
 def stream_name(detector: str) -> str:
     """The column of a detector's scores that borrow from the stream."""
-    return f"{detector}[stream]"
+    return f"{detector}{STREAM}"
 
 
 def detector_of(column: str) -> str:
     """The detector of a column of scores, borrowing or not."""
-    return column.removesuffix(stream_name(""))
+    return column.removesuffix(STREAM)
 
 
 def sketch(features: Features) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -213,6 +214,34 @@ def test_a_stream_of_the_command_line(trained, tmp_path, monkeypatch):
     np.testing.assert_allclose(
         [float(row["energy[stream]"]) for row in rows], columns[1], rtol=1e-4, atol=1e-4
     )
+
+
+def test_only_streams_of_one_job_are_compared(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    score = ("score", trained / "digits.pt")
+    more = ("-d", "energy", "--stream", "-o")
+    for images, name in ((trained / "test.npz", "id.csv"), ("noise:blob?n=100", "blobs.csv")):
+        assert oodcli(*score, images, *more, name).status == 0
+    two = ("evaluate", "--id", "id.csv", "--ood", "blobs=blobs.csv", "--resamples=0")
+    sentence = (
+        "id.csv and blobs.csv are of different jobs, but energy[stream] compares within one job "
+        "only: score ID and OOD images in one job and split its file, or compare the plain scores "
+        "(-d energy)"
+    )
+    fails(sentence, *two)
+    fails(sentence, *two, "-d", "energy[stream]")
+    assert oodcli(*two, "-d", "energy").status == 0
+
+    lines = (tmp_path / "id.csv").read_text("utf-8").splitlines(keepends=True)
+    for name, part in (("a.csv", lines[1:300]), ("b.csv", lines[300:])):
+        (tmp_path / name).write_text("".join([lines[0], *part]), "utf-8")
+    one = ("evaluate", "--id", "a.csv", "--ood", "b=b.csv", "--resamples=0", "--json")
+    assert oodcli(*one).status == 0  # nothing is known of either
+    for name in ("a.csv", "b.csv"):
+        shutil.copy("id.csv.json", f"{name}.json")
+    result = oodcli(*one)
+    assert result.status == 0, result.err
+    assert "energy[stream]" in result.out
 
 
 def test_a_stream_resumes(trained, tmp_path, monkeypatch):
