@@ -215,7 +215,7 @@ def _prepared(found: dict[str, Any]) -> dict[str, Any]:
     steps = ", ".join(step["name"] for step in found["steps"]) or "none"
     if not found["finished"]:
         return {"steps done": steps, "to resume": "run the same prepare command again"}
-    made = {"oodcli_version": None, "torch_version": None, "arch": None, **found["made"]}
+    made = {"torch_version": None, "arch": None, **found["made"]}
     return {
         "detector": found["detector"],
         "detectors": ", ".join(found["detectors"]),

@@ -285,6 +285,7 @@ def _prepared(path: Path, _: str) -> dict[str, Any]:
         about |= {
             "made": {
                 "command": found.command,
+                "oodcli_version": found.oodcli_version,
                 "checkpoint_sha256": found.checkpoint_sha256,
                 "averaged": found.averaged,
                 "preprocessing": found.preprocessing.to_dict(),

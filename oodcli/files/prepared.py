@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ class DoneStep:
 @dataclass(frozen=True)
 class PreparedFolder:
     """A finished folder. default: the detector that ``score`` uses without ``-d``. detectors: name
-    → file in the folder; None for one that needs no artefact. accuracy: as ``--accuracy``."""
+    → file in the folder; None for one that needs no artefact. accuracy: as ``--accuracy``.
+    oodcli_version: of the version that wrote it; empty if unknown. ignored: keys that a later
+    version wrote and this one does not read."""
 
     path: Path
     default: str
@@ -56,6 +58,8 @@ class PreparedFolder:
     accuracy: float | None
     steps: Sequence[DoneStep]
     command: str = ""
+    oodcli_version: str = field(default=__version__, compare=False)
+    ignored: Sequence[str] = field(default=(), compare=False)
 
     @property
     def origin(self) -> Origin:
@@ -77,7 +81,7 @@ def write_prepared(prepared: PreparedFolder) -> None:
     """Raises FileError if the disk refuses."""
     about = {
         "command": prepared.command,
-        "oodcli_version": __version__,
+        "oodcli_version": prepared.oodcli_version,
         "default": prepared.default,
         "detectors": dict(prepared.detectors),
         "checkpoint_sha256": prepared.checkpoint_sha256,
@@ -92,6 +96,19 @@ def write_prepared(prepared: PreparedFolder) -> None:
 def write_steps(folder: Path, steps: Mapping[str, DoneStep]) -> None:
     """Write the steps done so far. Raises FileError if the disk refuses."""
     _write(folder / STEPS, {"steps": [asdict(step) for step in steps.values()]})
+
+
+_KEYS = {
+    *("format", "version", "command", "oodcli_version", "default", "detectors", "steps"),
+    *("checkpoint_sha256", "averaged", "preprocessing", "accuracy"),
+}
+
+
+def _ignored(found: Mapping[str, Any]) -> list[str]:
+    """Keys that ``read_prepared`` does not read."""
+    known = {each.name for each in fields(Preprocessing)}
+    inner = found["preprocessing"].keys() - known
+    return sorted(found.keys() - _KEYS) + sorted(f"preprocessing.{name}" for name in inner)
 
 
 def _write(path: Path, about: Mapping[str, Any]) -> None:
@@ -122,6 +139,8 @@ def read_prepared(folder: Path) -> PreparedFolder | None:
             None if accuracy is None else float(accuracy),
             _steps(found),
             str(found.get("command", "")),
+            str(found.get("oodcli_version", "")),
+            _ignored(found),
         )
         prepared.word(prepared.default)
     except (LookupError, TypeError, ValueError, AttributeError, OodcliError) as error:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from oodcli import detectors, notes
+from oodcli._version import __version__
 from oodcli.errors import FileError, OodcliError
 from oodcli.files.artefact import read_header
 from oodcli.files.origin import Words
@@ -63,7 +64,7 @@ def _is_folder(word: str) -> bool:
 
 
 def _given(folder: Path, opened: Opened) -> PreparedFolder:
-    prepared = read_prepared(folder)
+    prepared = _read(folder)
     if prepared is None:
         raise FileError(
             f"{folder} is not a prepared folder: run 'oodcli prepare' to make or finish one"
@@ -79,7 +80,7 @@ def _beside(checkpoint: Path | None, opened: Opened, *, required: bool) -> Prepa
     if folder is None or not folder.is_dir():
         return None
     try:
-        prepared = read_prepared(folder)
+        prepared = _read(folder)
         if prepared is None:
             notes.say(log, f"not used: {folder} is unfinished: 'oodcli prepare' resumes it")
             return None
@@ -89,6 +90,17 @@ def _beside(checkpoint: Path | None, opened: Opened, *, required: bool) -> Prepa
             raise
         notes.say(log, f"not used: {error.text}")
         return None
+    return prepared
+
+
+def _read(folder: Path) -> PreparedFolder | None:
+    prepared = read_prepared(folder)
+    if prepared is not None and prepared.ignored:
+        notes.say(
+            log,
+            f"{folder} was prepared by oodcli {prepared.oodcli_version or 'of another version'}; "
+            f"this is {__version__}, which ignores the keys {', '.join(prepared.ignored)}",
+        )
     return prepared
 
 

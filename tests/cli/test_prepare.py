@@ -106,6 +106,8 @@ def test_inspect_describes_the_folder(desk):
     assert found["detector"] == facts["detector"] == stored["default"]
     assert [step["key"] for step in found["steps"]] == [step["key"] for step in stored["steps"]]
     assert found["made"]["checkpoint_sha256"] == stored["checkpoint_sha256"]
+    assert found["made"]["oodcli_version"] == stored["oodcli_version"]
+    assert facts["versions"] == f"oodcli {stored['oodcli_version']}"
     told = oodcli("inspect", "--verify", "digits.pt.oodcli")
     assert (told.status, told.out) == (1, "")
     assert "has no checksums" in told.err

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 
 from oodcli import detectors
+from oodcli._version import __version__
 from oodcli.cli import app
 from oodcli.cli.options import ModelOptions
 from oodcli.errors import FileError
@@ -40,6 +43,7 @@ from oodcli.stages.prepare_plan import (
     steps_of,
     words_of,
 )
+from oodcli.stages.prepared import with_prepared
 
 COMMANDS = typer.main.get_command(app).commands
 LOGITS = frozenset({"logits", "logits.level", "odin.logits", "batchnorm.mean", "batchnorm.var"})
@@ -369,12 +373,33 @@ def test_a_step_counts_as_long_as_its_outputs_are_whole(tmp_path):
     assert not step.is_in(tmp_path)
 
 
-def test_keys_of_later_versions_are_ignored(tmp_path):
-    write_prepared(folder_of(tmp_path))
-    about = json.loads((tmp_path / NAME).read_text())
-    about["later"] = about["steps"][0]["later"] = [1]
-    (tmp_path / NAME).write_text(json.dumps(about))
-    assert read_prepared(tmp_path) == folder_of(tmp_path)
+def test_keys_of_later_versions_are_ignored_with_a_note(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "ckpt.pt.oodcli"
+    folder.mkdir()
+    write_prepared(folder_of(folder))
+    found = read_prepared(folder)
+    assert (found.oodcli_version, found.ignored) == (__version__, [])
+    opened = SimpleNamespace(made=SimpleNamespace(origin=found.origin))
+    uses = [str(folder / "knn.safetensors")]
+    assert with_prepared([], (), opened, tmp_path / "ckpt.pt") == uses
+    assert "ignores" not in caplog.text
+
+    about = json.loads((folder / NAME).read_text())
+    about["oodcli_version"] = "9.1"
+    about["later"] = about["steps"][0]["later"] = about["preprocessing"]["flip"] = [1]
+    (folder / NAME).write_text(json.dumps(about))
+    found = read_prepared(folder)
+    assert found == folder_of(folder)  # so prepare does not write it again
+    assert found.oodcli_version == "9.1"
+    sentence = (
+        f"{folder} was prepared by oodcli 9.1; this is {__version__}, which ignores the keys "
+        "later, preprocessing.flip"
+    )
+    for wanted in ([], [str(folder)]):
+        caplog.clear()
+        assert with_prepared(wanted, (), opened, tmp_path / "ckpt.pt") == uses
+        assert [each for each in caplog.messages if "ignores" in each] == [sentence]
 
 
 @pytest.mark.parametrize(
