@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import stat
 import tarfile
 import zipfile
 from abc import abstractmethod
@@ -69,12 +70,23 @@ class FileList(ImageSource):
     def paths(self, start: int, stop: int) -> list[str]:
         return [printable(path) for path in self._files[start:stop]]
 
+    def sizes(self, start: int, stop: int) -> list[int]:
+        return [_size(path) for path in self._files[start:stop]]
+
     @contextmanager
     def reading(self) -> Iterator[Fetch]:
         yield lambda start, stop: Encoded(
             cast(Labels, self.known).values[start:stop],
             [partial(load_file, path) for path in self._files[start:stop]],
         )
+
+
+def _size(path: str) -> int:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def folder(root: Path, class_names: Sequence[str]) -> FileList:

@@ -78,6 +78,11 @@ class ImageSource(ABC):
     def paths(self, start: int, stop: int) -> list[str]:
         """Where the images of the rows [start, stop) came from, printable as UTF-8."""
 
+    def sizes(self, start: int, stop: int) -> list[int]:
+        """Bytes of the files of the rows [start, stop), 0 where there is no such file; empty where
+        a row has no file of its own."""
+        return []
+
     def weight(self, start: int, stop: int) -> int:
         """Bytes in memory between fetching and decoding these rows; 0 if few."""
         return 0

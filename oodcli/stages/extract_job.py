@@ -31,7 +31,7 @@ from oodcli.records import CHEAP, KNOWN_RECORDS, impossible
 from oodcli.stages.chosen import one_way
 from oodcli.stages.extract import degrading, extract_to_file
 from oodcli.stages.model import Model
-from oodcli.stages.record import Work, job_of, listing, paths_sha256, provenance, shard_of
+from oodcli.stages.record import Work, images_of, job_of, paths_sha256, provenance, shard_of
 from oodcli.stages.sources import log_kept, log_records, open_source
 from oodcli.stages.watching import Watch, watched
 
@@ -222,7 +222,7 @@ def _settings(
     matched = request.match_accuracy
     return {
         **request.model.job(),
-        "the list of images": listing(source),
+        **images_of(source),
         **({} if reading == 0 else {"the reading of its labels": reading}),
         "--record": sorted(recorder.asked),
         **{group: asdict(making) for group, making in recorder.made_with.items()},

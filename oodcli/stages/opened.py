@@ -30,7 +30,7 @@ from oodcli.stages.record import (
     Progress,
     Work,
     file_state,
-    listing,
+    images_of,
     paths_sha256,
     provenance,
     record_images,
@@ -147,7 +147,7 @@ def from_images(
     def job() -> dict[str, Any]:
         return {
             **model.job(),
-            "the list of images": listing(source),
+            **images_of(source),
             **({} if reading == 0 else {"the reading of its labels": reading}),
             "--batch-size": batch_size,
         }

@@ -177,6 +177,21 @@ def job_of(made: Provenance, **more: Any) -> dict[str, Any]:
     }
 
 
+def images_of(source: ImageSource) -> dict[str, str]:
+    """What decides the rows of a source, for ``job_of``. The times of files in a folder are left
+    out, for a job may resume on a host with copies of them."""
+    found = {"the list of images": listing(source)}
+    total, each = 0, hashlib.sha256()
+    for start in range(0, len(source), LISTED):
+        sizes = source.sizes(start, min(start + LISTED, len(source)))
+        if not sizes:
+            return found
+        total += sum(sizes)
+        each.update(repr(sizes).encode())
+    found["the size of the images"] = f"{total:,} bytes in all, {each.hexdigest()[:12]} by file"
+    return found
+
+
 LISTED = 8192
 """Rows whose paths are looked at together."""
 

@@ -356,6 +356,36 @@ def test_other_images_are_refused(small, photos, monkeypatch):
     assert not partial_path(Path("other.h5")).exists()
 
 
+@pytest.mark.parametrize("words", ["extract net.pt photos", "score net.pt photos -d energy"])
+def test_a_replaced_image_is_noticed_by_its_size(small, photos, monkeypatch, tmp_path, words):
+    """Not by its time, which copies on another host do not share."""
+    monkeypatch.chdir(small)
+    suffix = "csv" if words.startswith("score") else "h5"
+    command = (*words.split(), "--batch-size", "4", "-o", tmp_path / f"out.{suffix}")
+    write = Kept.write
+
+    def once(self, number, batch):
+        write(self, number, batch)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "write", once)
+        assert oodcli(*command).status == 130
+    image = Path("photos/3.png")
+    pixels = image.read_bytes()
+    image.write_bytes(pixels + b"more")
+    result = oodcli(*command)
+    image.write_bytes(pixels)
+    os.utime(image, (0, 0))
+    total = sum(path.stat().st_size for path in Path("photos").iterdir())
+    assert result.status == 1
+    assert f"was started with the size of the images {total:,} bytes in all, " in result.err
+    assert f"but now it is {total + 4:,} bytes in all, " in result.err
+    result = oodcli(*command)
+    assert result.status == 3, result.err
+    assert "resuming: 4 images saved" in result.err
+
+
 @pytest.mark.parametrize(
     ("words", "more", "difference"),
     [
