@@ -34,7 +34,7 @@ def arrays(trained):
 @pytest.mark.slow
 def test_to_import_it_is_light():
     code = (
-        "import sys, oodcli\n"
+        "import gc, sys, oodcli\n"
         "assert set(oodcli.__all__) <= set(dir(oodcli))\n"
         "heavy = {'torch', 'numpy', 'typer', 'h5py', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -42,6 +42,7 @@ def test_to_import_it_is_light():
         "assert 'torch' in sys.modules\n"
         "rare = {'triton', 'jinja2', 'matplotlib', 'sklearn', 'timm', 'transformers', 'rich'}\n"
         "assert not rare & set(sys.modules), rare & set(sys.modules)\n"
+        "assert gc.isenabled() and gc.get_freeze_count() == 0, 'only the command line may'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'load'"):
