@@ -54,7 +54,7 @@ from oodcli.stages.prepare_plan import (
     steps_of,
 )
 from oodcli.stages.prepare_time import Clock
-from oodcli.stages.record import file_state
+from oodcli.stages.record import LISTED, file_state
 from oodcli.stages.verdict import off_by
 from oodcli.stages.watching import Watch, Watching, unwatched
 
@@ -272,12 +272,15 @@ def _network(model: Model, classifier: Classifier) -> dict[str, Any]:
 
 
 def _listing(source: ImageSource) -> str:
-    """SHA-256 of the paths of a source, relative to it, and, where it is one file, of its size and
-    time."""
+    """SHA-256 of the paths of a source, relative to it, and of the sizes of their files; where it
+    is one file, of its size and time."""
     found = hashlib.sha256(file_state(Path(source.name)).encode())
-    for start in range(0, len(source), 8192):
-        for path in source.paths(start, min(start + 8192, len(source))):
+    for start in range(0, len(source), LISTED):
+        stop = min(start + LISTED, len(source))
+        for path in source.paths(start, stop):
             found.update(f"{path.removeprefix(source.name)}\0".encode())
+        if sizes := source.sizes(start, stop):
+            found.update(repr(sizes).encode())
     return found.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +28,11 @@ from oodcli.files.prepared import (
     write_prepared,
     write_steps,
 )
+from oodcli.images.files import folder
 from oodcli.networks.card import Overrides
 from oodcli.networks.preprocessing import Preprocessing
 from oodcli.stages.model import Checkpoint, Model, Running
-from oodcli.stages.prepare import PrepareRequest, _next, _rate
+from oodcli.stages.prepare import PrepareRequest, _listing, _next, _rate
 from oodcli.stages.prepare_plan import (
     REAL_FROM,
     Choice,
@@ -338,6 +340,20 @@ def test_the_folder_is_beside_the_checkpoint(checkpoint, folder):
 def test_the_folder_of_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert folder_beside(Path(".")) == tmp_path.with_name(f"{tmp_path.name}.oodcli")
+
+
+def test_a_replaced_image_is_noticed_by_its_size(tmp_path):
+    """Not by its folder or its time, which copies on another host do not share."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.png", "b.png"):
+        (images / name).write_bytes(b"12")
+    before = _listing(folder(images, ()))
+    (images / "a.png").write_bytes(b"123")
+    assert _listing(folder(images, ())) != before
+    (images / "a.png").write_bytes(b"21")
+    os.utime(images / "a.png", (0, 0))
+    assert _listing(folder(images.rename(tmp_path / "moved"), ())) == before
 
 
 # ------------------------------------------------------------------------------------ the files
