@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,28 +9,6 @@ from torch import Tensor
 from oodcli.detectors.pro import ascent
 from oodcli.features import AdaScaleStep, OdinStep, ProSteps
 from oodcli.float64 import in_float64
-
-
-def in_turn(
-    calls: Mapping[str, tuple[Callable[[], Tensor], Mapping[str, Tensor]]],
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Gradients of some losses of one pass through a network: the name of a loss, and its gradient
-    by each of its inputs, 0 where it does not depend on one. calls: name → function that computes
-    the loss, and its inputs by name; a loss without inputs is left out. The last frees the pass."""
-    wanted = {name: call for name, call in calls.items() if call[1]}
-    for left, (name, (loss, inputs)) in zip(
-        reversed(range(len(wanted))), wanted.items(), strict=True
-    ):
-        found = torch.autograd.grad(
-            loss(), list(inputs.values()), retain_graph=left > 0, allow_unused=True
-        )
-        yield (
-            name,
-            {
-                key: torch.zeros_like(each) if gradient is None else gradient
-                for (key, each), gradient in zip(inputs.items(), found, strict=True)
-            },
-        )
 
 
 def sum_of_logits(logits: Tensor, classes: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ from oodcli.networks.outputs import as_logits, copy_input, first_tensor, with_fi
 from oodcli.networks.thinned import Thinned
 from oodcli.out_of_memory import halving, too_short
 from oodcli.recording.channels_last import in_channels_last
+from oodcli.recording.gradients import LayerGradients
 from oodcli.recording.perturbed import (
-    in_turn,
     moved_by_adascale,
     moved_by_odin,
     moved_by_pro,
@@ -45,6 +45,7 @@ from oodcli.recording.perturbed import (
     pro_loss,
     sum_of_logits,
 )
+from oodcli.recording.reduced import after_batchnorm, by_image, peaks, spatial_moments
 from oodcli.records import CONSTANTS, ROW_RECORDS, impossible
 
 log = logging.getLogger(__name__)
@@ -52,13 +53,11 @@ log = logging.getLogger(__name__)
 KINDS = frozenset({"batchnorm", "block", "stage", "other"})
 
 BY_LAYER = frozenset({"layers.gradient", "layers.nonzero"})
-BACKWARD = BY_LAYER | {"odin.logits", "pro.steps", "adascale.u"}
+BY_IMAGE = frozenset({"odin.logits", "pro.steps", "adascale.u"})
+BACKWARD = BY_LAYER | BY_IMAGE
 """Records that need a backward pass."""
 AGAIN = BACKWARD | {"dropout.logits"}
 """Records that one forward pass does not give."""
-
-IMAGE = ""
-"""Key of the gradient by the image; those by a layer's output have the name of its tap."""
 
 Receive = Callable[[Tap, Tensor, Tensor], Tensor | None]
 
@@ -91,50 +90,6 @@ def watch(
         for name in {tap.module: None for tap in taps.values()}:
             hooks.callback(modules[name].register_forward_hook(hook(name)).remove)
         yield
-
-
-def spatial_moments(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Mean and population variance over the positions of (N, C, …) or (N, …, C): (N, C) each,
-    float32. By sums: several times faster than torch.var_mean on a CPU; the subtraction of the
-    squared mean is done in float64."""
-    x = activation.movedim(channel_dim, 1)
-    if x.ndim == 2:
-        return x.float(), torch.zeros_like(x, dtype=torch.float32)
-    count = x[0, 0].numel()
-    if x.is_contiguous():
-        x = x.flatten(2).float()  # (N, C, P)
-        sums, squares = x.sum(2), in_float64(torch.linalg.vector_norm(x, dim=2)).square()
-    else:
-        x = x.movedim(1, -1).flatten(1, -2)  # (N, P, C): channels last, in the order of its memory
-        wide = x.float()
-        sums = wide.sum(1)
-        # New memory costs more than the arithmetic: a copy is squared where it lies.
-        squares = in_float64((wide.square() if wide is x else wide.square_()).sum(1))
-    mean = in_float64(sums) / count
-    variance = (squares / count - mean.square()).clamp_min_(0)
-    return mean.float().to(x.device), variance.float().to(x.device)
-
-
-def by_image(rows: Tensor, count: int, channel_dim: int = 1) -> Tensor:
-    """Rows of which an image has several, as with tokens and windows, side by side in one more
-    dimension behind the channels, (N·R, C, …) → (N, C, R, …), or before them, (N·R, …, C) → (N, R,
-    …, C); as they are, where each is an image. count: N."""
-    if len(rows) == count:
-        return rows
-    rows = rows.reshape(count, -1, *rows.shape[1:])
-    return rows if channel_dim == -1 else rows.movedim(2, 1)
-
-
-def peaks(activation: Tensor, channel_dim: int = 1) -> Tensor:
-    """The largest of each channel of (N, C, …) or (N, …, C) over the positions, 0 where none is
-    positive: (N, C) float32. NaN where a position is NaN."""
-    return activation.movedim(channel_dim, 1).flatten(2).amax(2).clamp_min(0).float()
-
-
-def nonzero_shares(gradient: Tensor, channel_dim: int = 1) -> Tensor:
-    """At which share of the positions (N, C, …) or (N, …, C) is not 0: (N, C) float32."""
-    flags = gradient.movedim(channel_dim, 1) != 0
-    return flags.float() if flags.ndim == 2 else flags.flatten(2).float().mean(2)
 
 
 class Recorder:
@@ -177,11 +132,6 @@ class Recorder:
         missing = sorted((self.what | constants) - recordable(classifier))
         if missing:
             raise DetectorError(why_not(classifier, missing))
-
-    @cached_property
-    def _dims(self) -> dict[str, int]:
-        """The dimension of the channels by tap name."""
-        return {tap.name: tap.channel_dim for tap in self.classifier.taps}
 
     @property
     def _pro(self) -> ProSteps | None:
@@ -247,7 +197,8 @@ class Recorder:
         with_graph = bool(self.what & BACKWARD)
         layers: dict[str, Layer] = {}
         norms: dict[str, BatchNorm] = {}
-        outputs: dict[str, Tensor] = {}
+        constants = {name: self._constants[name] for name in self._composite}
+        gradients = LayerGradients(len(images), self.what, constants)
         embedding: list[Tensor] = []
         readings: dict[str, Tensor] = {}
         retrained = self.classifier.retrained
@@ -277,15 +228,12 @@ class Recorder:
                 else None,
                 rank1=rank_one(seen) if tap is last and "layers.rank1" in self.what else None,
             )
-            wanted = "layers.gradient" in self.what
-            wanted |= "layers.nonzero" in self.what and tap.kind == "batchnorm"
-            if wanted and tap.name in self._composite:
-                outputs[tap.name] = given  # a copy: its output is no longer what was normalised
-            elif wanted:
-                # A following in-place ReLU must change the copy, not what we differentiate by.
-                outputs[tap.name] = output
-                return output.clone()
-            return None
+            if not gradients.asks(tap):
+                return None
+            if tap.name in self._composite:  # the output is no longer what was normalised
+                gradients.watch(tap, given)
+                return None
+            return gradients.watch(tap, output)
 
         def keep_reading(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if retrained is not None:  # what follows may change these in place
@@ -307,12 +255,16 @@ class Recorder:
             if retrained is not None and retrained.word in self.what:
                 watched = retrained.get_submodule(retrained.watched)
                 stack.callback(watched.register_forward_hook(keep_reading).remove)
-            given = images.detach().requires_grad_() if with_graph else images
+            given = images
+            if with_graph:  # where nothing needs it, the gradient by the image costs up to 40 %
+                by_image_too = bool(self.what & BY_IMAGE or self._composite)
+                given = images.detach().requires_grad_(by_image_too)
             logits = as_logits(self.classifier.network(given)).float()
         pro, moved = self._pro, dict[str, Tensor]()
         if with_graph:
             with torch.enable_grad():
-                layers, moved = self._differentiated(given, logits, labels, layers, outputs)
+                moved = self._differentiated(given, logits, labels, gradients)
+            layers = gradients.into(layers, logits)
         if not any(word.startswith("layers.") for word in self.what):
             layers = {}
         return Features(
@@ -359,63 +311,38 @@ class Recorder:
         return {INPUT: self._normed(self._constants[INPUT], *spatial_moments(images))}
 
     def _differentiated(
-        self,
-        given: Tensor,
-        logits: Tensor,
-        labels: Tensor,
-        layers: dict[str, Layer],
-        outputs: dict[str, Tensor],
-    ) -> tuple[dict[str, Layer], dict[str, Tensor]]:
-        """The layers with what the gradients by their outputs give, and the changed images by
-        group. One backward pass serves all records of the same loss."""
+        self, given: Tensor, logits: Tensor, labels: Tensor, gradients: LayerGradients
+    ) -> dict[str, Tensor]:
+        """The changed images by group; the gradients by the layers' outputs are reduced on the way.
+        One backward pass serves all records of the same loss."""
         top = logits.detach().argmax(1)
         target = torch.where(labels >= 0, labels, top)
         alike = torch.equal(target, top)
-        image = {IMAGE: given}
-        means = outputs if "layers.gradient" in self.what else {}
-        shares = {}
-        if "layers.nonzero" in self.what:
-            shares = {n: each for n, each in outputs.items() if layers[n].kind == "batchnorm"}
-        by_top = {**shares, **(image if "adascale" in self.made_with else {})}
-        calls: dict[str, tuple[Callable[[], Tensor], Mapping[str, Tensor]]] = {
-            "label": (
-                partial(sum_of_logits, logits, target),
-                {**means, **by_top} if alike else means,
-            ),
-            "top": (partial(sum_of_logits, logits, top), {} if alike else by_top),
-        }
+        by_label = frozenset({"layers.gradient"})
+        by_top = frozenset({"layers.nonzero", "adascale.u"})
+        losses: list[tuple[frozenset[str], Callable[[], Tensor]]] = [
+            (by_label | by_top if alike else by_label, partial(sum_of_logits, logits, target)),
+            (frozenset() if alike else by_top, partial(sum_of_logits, logits, top)),
+        ]
         odin = self.made_with.get("odin")
         if isinstance(odin, OdinStep):
-            calls["odin"] = partial(odin_loss, logits, odin), image
+            losses.append((frozenset({"odin.logits"}), partial(odin_loss, logits, odin)))
         if self._pro is not None:
-            calls["pro"] = partial(pro_loss, logits, self._pro), image
-        found, moved = dict(layers), {}
-        for loss, gradients in in_turn(calls):
-            for name, gradient in gradients.items():
-                if name == IMAGE:
-                    group = loss if loss in self.made_with else "adascale"
-                    moved[group] = self._moved(group, given.detach(), gradient)
-                    continue
-                if name in shares and (alike or loss != "label"):
-                    found[name] = replace(found[name], nonzero=self._share(name, gradient, logits))
-                if name in means and loss == "label":
-                    found[name] = replace(found[name], gradient=self._mean(name, gradient, logits))
-        return found, moved
-
-    def _mean(self, name: str, gradient: Tensor, logits: Tensor) -> Tensor:
-        """(N, C) over the positions, of the gradient by the output of a tap."""
-        dim = self._dims[name]
-        mean, _ = spatial_moments(by_image(gradient, len(logits), dim), dim)
-        if name in self._composite:
-            mean = before_batchnorm(self._constants[name], mean)
-        return mean
-
-    def _share(self, name: str, gradient: Tensor, logits: Tensor) -> Tensor:
-        """(N, C) of the positions with a gradient, NaN for an image whose logits are not finite.
-        Of the input of a BatchNorm layer as of its output, unless its weight is 0."""
-        dim = self._dims[name]
-        shares = nonzero_shares(by_image(gradient, len(logits), dim), dim)
-        return shares + logits.detach().sum(1, keepdim=True) * 0
+            losses.append((frozenset({"pro.steps"}), partial(pro_loss, logits, self._pro)))
+        wanted = [(words & self.what, loss) for words, loss in losses if words & self.what]
+        if not given.requires_grad and not logits.requires_grad:
+            return {}  # they depend on no watched layer
+        sources = [given] if given.requires_grad else gradients.leaves
+        moved = {}
+        for number, (words, loss) in enumerate(wanted, 1):
+            gradients.now = words
+            gradient = torch.autograd.grad(
+                loss(), sources, retain_graph=number < len(wanted), allow_unused=True
+            )[0]
+            gradient = torch.zeros_like(given) if gradient is None else gradient
+            for group in {word.partition(".")[0] for word in words} & self.made_with.keys():
+                moved[group] = self._moved(group, given.detach(), gradient)
+        return moved
 
     def _moved(self, group: str, images: Tensor, gradient: Tensor) -> Tensor:
         """The images changed along a gradient."""
@@ -515,19 +442,6 @@ def batchnorm_constants(norm: _BatchNorm, spatial_size: int) -> BatchNorm:
         eps=norm.eps,
         spatial_size=spatial_size,
     )
-
-
-def after_batchnorm(norm: BatchNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments (N, C) of a BatchNorm's output from those of its input: the layer is affine."""
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return (mean - norm.running_mean) * scale + norm.bias, variance * scale.square()
-
-
-def before_batchnorm(norm: BatchNorm, gradient: Tensor) -> Tensor:
-    """Gradient (N, C) by a BatchNorm's output, from that by its input; 0 where the output does not
-    depend on the input."""
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return torch.where(scale == 0, 0, gradient / scale)
 
 
 def recordable(classifier: Classifier) -> frozenset[str]:

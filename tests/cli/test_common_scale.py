@@ -33,7 +33,8 @@ from oodcli.errors import DetectorError, FileError
 from oodcli.features import Features, Layer
 from oodcli.files.artefact import Artefact, read_artefact, write_artefact
 from oodcli.files.cache import open_cache
-from oodcli.recording.recorder import Recorder, peaks, recordable
+from oodcli.recording.recorder import Recorder, recordable
+from oodcli.recording.reduced import peaks
 
 # ---------------------------------------------------------------------------- the formula
 

@@ -9,7 +9,8 @@ from networks import classifier, images
 from torch import Tensor, nn
 
 from oodcli.recording.channels_last import in_channels_last
-from oodcli.recording.recorder import Recorder, recordable, spatial_moments
+from oodcli.recording.recorder import Recorder, recordable
+from oodcli.recording.reduced import spatial_moments
 
 PRECISIONS = ("float32", "bfloat16")
 

@@ -17,7 +17,8 @@ from oodcli.features import Features, Layer
 from oodcli.float64 import has_float64, in_float64
 from oodcli.inversion.mgi import Sensitivity
 from oodcli.inversion.quality import Quality
-from oodcli.recording.recorder import Recorder, recordable, spatial_moments
+from oodcli.recording.recorder import Recorder, recordable
+from oodcli.recording.reduced import spatial_moments
 
 THERE = torch.device("meta")
 

@@ -17,7 +17,9 @@ from oodcli.errors import CheckpointError, DetectorError, OodcliError
 from oodcli.features import INPUT, OdinStep, concatenate
 from oodcli.networks.architectures import cifar_resnet
 from oodcli.networks.assemble import _channel_dim, assemble
-from oodcli.recording.recorder import Recorder, recordable, spatial_moments
+from oodcli.recording import gradients
+from oodcli.recording.recorder import Recorder, recordable
+from oodcli.recording.reduced import nonzero_shares, spatial_moments
 from oodcli.records import CHEAP, ROW_RECORDS
 
 EVERYTHING = frozenset(ROW_RECORDS) - {"deconf.h", "mos.others", "dropout.logits"}
@@ -102,6 +104,84 @@ def test_gradients_are_those_of_a_bump(residual):
             torch.testing.assert_close(
                 layer.gradient[:, channel].double(), slope, atol=2e-3, rtol=2e-2
             )
+
+
+class Part(nn.Module):
+    def forward(self, x):
+        return x[:, :4]
+
+
+class Passing(nn.Module):
+    """Layers that return their input, a view, which is changed in place where asked, and what
+    nothing depends on."""
+
+    def __init__(self, inplace=False):
+        super().__init__()
+        self.same, self.conv, self.part = nn.Identity(), nn.Conv2d(3, 6, 3), Part()
+        self.fc, self.inplace = nn.Linear(4, 3), inplace
+        self.aside = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        self.aside(x)
+        x = F.relu(self.part(self.conv(self.same(x))), inplace=self.inplace)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_by_an_image_and_by_a_view(inplace):
+    classifier = networks.classifier(Passing(inplace), layers="same|part|aside")
+    network, images = classifier.network, networks.images(4).requires_grad_()
+    layers = Recorder(classifier, frozenset({"layers.gradient"}))(images).layers
+    part = network.conv(images)[:, :4]
+    score = network.fc(part.relu().mean((2, 3))).amax(1).sum()
+    for name, gradient in zip(
+        ("same", "part"), torch.autograd.grad(score, (images, part)), strict=True
+    ):
+        assert gradient.any()
+        torch.testing.assert_close(layers[name].gradient, gradient.mean((2, 3)))
+    assert not layers["aside"].gradient.any()
+
+
+def test_logits_that_depend_on_no_layer():
+    classifier = networks.classifier(Passing(), layers="aside")
+    seen = Recorder(classifier, frozenset({"layers.gradient"}))(networks.images(4))
+    assert torch.equal(seen.layers["aside"].gradient, torch.zeros(4, 2))
+
+
+class WithoutGradients(Passing):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+def test_a_network_that_switches_gradients_off():
+    classifier = networks.classifier(WithoutGradients(), layers="part")
+    recorder = Recorder(classifier, frozenset({"layers.gradient"}))
+    with pytest.raises(DetectorError, match=r"^part has no gradient: .* with --layers$"):
+        recorder(networks.images(4))
+
+
+@pytest.mark.parametrize("network", [networks.Residual, networks.Shared])
+def test_gradients_with_and_without_that_by_the_image(network):
+    classifier = networks.classifier(network())
+    plain = Recorder(classifier, frozenset({"layers.gradient"}))(networks.images(4))
+    both = Recorder(classifier, frozenset({"layers.gradient", "odin.logits"}))(networks.images(4))
+    for name, layer in plain.layers.items():
+        assert torch.equal(layer.gradient, both.layers[name].gradient), name
+
+
+def test_each_gradient_is_free_before_the_next(monkeypatch):
+    classifier = networks.classifier(networks.Shared())
+    computed = []
+
+    def shares(gradient, channel_dim):
+        assert all(each() is None for each in computed)
+        computed.append(weakref.ref(gradient))
+        return nonzero_shares(gradient, channel_dim)
+
+    monkeypatch.setattr(gradients, "nonzero_shares", shares)
+    Recorder(classifier, frozenset({"layers.nonzero"}))(networks.images(4))
+    assert len(computed) == 3
 
 
 def test_odin_is_a_step_against_the_loss(residual):
