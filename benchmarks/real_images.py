@@ -3,11 +3,14 @@
     python -m benchmarks.real_images DATA [--draws 5] [--numbers 10,30,100,300,1000]
         [--work FOLDER] [--figure FILE.png] [-o FILE.json]
     python -m benchmarks.real_images CHECKPOINT --id IMAGES --ood NAME=IMAGES … --accuracy SHARE
-        [--options="--arch …"] [--invert="--total 150 --objective short --no-sensitivity"] …
+        [--options="--arch …"] [--invert="--total 150 --objective short --no-sensitivity"]
+        [--no-batchnorm] …
 
 Runs on the CIFAR-10 networks of the folder DATA, or on a network and images of your own. One random
 half of the test images are the real images that a user may have, without labels; the other half is
-in-distribution (ID) when detectors are compared. With a WORK folder that is kept, it resumes.
+in-distribution (ID) when detectors are compared. With --no-batchnorm, detectors are compared that
+networks without BatchNorm allow, each fitted on virtual images, on real ones and on both. With a
+WORK folder that is kept, it resumes.
 """
 
 from __future__ import annotations
@@ -41,6 +44,9 @@ from oodcli.stages.fit import HELD_OUT_FROM
 
 FREE = ("energy", "gen", "ang++", "peak-energy")
 NAMES = (*FREE, "1c-sum", "c2ir-z", "c2ir-peak", "knn", "nci")
+WITHOUT_FREE = ("msp", "energy", "gen", "davis", "peak-energy", "lts")
+WITHOUT_FITTED = ("knn", "she", "nci", "fdbd", "ora", "mds++", "rmds++", "vim")
+"""Without BatchNorm; those that the network allows."""
 RATE = 0.05
 """Nominal rate of false alarms."""
 
@@ -66,6 +72,8 @@ class Site:
     virtual: Blocks
     pool: Blocks
     inside: Blocks
+    batchnorm: bool
+    recorded: frozenset[str]
     rows: Tensor
     """A random order of the rows of ``inside``."""
     outside: Mapping[str, Blocks]
@@ -73,6 +81,9 @@ class Site:
     @property
     def half(self) -> int:
         return len(self.rows) // 2
+
+    def allows(self, name: str) -> bool:
+        return detectors.get(name).needs <= self.recorded
 
     def real(self, number: int, draw: int) -> tuple[Blocks, Blocks, Blocks]:
         """Real images: all, those to fit on and those held out, every fifth."""
@@ -125,16 +136,28 @@ def ways(site: Site, number: int, draw: int) -> Iterator[tuple[str, Callable[[],
         found = [scores(detector, real)] if number else []
         return site.compare(detector, calibrate(found, pools, 0.9) if found or pools else None)
 
-    def on_real(name: str, **more: Any) -> Found:
+    def on_real(name: str, beside: Blocks = (), **more: Any) -> Found:
         calibration = None
         if number >= HELD_OUT_FROM:
-            calibration = calibrate([scores(fitted(name, rest, **more), held_out)], [], None)
-        return site.compare(fitted(name, real, **more), calibration)
+            first = fitted(name, [*beside, *rest], **more)
+            calibration = calibrate([scores(first, held_out)], [], None)
+        return site.compare(fitted(name, [*beside, *real], **more), calibration)
 
     def parted() -> Found:
         detector = fitted("c2ir-peak", rest, noise=site.noise, pool=held_out)
         return site.compare(detector, calibrate([scores(detector, held_out)], [], None))
 
+    if not site.batchnorm:
+        for name in filter(site.allows, WITHOUT_FREE):
+            yield name, partial(on, detectors.get(name)(), pool=not number)
+        for name in filter(site.allows, WITHOUT_FITTED):
+            detector = fitted(name, site.virtual)
+            yield f"{name} on virtual images", partial(on, detector, pool=not number)
+            if number >= HELD_OUT_FROM:
+                more: dict[str, Any] = {"k": min(50, number // 20)} if name == "knn" else {}
+                yield f"{name} on real images", partial(on_real, name, **more)
+                yield f"{name} on both", partial(on_real, name, site.virtual, **more)
+        return
     free = {name: detectors.get(name)() for name in FREE}
     noise = {"1c-sum": fitted("1c-sum", site.noise)}
     deviations = {"c2ir-z on virtual images": fitted("c2ir-z", site.virtual)}
@@ -169,6 +192,7 @@ class Network:
     images: Mapping[str, str]
     options: Sequence[str] = ()
     inverting: Sequence[str] = ("--per-class", "50")
+    batchnorm: bool = True
 
 
 def of_cifar(checkpoint: str, data: Path) -> Network:
@@ -179,7 +203,7 @@ def of_cifar(checkpoint: str, data: Path) -> Network:
 def record(work: Work, network: Network) -> None:
     """Caches of a network, in the folder of its name."""
     (work.folder / network.name).mkdir(exist_ok=True)
-    records = ("--for", ",".join(NAMES))
+    records = ("--for", ",".join(NAMES)) if network.batchnorm else ()
 
     def run(name: str, command: str, *words: str) -> str:
         output = f"{network.name}/{name}.h5"
@@ -189,27 +213,32 @@ def record(work: Work, network: Network) -> None:
 
     for name, images in network.images.items():
         run(name, "extract", images, *records)
-    run("noise", "extract", "noise:uniform?n=2000", *records)
+    if network.batchnorm:
+        run("noise", "extract", "noise:uniform?n=2000", *records)
     for name, seed in (("virtual", "0"), ("pool", "1")):
         made = run(f"{name}-images", "invert", *network.inverting, "--seed", seed)
         matched = ("--match-accuracy", network.accuracy) if name == "pool" else ()
         run(name, "extract", made, *matched, *records)
 
 
-def opened(folder: Path, sets: Sequence[str], stack: ExitStack) -> Site:
-    """sets: names of the caches, the first ID."""
-    kinds = [detectors.get(name) for name in NAMES]
+def opened(folder: Path, network: Network, stack: ExitStack) -> Site:
+    names = NAMES if network.batchnorm else (*WITHOUT_FREE, *WITHOUT_FITTED)
+    kinds = [detectors.get(name) for name in names]
     needs = frozenset[str]().union(*(kind.needs | kind.fit_needs() for kind in kinds))
+    recorded = stack.enter_context(open_cache(folder / "virtual.h5")).recorded
 
     def read(name: str) -> Blocks:
-        return list(stack.enter_context(open_cache(folder / f"{name}.h5")).rows(needs))
+        cache = stack.enter_context(open_cache(folder / f"{name}.h5"))
+        return list(cache.rows(needs & cache.recorded))
 
-    first, *others = sets
+    first, *others = network.images
     inside = [replace(b, label=torch.full((len(b),), -1)) for b in read(first)]  # unlabelled
     count = sum(map(len, inside))
     rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     outside = {name: read(name) for name in others}
-    return Site(read("noise"), read("virtual"), read("pool"), inside, rows, outside)
+    noise = read("noise") if network.batchnorm else []
+    virtual, pool = read("virtual"), read("pool")
+    return Site(noise, virtual, pool, inside, network.batchnorm, recorded, rows, outside)
 
 
 def measure(site: Site, numbers: Sequence[int], draws: int) -> dict[str, dict[str, Any]]:
@@ -285,6 +314,7 @@ def main() -> None:
     parser.add_argument("--accuracy")
     parser.add_argument("--options", type=shlex.split, default=[])
     parser.add_argument("--invert", type=shlex.split, default=Network.inverting)
+    parser.add_argument("--no-batchnorm", action="store_true")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--numbers", default="10,30,100,300,1000")
     parser.add_argument("--work", type=Path)
@@ -303,11 +333,20 @@ def main() -> None:
         if options.id:
             images = {"id": options.id, **dict(each.split("=", 1) for each in options.ood)}
             images = {name: str(Path(each).resolve()) for name, each in images.items()}
-            more = (options.accuracy, images, options.options, options.invert)
-            networks = {data.stem: Network(data.stem, str(data), *more)}
+            networks = {
+                data.stem: Network(
+                    data.stem,
+                    str(data),
+                    options.accuracy,
+                    images,
+                    options.options,
+                    options.invert,
+                    not options.no_batchnorm,
+                )
+            }
         for called, network in networks.items():
             record(work, network)
-            site = opened(work.folder / network.name, list(network.images), stack)
+            site = opened(work.folder / network.name, network, stack)
             found[called] = measure(site, numbers, options.draws)
             for name, row in found[called].items():
                 for number, each in row.items():

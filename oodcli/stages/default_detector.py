@@ -21,10 +21,12 @@ WITHOUT_DATA = ("c2ir-peak", "trio", "duo")
 
 def default_detector(opened: Opened, checkpoint: Path | None) -> str:
     """An existing artefact that needs no real images; otherwise a detector that needs only the
-    checkpoint, or for a cache only the logits. checkpoint: None for a cache.
+    checkpoint, or for a cache only its rows. checkpoint: None for a cache.
 
     peak-energy is stronger than 1c-sum on residual networks, but no better than chance on the
-    demo's network, and nothing here can tell which case holds (docs/research/protocol.md).
+    demo's network, and nothing here can tell which case holds (docs/research/protocol.md). Without
+    BatchNorm there is no 1c-sum, and peak-energy was the best of those that need no fit on every
+    network (docs/research/without-batchnorm.md).
     """
     if "multi-label" in opened.available:
         notes.say(log, "no -d: using joint-energy, which is for networks with several labels")
@@ -35,7 +37,11 @@ def default_detector(opened: Opened, checkpoint: Path | None) -> str:
             notes.say(log, f"no -d: using {artefact}, the strongest detector without real images")
             return str(artefact)
         notes.say(log, f"not used: {reason}")
-    possible = ("energy", "msp") if opened.fit_reference is None else ("1c-sum", "energy", "msp")
+    if "batchnorm.running" not in opened.available:
+        strongest = "peak-energy"
+    else:
+        strongest = "energy" if opened.fit_reference is None else "1c-sum"
+    possible = (strongest, "energy", "msp")
     name = next(each for each in possible if detectors.get(each).needs <= opened.available)
     notes.say(log, f"no -d: using {name}, which needs only the checkpoint")
     return name

@@ -297,7 +297,8 @@ def _warnings(
         if "multi-label" in given.available:
             why = "the network has several labels per image"
         else:
-            why = f"the {given.rows} real images are enough to fit and calibrate on"
+            purpose = "fit and calibrate on" if choice.fitted_on else "calibrate on"
+            why = f"the {given.rows} real images are enough to {purpose}"
         yield f"--accuracy is not used: {why}"
     if choice.pool and not given.rows:
         yield (

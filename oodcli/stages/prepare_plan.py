@@ -37,6 +37,8 @@ PER_CLASS = 50
 PIXELS = 300 * 224 * 224
 """Pixels of all virtual images where there are many classes."""
 
+WEAK = 0.7
+"""Accuracy below which peak-energy gets no threshold from virtual images alone."""
 
 STEPS_OF_MANY = 60
 """Steps without BatchNorm where there are many classes. On SqueezeNet, 30 steps reached the wanted
@@ -131,14 +133,24 @@ def choose(given: Situation) -> Choice:
     # With many classes, c2ir-peak flags nearly all real images, and 1c-sum, which ranks best, gets
     # a good threshold from real images alone (docs/research/many-classes.md).
     many = given.classes > MANY_CLASSES
-    # Without BatchNorm energy was better than either (docs/research/without-batchnorm.md).
-    strongest_free = ("ang++", "gen") if many and given.batchnorm else ()
-    free = among("joint-energy") or among(*strongest_free, "energy", "msp")
     real = given.rows >= REAL_FROM
     # Without BatchNorm nothing is fitted on virtual images, because nothing was reliably better for
     # it (docs/research/without-batchnorm.md); they only calibrate, if there are few real ones.
     invertible = "multi-label" not in given.available and (given.batchnorm or not real)
     pool = given.accuracy is not None and invertible
+    # Without BatchNorm peak-energy was the best of those that need no fit, but virtual images alone
+    # gave it no threshold on weak networks, and with many classes only to gen
+    # (docs/research/without-batchnorm.md).
+    alone = pool and given.rows < FIVE_PERCENT_FROM
+    strongest_free: tuple[str, ...]
+    if given.batchnorm:
+        strongest_free = ("ang++", "gen") if many else ()
+    elif alone and many:
+        strongest_free = ("gen",)
+    else:
+        weak = alone and given.accuracy is not None and given.accuracy < WEAK
+        strongest_free = () if weak else ("peak-energy",)
+    free = among("joint-energy") or among(*strongest_free, "energy", "msp")
     enough = given.complete and given.rows >= max(REAL_FROM, ROWS_A_CLASS * given.classes)
     handful = given.rows >= (FIVE_PERCENT_FROM if pool else 1)
     if many and handful and given.allows("1c-sum"):
@@ -153,12 +165,14 @@ def choose(given: Situation) -> Choice:
         more = free if pool or given.rows else ()
         names = (*strongest, "c2ir-z", *among("knn"), *more)
         return Choice(names, "virtual", pool, given.rows > 0)
-    if real and not pool and given.allows("knn"):
+    # Without BatchNorm, knn on real images was worse than detectors that need no fit, which all
+    # images calibrate.
+    if real and not pool and given.batchnorm and given.allows("knn"):
         names = (*among("c2ir-z", "knn"), *free) if enough else (*free, "knn")
         return Choice(names, "images")
     if pool or given.rows:
         return Choice(free, "", pool, given.rows > 0)
-    default = among("joint-energy") or among("1c-sum", "energy", "msp")
+    default = among("joint-energy") or among("1c-sum", *free)
     noise = detectors.get(default[0]).reference_images is not None
     return Choice(default[:1], "noise" if noise else "")
 

@@ -78,7 +78,7 @@ TOO_STRICT = (
 def off_by(classes: int) -> str:
     """By how many percentage points false alarms missed 5 % with thresholds from virtual images
     (docs/concepts.md; docs/research/many-classes.md)."""
-    return "−5 to +20" if classes > MANY_CLASSES else "−4 to +8"
+    return "−5 to +20" if classes > MANY_CLASSES else "−5 to +8"
 
 
 def _at_rate(

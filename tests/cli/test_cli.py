@@ -493,7 +493,7 @@ def test_verdicts_without_real_data(fitted, pool, tmp_path):
         assert len(said) <= 80
     notes = [line for line in result.err.splitlines() if "from virtual images" in line]
     assert notes == [
-        "note: thresholds from virtual images were off by −4 to +8 points in our tests",
+        "note: thresholds from virtual images were off by −5 to +8 points in our tests",
         f"note: dms: {TOO_STRICT}",
     ]
     found = rows(result.out)

@@ -9,6 +9,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import networks
 import numpy as np
@@ -35,6 +36,7 @@ from oodcli.files.artefact import Artefact, read_artefact, write_artefact
 from oodcli.files.cache import open_cache
 from oodcli.recording.recorder import Recorder, recordable
 from oodcli.recording.reduced import peaks
+from oodcli.stages.default_detector import default_detector
 
 # ---------------------------------------------------------------------------- the formula
 
@@ -624,6 +626,26 @@ def test_the_strongest_goes_first(place, tmp_path, monkeypatch):
     result = oodcli("score", "old.h5")
     assert "not used: detectors/trio.safetensors needs layers.peak, which is missing" in result.err
     assert "no -d: using detectors/duo.safetensors" in result.err
+
+
+@pytest.mark.parametrize(
+    ("lacking", "of_cache", "name"),
+    [
+        ((), False, "1c-sum"),
+        ((), True, "energy"),
+        (("batchnorm.running",), False, "peak-energy"),
+        (("batchnorm.running",), True, "peak-energy"),
+        (("batchnorm.running", "layers.peak"), False, "energy"),
+        (("batchnorm.running", "logits.level"), False, "msp"),
+    ],
+)
+def test_the_default_without_an_artefact(place, tmp_path, monkeypatch, lacking, of_cache, name):
+    monkeypatch.chdir(tmp_path)
+    with open_cache(place / "id.h5") as cache:
+        available = cache.recorded - set(lacking)
+    reference = None if of_cache else 1
+    opened = SimpleNamespace(available=available, fit_reference=reference)
+    assert default_detector(opened, None) == name
 
 
 def test_a_cache_takes_it_from_the_working_directory_alone(place, tmp_path, monkeypatch):

@@ -268,7 +268,7 @@ def test_a_network_without_batchnorm(desk):
     assert "--fpr" in following
     scored = oodcli(*following, "--force")
     assert scored.status == 0, scored.err
-    for images, default in (("ten.npz", "energy"), ("id.npz", "knn")):
+    for images, default in (("ten.npz", "energy"), ("id.npz", "energy")):
         result = oodcli(*words, "--images", images)
         assert result.status == 0, result.err
         assert f"score uses {default} (calibrated on" in result.err

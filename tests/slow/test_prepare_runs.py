@@ -87,8 +87,8 @@ DEFAULTS = {
     ("plain.pt", False, None): "energy",
     ("plain.pt", True, None): "energy",
     ("plain.pt", False, "ten"): "energy",
-    ("plain.pt", False, "unlabelled"): "knn",
-    ("plain.pt", True, "labelled"): "knn",
+    ("plain.pt", False, "unlabelled"): "energy",
+    ("plain.pt", True, "labelled"): "energy",
 }
 
 

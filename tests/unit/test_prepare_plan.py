@@ -57,6 +57,8 @@ ALL = LOGITS | {
 RESNET = Situation(ALL, batchnorm=True, classes=10)
 VIT = Situation(LOGITS | {"embedding", "head", "layers.mean"}, batchnorm=False, classes=10)
 """Without BatchNorm."""
+FOLDED = replace(RESNET, available=ALL - {"batchnorm.running"}, batchnorm=False)
+"""A residual network whose BatchNorm is folded into its convolutions."""
 BARE = replace(RESNET, available=LOGITS | {"batchnorm.running"})
 """Without a linear head."""
 LABELS = replace(RESNET, available=ALL | {"multi-label"})
@@ -121,6 +123,27 @@ CHOICES = {
         Choice(("c2ir-peak", *EACH), "virtual", pool=True, images=True),
     ),
     "no BatchNorm": (VIT, Choice(("energy",))),
+    "folded BatchNorm": (FOLDED, Choice(("peak-energy",))),
+    "folded BatchNorm, accuracy": (
+        replace(FOLDED, accuracy=0.9),
+        Choice(("peak-energy", "energy", "msp"), pool=True),
+    ),
+    "folded BatchNorm, low accuracy": (
+        replace(FOLDED, accuracy=0.6),
+        Choice(("energy", "msp"), pool=True),
+    ),
+    "folded BatchNorm, accuracy, many classes": (
+        replace(FOLDED, accuracy=0.6, classes=1000),
+        Choice(("gen", "energy", "msp"), pool=True),
+    ),
+    "folded BatchNorm, low accuracy, images": (
+        replace(FOLDED, accuracy=0.6, rows=19),
+        Choice(("peak-energy", "energy", "msp"), pool=True, images=True),
+    ),
+    "folded BatchNorm, ten images": (
+        replace(FOLDED, rows=10),
+        Choice(("peak-energy", "energy", "msp"), images=True),
+    ),
     "no BatchNorm, accuracy": (
         replace(VIT, accuracy=0.9),
         Choice(("energy", "msp"), pool=True),
@@ -131,13 +154,13 @@ CHOICES = {
     ),
     "no BatchNorm, accuracy, images": (
         replace(VIT, accuracy=0.9, rows=100),
-        Choice(("knn", "energy", "msp"), "images"),
+        Choice(("energy", "msp"), images=True),
     ),
     "no BatchNorm, ten images": (replace(VIT, rows=10), Choice(("energy", "msp"), images=True)),
-    "no BatchNorm, images": (replace(VIT, rows=100), Choice(("knn", "energy", "msp"), "images")),
+    "no BatchNorm, images": (replace(VIT, rows=100), Choice(("energy", "msp"), images=True)),
     "no BatchNorm, few of each class": (
         replace(VIT, rows=200, classes=1000),
-        Choice(("energy", "msp", "knn"), "images"),
+        Choice(("energy", "msp"), images=True),
     ),
     "no head": (BARE, Choice(("energy",))),
     "no head, accuracy": (
