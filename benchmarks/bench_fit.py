@@ -5,11 +5,12 @@
 
 Generates FOLDER/ROWSxWIDTHxCLASSES.h5 (8 GB; kept for the next run): embeddings of 100 classes,
 logits, a head, and a stage whose spatial means are the embedding, as in a ResNet-50; further
-records are the embedding again. Then each detector that such rows fit is fitted by 'oodcli fit' in
-a process of its own, and printed as JSON: seconds, processor seconds, largest resident memory, that
-beyond what the imports take, and MB of embeddings fitted on in a processor second; 'knn' also
-scores 1,000 other rows. 'fit' fits twice, as it always does on real rows, or, with --once, once,
-and calibrates on 1,000 other rows. With --peers the same rows go through pytorch-ood (pip install
+records, with those of one BatchNorm layer, are the embedding again. Then each fitted detector is
+fitted by 'oodcli fit' in a process of its own, and printed as JSON: seconds, processor seconds,
+largest resident memory, that beyond what the imports take, and MB of embeddings fitted on in a
+processor second; 'knn' also scores 1,000 other rows. 'fit' fits twice, as it always does on real
+rows, or, with --once, once, and calibrates on 1,000 other rows, as many as stand for OOD images,
+noise or an accuracy-matched pool. With --peers the same rows go through pytorch-ood (pip install
 -e '.[bench]') and scikit-learn, which want all of them in memory.
 """
 
@@ -20,8 +21,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -29,35 +31,28 @@ import torch
 
 from benchmarks.measure import usage
 from oodcli import detectors
-from oodcli.features import AdaScaleStep
+from oodcli.features import INPUT, AdaScaleStep
 from oodcli.files.cache import FORMAT
 from oodcli.files.hdf5 import Provenance, checked
 from oodcli.networks.preprocessing import Preprocessing
 
 CLASSES = 100
 BLOCK = 10_000
+NOISE = "noise:uniform?n=2000&seed=0"
 IMPORTS = "import oodcli.stages.fit"
 FITTED = ("mds", "mds-sum", "vim", "react", "klm", "thinkback-norm", "knn", "1d", "lsgm")
 """Examples, which 'python -m benchmarks' measures."""
 
-RECORDED = {"label", "logits", "logits.level", "embedding", "head"}
-RECORDED |= {"layers.mean", "layers.std", "layers.peak", "adascale.u"}
+
+def fitted() -> list[str]:
+    return [name for name in detectors.names() if detectors.get(name).fitted]
 
 
-def fitted_on_rows() -> list[str]:
-    """Detectors that are fitted on nothing but what ``generate`` writes."""
-    kinds = [detectors.get(name) for name in detectors.names()]
-    return [
-        kind.name
-        for kind in kinds
-        if kind.fitted
-        and kind.fit_needs() | kind.needs <= RECORDED
-        and not (kind.needs_ood or kind.needs_pool or kind.reference_images)
-    ]
-
-
-def generate(path: Path, rows: int, width: int, seed: int, classes: int = CLASSES) -> None:
-    """A cache of rows around class means, cut at zero as after a ReLU."""
+def generate(
+    path: Path, rows: int, width: int, seed: int, classes: int = CLASSES, **provenance: Any
+) -> None:
+    """A cache of rows around class means, cut at zero as after a ReLU. provenance: fields of it
+    that are not the usual ones."""
     if path.exists():
         return
     shared = np.random.default_rng(0)
@@ -67,7 +62,7 @@ def generate(path: Path, rows: int, width: int, seed: int, classes: int = CLASSE
     rng = np.random.default_rng(seed)
     unfinished = path.with_suffix(".partial")
     with h5py.File(unfinished, "w") as file:
-        Provenance(
+        usual = Provenance(
             checkpoint_sha256="0" * 64,
             arch="generated",
             preprocessing=Preprocessing((224, 224), (0.5,) * 3, (0.25,) * 3),
@@ -77,10 +72,8 @@ def generate(path: Path, rows: int, width: int, seed: int, classes: int = CLASSE
             oodcli_version="",
             torch_version="",
             seed=seed,
-            device="cpu",
-            precision="float32",
-            virtual=False,
-        ).write(file, FORMAT)
+        )
+        replace(usual, **provenance).write(file, FORMAT)
         file["head/weight"], file["head/bias"] = weight, np.zeros(classes, np.float32)
         text = h5py.string_dtype("utf-8")
         file.create_dataset("error", (rows,), text)
@@ -92,8 +85,21 @@ def generate(path: Path, rows: int, width: int, seed: int, classes: int = CLASSE
         )
         layer = file.require_group("layers/layer4")
         layer.attrs["kind"], layer.attrs["order"] = "stage", 0
-        for part in ("mean", "std", "peak"):  # hard links: a network that pools has such means,
-            layer[part] = embedding  # and only the size of the others matters
+        for part in ("mean", "std", "peak", "gram"):  # hard links: a network that pools has such
+            layer[part] = embedding  # means, and only the size of the others matters
+        layer = file.require_group("layers/bn")
+        layer.attrs["kind"], layer.attrs["order"] = "batchnorm", 1
+        for part in ("mean", "gradient", "sensitivity"):
+            layer[part] = embedding
+        for order, (name, channels) in enumerate({INPUT: 3, "bn": width}.items()):
+            norm = file.require_group(f"batchnorm/{name}")
+            norm.attrs["order"] = order
+            constants = {"running_mean": 0, "running_var": 1, "weight": 1, "bias": 0}
+            for part, value in constants.items():
+                norm[part] = np.full(channels, value, np.float32)
+            norm["eps"], norm["spatial_size"] = 0.0, 49
+            for part in ("mean", "var"):
+                norm[part] = embedding if name == "bn" else _ones(file, rows, channels)
         step = file.require_group("adascale")
         step["u"] = embedding
         step.attrs.update(asdict(AdaScaleStep()))
@@ -108,6 +114,10 @@ def generate(path: Path, rows: int, width: int, seed: int, classes: int = CLASSE
             label[start:stop] = own
             paths[start:stop] = [f"{index:07d}" for index in range(start, stop)]
     unfinished.rename(path)
+
+
+def _ones(file: h5py.File, rows: int, width: int) -> h5py.Dataset:
+    return file.create_dataset(None, (rows, width), "float32", fillvalue=1.0)
 
 
 def in_memory(cache: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,7 +155,7 @@ def peer_knn(cache: Path) -> None:
     u, _, y = in_memory(cache)
     detector = KNN(None)
     detector.fit_features(u, y)
-    detector.predict_features(in_memory(queries(cache))[0])
+    detector.predict_features(in_memory(beside(cache))[0])
 
 
 def sklearn_mds(cache: Path) -> None:
@@ -162,7 +172,7 @@ def sklearn_knn(cache: Path) -> None:
 
     u, _, _ = in_memory(cache)
     unit = torch.nn.functional.normalize(u).numpy()
-    others = torch.nn.functional.normalize(in_memory(queries(cache))[0]).numpy()
+    others = torch.nn.functional.normalize(in_memory(beside(cache))[0]).numpy()
     NearestNeighbors(n_neighbors=50, algorithm="brute").fit(unit).kneighbors(others)
 
 
@@ -176,8 +186,8 @@ PEERS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def queries(cache: Path) -> Path:
-    return cache.with_name("queries-" + cache.name)
+def beside(cache: Path, what: str = "queries") -> Path:
+    return cache.with_name(f"{what}-{cache.name}")
 
 
 def main() -> None:
@@ -186,7 +196,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--classes", type=int, default=CLASSES)
-    parser.add_argument("--only", nargs="*", default=fitted_on_rows())
+    parser.add_argument("--only", nargs="*", default=fitted())
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
@@ -197,7 +207,14 @@ def main() -> None:
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     generate(cache, options.rows, options.width, 1, options.classes)
-    generate(queries(cache), 1000, options.width, 2, options.classes)
+    others: dict[str, dict[str, Any]] = {
+        "queries": {},
+        "noise": {"source": NOISE},
+        "pool": {"virtual": True, "matched_accuracy": 0.9},
+    }
+    for seed, (what, provenance) in enumerate(others.items(), 2):
+        path = beside(cache, what)
+        generate(path, 1000, options.width, seed, options.classes, **provenance)
     oodcli = [sys.executable, "-m", "oodcli"]
     results: dict[str, dict[str, float]] = {}
 
@@ -213,13 +230,21 @@ def main() -> None:
         print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
 
     imports = usage([sys.executable, "-c", IMPORTS])["peak_mb"]
-    calibrate = ["--calibrate", str(queries(cache))] if options.once else []
     with tempfile.TemporaryDirectory(dir=options.folder) as made:
         for name in options.only:
-            fit = [*oodcli, "fit", str(cache), "-d", name, "-o", made, "--force", *calibrate]
+            kind = detectors.get(name)
+            more = []
+            if options.once or kind.needs_pool:
+                pool = beside(cache, "pool" if kind.needs_pool else "queries")
+                more += ["--calibrate", str(pool)]
+            if kind.noise_images or kind.reference_images:
+                more += ["--noise", str(beside(cache, "noise"))]
+            if kind.needs_ood:
+                more += ["--ood", str(beside(cache))]
+            fit = [*oodcli, "fit", str(cache), "-d", name, "-o", made, "--force", *more]
             measured(f"fit {name}", fit)
             if name == "knn":
-                score = [*oodcli, "score", str(queries(cache)), "-d", f"{made}/knn.safetensors"]
+                score = [*oodcli, "score", str(beside(cache)), "-d", f"{made}/knn.safetensors"]
                 measured("score 1,000 rows with knn", [*score, "-o", f"{made}/knn.csv"])
     for name in PEERS if options.peers else ():
         words = [sys.executable, "-m", "benchmarks.bench_fit", str(options.folder)]
