@@ -25,8 +25,8 @@ def default_detector(opened: Opened, checkpoint: Path | None) -> str:
 
     peak-energy is stronger than 1c-sum on residual networks, but no better than chance on the
     demo's network, and nothing here can tell which case holds (docs/research/protocol.md). Without
-    BatchNorm there is no 1c-sum, and peak-energy was the best of those that need no fit on every
-    network (docs/research/without-batchnorm.md).
+    BatchNorm there is no 1c-sum, and peak-energy was better than energy on every network
+    (docs/research/without-batchnorm.md).
     """
     if "multi-label" in opened.available:
         notes.say(log, "no -d: using joint-energy, which is for networks with several labels")

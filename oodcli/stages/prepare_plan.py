@@ -138,8 +138,8 @@ def choose(given: Situation) -> Choice:
     # it (docs/research/without-batchnorm.md); they only calibrate, if there are few real ones.
     invertible = "multi-label" not in given.available and (given.batchnorm or not real)
     pool = given.accuracy is not None and invertible
-    # Without BatchNorm peak-energy was the best of those that need no fit, but virtual images alone
-    # gave it no threshold on weak networks, and with many classes only to gen
+    # Without BatchNorm peak-energy was better than energy on every network, but virtual images
+    # alone gave it no threshold on weak ones, and with many classes to gen alone
     # (docs/research/without-batchnorm.md).
     alone = pool and given.rows < FIVE_PERCENT_FROM
     strongest_free: tuple[str, ...]

@@ -356,12 +356,7 @@ def test_other_images_are_refused(small, photos, monkeypatch):
     assert not partial_path(Path("other.h5")).exists()
 
 
-@pytest.mark.parametrize("words", ["extract net.pt photos", "score net.pt photos -d energy"])
-def test_a_replaced_image_is_noticed_by_its_size(small, photos, monkeypatch, tmp_path, words):
-    """Not by its time, which copies on another host do not share."""
-    monkeypatch.chdir(small)
-    suffix = "csv" if words.startswith("score") else "h5"
-    command = (*words.split(), "--batch-size", "4", "-o", tmp_path / f"out.{suffix}")
+def interrupt_after_a_batch(command, monkeypatch) -> None:
     write = Kept.write
 
     def once(self, number, batch):
@@ -371,6 +366,15 @@ def test_a_replaced_image_is_noticed_by_its_size(small, photos, monkeypatch, tmp
     with monkeypatch.context() as patch:
         patch.setattr(Kept, "write", once)
         assert oodcli(*command).status == 130
+
+
+@pytest.mark.parametrize("words", ["extract net.pt photos", "score net.pt photos -d energy"])
+def test_a_replaced_image_is_noticed_by_its_size(small, photos, monkeypatch, tmp_path, words):
+    """Not by its time, which copies on another host do not share."""
+    monkeypatch.chdir(small)
+    suffix = "csv" if words.startswith("score") else "h5"
+    command = (*words.split(), "--batch-size", "4", "-o", tmp_path / f"out.{suffix}")
+    interrupt_after_a_batch(command, monkeypatch)
     image = Path("photos/3.png")
     pixels = image.read_bytes()
     image.write_bytes(pixels + b"more")
@@ -402,15 +406,7 @@ def test_other_options_are_refused(small, photos, monkeypatch, tmp_path, words, 
     monkeypatch.chdir(small)
     suffix = "csv" if words.startswith("score") else "h5"
     command = (*words.split(), "--batch-size", "4", "-o", tmp_path / f"out.{suffix}")
-    write = Kept.write
-
-    def once(self, number, batch):
-        write(self, number, batch)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Kept, "write", once)
-        assert oodcli(*command).status == 130
+    interrupt_after_a_batch(command, monkeypatch)
     result = oodcli(*command, *more)
     assert result.status == 1
     assert f"was started with {difference}" in result.err
