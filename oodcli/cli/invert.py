@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from oodcli.cli import console
-from oodcli.cli.allocation import keep_freed_memory
 from oodcli.cli.completions import words
 from oodcli.cli.options import (
     Checkpoint,
@@ -91,7 +90,6 @@ def command(
     """Make virtual images of every class from the checkpoint alone."""
     from oodcli.cli.library import api
 
-    keep_freed_memory()
     given: dict[str, Any] = {
         "per_class": per_class,
         "total": total,

@@ -10,7 +10,6 @@ import typer
 
 from oodcli import notes
 from oodcli.cli import console
-from oodcli.cli.allocation import keep_freed_memory
 from oodcli.cli.options import (
     Checkpoint,
     Force,
@@ -86,7 +85,6 @@ def command(
     """Make everything that score needs of a checkpoint."""
     from oodcli.cli.library import api
 
-    keep_freed_memory()
     given: dict[str, Any] = {
         "accuracy": accuracy,
         "images": images,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.calibration import Calibration
 from oodcli.detectors.hyperparameters import parse
 from oodcli.errors import DetectorError
-from oodcli.features import Features, Making, in_words
+from oodcli.features import Features, Making, Rows, in_words
 from oodcli.files.artefact import Artefact, read_artefact
 from oodcli.files.origin import Origin, Words
 from oodcli.float64 import has_float64
@@ -280,8 +281,20 @@ def fit_on_noise(
         raise _must_be_fitted(kind)
     source = open_images(kind.reference_images, classifier.preprocessing, classifier.class_names)
     recorder = Recorder(classifier, kind.fit_needs(**given))
-    blocks = record_images(classifier, source, recorder, batch_size)
-    return kind.fit([rows.features for rows in blocks if rows.features is not None], **given)
+    return kind.fit(
+        _Recorded(partial(record_images, classifier, source, recorder, batch_size)), **given
+    )
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """The rows of images, recorded anew each time: those of many images are hundreds of megabytes,
+    which in between the feature maps would also keep the memory of these from being used again."""
+
+    record: Callable[[], Iterable[Rows]]
+
+    def __iter__(self) -> Iterator[Features]:
+        return (rows.features for rows in self.record() if rows.features is not None)
 
 
 def made_with(chosen: Iterable[Detector]) -> dict[str, Making]:

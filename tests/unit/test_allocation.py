@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next blocks, unless the user has set malloc's variables."""
+"""Commands keep freed memory for the next blocks, unless the user has set malloc's variables."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import pytest
 
 CODE = """
 import os
-from oodcli.cli.allocation import keep_freed_memory
+import oodcli.cli.library
 
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-keep_freed_memory()
 before = resident()
 block = bytearray(b"1") * 2**27
 del block
@@ -27,7 +26,7 @@ print((resident() - before) / 2**27)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 @pytest.mark.parametrize(("given", "share"), [({}, 1), ({"MALLOC_ARENA_TEST": "8"}, 0)])
-def test_a_freed_block_is_kept(given, share):
+def test_a_command_keeps_a_freed_block(given, share):
     usual = {
         name: value
         for name, value in os.environ.items()

@@ -13,6 +13,7 @@ from commands import oodcli
 from torch import nn
 
 from oodcli import detectors
+from oodcli.detectors.one_class_sum import OneClassSum
 from oodcli.errors import CheckpointError, DetectorError, OodcliError
 from oodcli.features import INPUT, OdinStep, concatenate
 from oodcli.networks.architectures import cifar_resnet
@@ -21,6 +22,7 @@ from oodcli.recording import gradients
 from oodcli.recording.recorder import Recorder, recordable
 from oodcli.recording.reduced import nonzero_shares, spatial_moments
 from oodcli.records import CHEAP, ROW_RECORDS
+from oodcli.stages.chosen import fit_on_noise
 
 EVERYTHING = frozenset(ROW_RECORDS) - {"deconf.h", "mos.others", "dropout.logits"}
 """Of a network without dropout, whose head was not trained to tell what is out of distribution."""
@@ -182,6 +184,24 @@ def test_each_gradient_is_free_before_the_next(monkeypatch):
     monkeypatch.setattr(gradients, "nonzero_shares", shares)
     Recorder(classifier, frozenset({"layers.nonzero"}))(networks.images(4))
     assert len(computed) == 3
+
+
+def test_rows_of_noise_are_free_before_the_next(residual):
+    alive = []
+
+    class Kind(OneClassSum):
+        reference_images = "noise:uniform?n=6"
+
+        @classmethod
+        def fit(cls, train):
+            seen = []
+            for block in train:
+                seen.append(weakref.ref(block))
+                gc.collect()
+                alive.append(sum(each() is not None for each in seen))
+
+    fit_on_noise(residual, Kind, {}, 2)
+    assert alive == [1, 1, 1]
 
 
 def test_odin_is_a_step_against_the_loss(residual):
