@@ -8,6 +8,9 @@ from torch import Tensor
 from oodcli.features import BatchNorm
 from oodcli.float64 import in_float64
 
+SQUARES_IN_CACHE = 1 << 18
+"""Squares that are in memory at once, if an image has no more."""
+
 
 def spatial_moments(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
     """Mean and population variance over the positions of (N, C, …) or (N, …, C): (N, C) each,
@@ -21,10 +24,18 @@ def spatial_moments(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, T
     if dim == 2:
         squares = in_float64(torch.linalg.vector_norm(wide, dim=2)).square()
     else:
-        # New memory costs more than the arithmetic: a copy is squared where it lies.
-        squares = in_float64((wide.square() if wide is x else wide.square_()).sum(1))
+        squares = in_float64(_sums_of_squares(wide))
     variance = (squares / x.shape[dim] - mean.square()).clamp_min_(0)
     return mean.float().to(x.device), variance.float().to(x.device)
+
+
+def _sums_of_squares(x: Tensor) -> Tensor:
+    """(N, P, C) → (N, C). On a processor a few images at a time, whose squares stay in its cache:
+    those of all would go through the memory twice."""
+    if x.device.type != "cpu":
+        return x.square().sum(1)
+    some = max(1, SQUARES_IN_CACHE // (x.shape[1] * x.shape[2]))
+    return torch.cat([part.square().sum(1) for part in torch.split(x, some)])
 
 
 def by_position(activation: Tensor, channel_dim: int = 1) -> tuple[Tensor, int]:

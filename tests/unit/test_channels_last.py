@@ -8,6 +8,7 @@ import torch
 from networks import classifier, images
 from torch import Tensor, nn
 
+from oodcli.recording import reduced
 from oodcli.recording.channels_last import in_channels_last
 from oodcli.recording.recorder import Recorder, recordable
 from oodcli.recording.reduced import spatial_moments
@@ -134,3 +135,12 @@ def test_moments_do_not_depend_on_the_layout(kind):
         torch.testing.assert_close(mean.double(), expected[1], rtol=1e-5, atol=1e-5, msg=name)
         torch.testing.assert_close(var.double(), expected[0], rtol=1e-4, atol=1e-4, msg=name)
     assert torch.equal(x, untouched)
+
+
+@pytest.mark.parametrize("most", [1, 500])
+def test_moments_do_not_depend_on_how_many_images_go_together(most, monkeypatch):
+    x = torch.randn(5, 5, 6, 7).contiguous(memory_format=torch.channels_last)
+    together = spatial_moments(x)
+    monkeypatch.setattr(reduced, "SQUARES_IN_CACHE", most)
+    for one, other in zip(spatial_moments(x), together, strict=True):
+        assert torch.equal(one, other)
