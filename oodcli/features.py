@@ -16,6 +16,9 @@ from oodcli.records import LAYER_PARTS, NORM_PARTS, WHOLE, field_of, lacking, wo
 INPUT = "input"
 """Name of the BatchNorm pseudo-layer: the normalised image itself."""
 
+LAST_MAP = "last"
+"""Stands for the name of the last layer with several positions."""
+
 
 @dataclass(frozen=True)
 class LinearHead:

@@ -97,6 +97,12 @@ class Detector(ABC):
         return self.needs
 
     @property
+    def layers_read(self) -> frozenset[str] | None:
+        """Names of the layers whose means and standard deviations ``_score`` reads, ``LAST_MAP``
+        for the last map, so that no others are computed; None for all."""
+        return None
+
+    @property
     def every_class(self) -> bool:
         """Whether it scores images of classes that had no rows to fit on as well as others."""
         return False

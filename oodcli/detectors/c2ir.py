@@ -150,6 +150,10 @@ class C2IR(Detector):
             statistics=statistics,
         )
 
+    @property
+    def layers_read(self) -> frozenset[str] | None:
+        return frozenset(self.layers)
+
     def _score(self, test: Features) -> Tensor:
         predicted = predicted_among(recorded(test.logits), self.present)
         alpha = self.alpha[predicted]  # (N, L)

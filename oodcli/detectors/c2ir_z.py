@@ -34,7 +34,7 @@ def standardised_deviation(mean: Tensor, centre: Tensor, variance: Tensor) -> Te
 
 def head_evidence(embedding: Tensor, head: LinearHead, predicted: Tensor) -> Tensor:
     """−w_c·u, without the bias. embedding: (N, D), predicted: (N,). Returns (N,) float64."""
-    return -(embedding.double() * head.weight.double()[predicted]).sum(1)
+    return -(embedding.double() * head.weight[predicted].double()).sum(1)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,10 @@ class C2IRZ(Detector):
             present=present,
             weights=weights,
         )
+
+    @property
+    def layers_read(self) -> frozenset[str] | None:
+        return frozenset(self.layers)
 
     @property
     def every_class(self) -> bool:

@@ -14,7 +14,7 @@ from oodcli.detectors.hyperparameters import require_percent, require_positive
 from oodcli.detectors.layer_choice import last_map
 from oodcli.detectors.percentiles import percentile_of
 from oodcli.detectors.rg import clipped_length
-from oodcli.features import Features, recorded
+from oodcli.features import LAST_MAP, Features, recorded
 
 Statistic = Literal["mean", "std", "max"]
 
@@ -83,6 +83,10 @@ class Catalyst(Detector):
     @property
     def score_needs(self) -> frozenset[str]:
         return _needed(self.stat)
+
+    @property
+    def layers_read(self) -> frozenset[str] | None:
+        return frozenset({LAST_MAP})
 
     def _score(self, test: Features) -> Tensor:
         positive = statistic(test, self.stat, self.name).clamp_min(0)

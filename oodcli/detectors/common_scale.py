@@ -56,6 +56,10 @@ class Summed(Detector):
         return C2IRZ.fit_needs()
 
     @property
+    def layers_read(self) -> frozenset[str] | None:
+        return frozenset(self.deviation.layers)
+
+    @property
     def every_class(self) -> bool:
         return self.deviation.every_class
 

@@ -11,7 +11,7 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.energy import head_energy
 from oodcli.detectors.hyperparameters import require_positive
 from oodcli.detectors.layer_choice import last_map
-from oodcli.features import Features, recorded
+from oodcli.features import LAST_MAP, Features, recorded
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Davis(Detector):
 
     def __post_init__(self) -> None:
         require_positive(self.name, gamma=self.gamma)
+
+    @property
+    def layers_read(self) -> frozenset[str] | None:
+        return frozenset({LAST_MAP})
 
     def _score(self, test: Features) -> Tensor:
         layer, head = last_map(test, self.name), recorded(test.head)

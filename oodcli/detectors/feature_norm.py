@@ -11,7 +11,7 @@ from torch import Tensor
 from oodcli.detectors.base import Detector
 from oodcli.detectors.layer_choice import last_map
 from oodcli.errors import DetectorError
-from oodcli.features import Features, Layer, recorded
+from oodcli.features import LAST_MAP, Features, Layer, recorded
 
 
 def mean_length(mean: Tensor, std: Tensor) -> Tensor:
@@ -33,14 +33,18 @@ class FeatureNorm(Detector):
 
     layer: Annotated[
         str, "name of a recorded layer, after its ReLU; last, as in the paper: the last map"
-    ] = "last"
+    ] = LAST_MAP
+
+    @property
+    def layers_read(self) -> frozenset[str] | None:
+        return frozenset({self.layer})
 
     def _score(self, test: Features) -> Tensor:
         layer = self._layer(test)
         return -mean_length(recorded(layer.mean), recorded(layer.std))
 
     def _layer(self, test: Features) -> Layer:
-        if self.layer == "last":
+        if self.layer == LAST_MAP:
             return last_map(test, self.name)
         found = test.layers.get(self.layer)
         if found is None:

@@ -281,6 +281,10 @@ class LSGM(Detector):
         first, *later = self.layer_names
         return densities, self.weights[first].log(), [self.transitions[n].log() for n in later]
 
+    @property
+    def layers_read(self) -> frozenset[str] | None:
+        return frozenset(self.layer_names)
+
     def _score(self, test: Features) -> Tensor:
         return -forward(*self._evidence(test))
 

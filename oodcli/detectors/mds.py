@@ -63,6 +63,10 @@ class MDS(Detector):
     def score_needs(self) -> frozenset[str]:
         return _needed(self.layer)
 
+    @property
+    def layers_read(self) -> frozenset[str] | None:
+        return frozenset({self.layer})
+
     @cached_property
     def _white(self) -> WhiteMeans:
         return white_means(self.mean, self.whitening)

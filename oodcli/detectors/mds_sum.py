@@ -112,5 +112,9 @@ class MDSSum(Detector):
     def _score(self, test: Features) -> Tensor:
         return self._distances(test) @ self.weight
 
+    @property
+    def layers_read(self) -> frozenset[str] | None:
+        return frozenset(self.layers)
+
     def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
         return self.layers, self._distances(test) * self.weight

@@ -64,6 +64,10 @@ class ProtoFusion(Detector):
         prototype = {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
         return cls(tuple(names), prototype)
 
+    @property
+    def layers_read(self) -> frozenset[str] | None:
+        return frozenset(self.layers)
+
     def contributions(self, test: Features) -> tuple[Sequence[str], Tensor]:
         """Minus the largest cosine at each layer, by the number of layers."""
         found = []

@@ -19,6 +19,7 @@ from oodcli.detectors.rankfeat import rank_one
 from oodcli.errors import DetectorError, OodcliError
 from oodcli.features import (
     INPUT,
+    LAST_MAP,
     MAKINGS,
     AdaScaleStep,
     BatchNorm,
@@ -58,6 +59,9 @@ BACKWARD = BY_LAYER | BY_IMAGE
 """Records that need a backward pass."""
 AGAIN = BACKWARD | {"dropout.logits"}
 """Records that one forward pass does not give."""
+
+MOMENTS = frozenset({"layers.mean", "layers.std"})
+NORM_MOMENTS = frozenset({"batchnorm.mean", "batchnorm.var"})
 
 Receive = Callable[[Tap, Tensor, Tensor], Tensor | None]
 
@@ -99,6 +103,8 @@ class Recorder:
     what: words of ``records.ROW_RECORDS`` (plus ``label`` and ``head``, always kept), and
     ``mirror`` for a second pass over the mirror images.
     made_with: group → how to make its records, by default as usual.
+    layers: names of the taps whose mean and std are recorded, ``LAST_MAP`` for the last one with
+    positions; None for all. Where one is no tap, all are, so that detectors can say what they lack.
     Gradients add a backward pass, records of a changed image another forward pass: ``passes``.
     Raises DetectorError for a word that is unknown, or that this network cannot give.
     """
@@ -111,10 +117,11 @@ class Recorder:
         made_with: Mapping[str, Making] | None = None,
         precision: str = "float32",
         kinds: frozenset[str] = KINDS,
+        layers: frozenset[str] | None = None,
     ) -> None:
         self.classifier = in_channels_last(classifier, precision)
-        last = self.classifier is not classifier
-        self._layout = torch.channels_last if last else torch.contiguous_format
+        faster = self.classifier is not classifier
+        self._layout = torch.channels_last if faster else torch.contiguous_format
         self.asked = what
         self.what = (what & frozenset(ROW_RECORDS)) - {"layers.sensitivity"}
         self.made_with = {
@@ -124,6 +131,7 @@ class Recorder:
         }
         self.precision = precision
         self.kinds = kinds
+        self._layers = self._with_moments(layers)
         self._most: int | None = None
         self._composite = {
             name for name, norm in classifier.batchnorms.items() if not only_normalises(norm)
@@ -132,6 +140,15 @@ class Recorder:
         missing = sorted((self.what | constants) - recordable(classifier))
         if missing:
             raise DetectorError(why_not(classifier, missing))
+
+    def _with_moments(self, layers: frozenset[str] | None) -> frozenset[str]:
+        names = frozenset(tap.name for tap in self.classifier.taps)
+        last = self.classifier.last_map
+        if layers is None:
+            return names
+        if LAST_MAP in layers and last is not None:
+            layers = layers - ({LAST_MAP} - names) | {last.name}
+        return layers if layers <= names else names
 
     @property
     def _pro(self) -> ProSteps | None:
@@ -206,20 +223,21 @@ class Recorder:
 
         def receive(tap: Tap, given: Tensor, output: Tensor) -> Tensor | None:
             mean = variance = None
+            words = self.what if tap.name in self._layers else self.what - MOMENTS
             seen = by_image(output.detach(), len(images), tap.channel_dim)
             if tap.kind == "batchnorm":
                 norm = self._constants[tap.name]
-                if self.what & {"layers.mean", "layers.std", "batchnorm.mean", "batchnorm.var"}:
+                if words & (MOMENTS | NORM_MOMENTS):
                     mean, variance = spatial_moments(by_image(given.detach(), len(images)))
                     norms[tap.name] = self._normed(norm, mean, variance)
-                    if self.what & {"layers.mean", "layers.std"}:
+                    if words & MOMENTS:
                         mean, variance = after_batchnorm(norm, mean, variance)
-            elif self.what & {"layers.mean", "layers.std"}:
+            elif words & MOMENTS:
                 mean, variance = spatial_moments(seen, tap.channel_dim)
             layers[tap.name] = Layer(
                 tap.kind,
-                mean if "layers.mean" in self.what else None,
-                variance.sqrt() if variance is not None and "layers.std" in self.what else None,
+                mean if "layers.mean" in words else None,
+                variance.sqrt() if variance is not None and "layers.std" in words else None,
                 gram=gram_sums(seen.movedim(tap.channel_dim, 1))
                 if tap.kind == "stage" and "layers.gram" in self.what
                 else None,
@@ -306,7 +324,7 @@ class Recorder:
         )
 
     def _input_norm(self, images: Tensor) -> dict[str, BatchNorm]:
-        if not self.what & {"batchnorm.mean", "batchnorm.var"}:
+        if not self.what & NORM_MOMENTS:
             return {}
         return {INPUT: self._normed(self._constants[INPUT], *spatial_moments(images))}
 

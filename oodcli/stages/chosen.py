@@ -27,7 +27,7 @@ from oodcli.float64 import has_float64
 from oodcli.images import open_images
 from oodcli.networks.classifier import Classifier
 from oodcli.networks.preprocessing import Preprocessing
-from oodcli.recording.recorder import Recorder
+from oodcli.recording.recorder import MOMENTS, Recorder
 from oodcli.stages.record import record_images
 
 
@@ -327,6 +327,14 @@ def needs(
     return frozenset[str]().union(
         *(each.detector.score_needs for each in chosen), {"logits"}, views
     )
+
+
+def layers_read(chosen: Iterable[Chosen], *, stream: bool = False) -> frozenset[str] | None:
+    """The layers whose means and spreads the chosen detectors read; None for all."""
+    found = [each.detector.layers_read for each in chosen if each.detector.score_needs & MOMENTS]
+    if stream or None in found:
+        return None
+    return frozenset[str]().union(*filter(None, found))
 
 
 def placed(chosen: Iterable[Chosen], device: str) -> list[Chosen]:

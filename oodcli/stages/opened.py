@@ -24,7 +24,7 @@ from oodcli.images import ImageSource
 from oodcli.jobs.kept import Kept
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import Recorder, recordable, why_not
-from oodcli.stages.chosen import Chosen, FitReference, fit_on_noise, made_with, needs
+from oodcli.stages.chosen import Chosen, FitReference, fit_on_noise, layers_read, made_with, needs
 from oodcli.stages.model import Model
 from oodcli.stages.record import (
     Progress,
@@ -131,6 +131,7 @@ def from_images(
             needs(chosen, mirror=mirror, stream=stream),
             made_with=made_with(each.detector for each in chosen),
             precision=precision,
+            layers=layers_read(chosen, stream=stream),
         )
         log_records(recorder)
 

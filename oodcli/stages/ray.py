@@ -40,7 +40,7 @@ from oodcli.networks.classifier import Classifier
 from oodcli.networks.load import load_classifier
 from oodcli.networks.preprocessing import Preprocessing
 from oodcli.recording.recorder import Recorder
-from oodcli.stages.chosen import Chosen, made_with, needs, placed
+from oodcli.stages.chosen import Chosen, layers_read, made_with, needs, placed
 from oodcli.stages.record import Progress, Work, recorded_batch
 from oodcli.stages.score import Scoring, stored_scores
 
@@ -230,6 +230,7 @@ class Scorer:
             needs(job.chosen, mirror=job.mirror),
             made_with=made_with(each.detector for each in job.chosen),
             precision=job.precision,
+            layers=layers_read(job.chosen),
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

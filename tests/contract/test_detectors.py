@@ -19,7 +19,8 @@ from oodcli.detectors import facts, serial
 from oodcli.detectors.bank import Bank
 from oodcli.detectors.hyperparameters import hyperparameters, parse
 from oodcli.errors import DetectorError
-from oodcli.features import Features
+from oodcli.features import LAST_MAP, Features
+from oodcli.recording.recorder import MOMENTS
 from oodcli.records import KNOWN_RECORDS
 
 
@@ -315,6 +316,20 @@ def test_what_was_not_recorded_is_named(name, detector, train, test):
     empty = Features(count=9, label=test.label)
     with pytest.raises(DetectorError, match=rf"{re.escape(name)} needs .*not recorded"):
         detector.score(empty)
+
+
+@every
+def test_it_reads_only_the_layers_that_it_names(name, detector, test):
+    if not detector.score_needs & MOMENTS:
+        return
+    (last,) = (name for name, layer in test.layers.items() if layer.peak is not None)
+    read = {last if name == LAST_MAP else name for name in detector.layers_read}
+    assert read < test.layers.keys()
+    layers = {
+        name: layer if name in read else replace(layer, mean=None, std=None)
+        for name, layer in test.layers.items()
+    }
+    assert torch.equal(detector.score(replace(test, layers=layers)), detector.score(test))
 
 
 @every

@@ -15,7 +15,7 @@ from torch import nn
 from oodcli import detectors
 from oodcli.detectors.one_class_sum import OneClassSum
 from oodcli.errors import CheckpointError, DetectorError, OodcliError
-from oodcli.features import INPUT, OdinStep, concatenate
+from oodcli.features import INPUT, LAST_MAP, OdinStep, concatenate
 from oodcli.networks.architectures import cifar_resnet
 from oodcli.networks.assemble import _channel_dim, assemble
 from oodcli.recording import gradients
@@ -277,6 +277,34 @@ def test_only_what_was_asked_for(residual):
     assert set(seen.rows()) == {"label", "logits"}
     seen = Recorder(residual, frozenset({"layers.mean"}))(networks.images(2))
     assert seen.recorded == {"label", "head", "layers.mean", "batchnorm.running"}
+
+
+def test_moments_of_only_some_layers(residual):
+    words = frozenset({"layers.mean", "layers.std", "layers.peak", "batchnorm.mean"})
+
+    def recorded(layers):
+        return Recorder(residual, words, layers=layers)(networks.images(2)).rows()
+
+    whole = recorded(None)
+    norm = next(tap.name for tap in residual.taps if tap.kind == "batchnorm")
+    last = residual.last_map.name
+    for layers, names in [
+        (frozenset({LAST_MAP}), {last}),
+        (frozenset({norm}), {norm}),
+        (frozenset({norm, LAST_MAP}), {norm, last}),
+        (frozenset(), set()),
+    ]:
+        some = recorded(layers)
+        left_out = {
+            f"layers/{tap.name}/{part}"
+            for tap in residual.taps
+            for part in ("mean", "std")
+            if tap.name not in names
+        }
+        assert some.keys() == whole.keys() - left_out
+        assert all(torch.equal(rows, whole[name]) for name, rows in some.items())
+    # Then the detector says what it lacks.
+    assert recorded(frozenset({norm, "not a layer"})).keys() == whole.keys()
 
 
 def test_moments_of_tokens():
