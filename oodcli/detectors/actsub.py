@@ -28,7 +28,7 @@ NEAREST_TO_ONE = 1 - 1e-12
 def decisive_energy(decisive: Tensor, head: LinearHead, p: float) -> Tensor:
     """log(1 + Σ exp z'), z' = eʳ W u_dec + b, r as in ``scale`` (Zöngür et al. 2025, eq. 9; the
     paper has no 1). decisive: (N, D) float64. Returns (N,), never negative."""
-    product = decisive @ head.weight.double().T
+    product = decisive @ head.double.weight.T
     r = sum_over_largest(decisive.clamp_min(0), p)
     return positive_energy(product * r.exp()[:, None] + head.bias.double())
 

@@ -22,7 +22,7 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def head_energy(embedding: Tensor, head: LinearHead) -> Tensor:
     """Free energy of the logits that the head gives to an embedding. embedding: (N, D). Returns
     (N,) float64, higher = more OOD."""
-    return energy(embedding.double() @ head.weight.double().T + head.bias.double())
+    return energy(embedding.double() @ head.double.weight.T + head.double.bias)
 
 
 @dataclass(frozen=True)

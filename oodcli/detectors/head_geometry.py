@@ -33,7 +33,7 @@ class Boundaries(NamedTuple):
 def boundaries(test: Features) -> Boundaries:
     """Of a block. No (N, K, D) or (K, K, D) is made: ‖w_k − w_c‖² = ‖w_k‖² + ‖w_c‖² − 2 w_k·w_c,
     for the classes that are predicted in the block."""
-    z, w = recorded(test.logits).double(), recorded(test.head).weight.double()
+    z, w = recorded(test.logits).double(), recorded(test.head).double.weight
     k = z.argmax(1)
     used, which = torch.unique(k, return_inverse=True)
     length = w.square().sum(1)  # (K,)

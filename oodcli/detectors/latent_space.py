@@ -29,6 +29,8 @@ class Products(NamedTuple):
 def products(u: Tensor, k: Tensor, weight: Tensor, positive: bool) -> Products:
     """positive: both vectors have zeros outside the components where w_k > 0, what the + in a name
     means. u: (N, D), k: (N,) the predicted classes, weight: (K, D)."""
+    if len(k) < len(weight):  # most classes are nobody's
+        weight, k = weight[k], torch.arange(len(k), device=k.device)
     w = weight.double()
     inside = (w > 0).double()  # (K, D)
     if positive:

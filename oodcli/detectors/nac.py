@@ -22,7 +22,7 @@ on an edge, and must not fall to either side of it by rounding."""
 def kl_gradient(test: Features) -> Tensor:
     """(N, D) float64: Wᵀ(p − 1/K), the gradient of KL(uniform ‖ p) by the embedding."""
     p = test.shared(probabilities)
-    return (p - 1 / p.shape[1]) @ recorded(test.head).weight.double()
+    return (p - 1 / p.shape[1]) @ recorded(test.head).double.weight
 
 
 def state_bins(test: Features, alpha: float, bins: int) -> Tensor:

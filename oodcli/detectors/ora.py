@@ -36,7 +36,7 @@ def widest_angle(of: Boundaries, square: Tensor, bias: Tensor) -> Tensor:
 
 def centre_logits(head: LinearHead, centre: Tensor) -> Tensor:
     """(K,) float64: the logits of one embedding (D,)."""
-    return head.weight.double() @ centre + head.bias.double()
+    return head.double.weight @ centre + head.double.bias
 
 
 @dataclass(frozen=True)

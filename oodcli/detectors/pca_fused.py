@@ -74,7 +74,7 @@ class PCAFused(Detector):
         u, head = recorded(test.embedding).double(), recorded(test.head)
         clipped = u.clamp_max(self.c)
         error = reconstruction_error(u, self.mean, self.basis)
-        logits = clipped @ head.weight.double().T + head.bias.double()
+        logits = clipped @ head.double.weight.T + head.double.bias
         score: Tensor = -positive_energy(logits) * (
             1 - error / clipped.norm(dim=1).clamp_min(FLOOR)
         )

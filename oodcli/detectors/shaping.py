@@ -99,7 +99,7 @@ def largest(u: Tensor, ordered: Tensor, q: int) -> Tensor:
 def pruned_product(test: Features, p: float) -> Tensor:
     """W u' of the pruned embedding u', which has the largest entries of u, those above the
     percentile p, and else 0. Returns (N, K) float64. ``ash-p`` and ``ash-s`` share it."""
-    weight = recorded(test.head).weight.double()
+    weight = recorded(test.head).double.weight
 
     def some(u: Tensor, ordered: Tensor) -> Tensor:
         kept = largest(u, ordered, largest_count(u.shape[1], p))
@@ -212,7 +212,7 @@ class ASHB(Detector):
 
     def _score(self, test: Features) -> Tensor:
         head = recorded(test.head)
-        weight, bias = head.weight.double(), head.bias.double()
+        weight, bias = head.double.weight, head.double.bias
 
         def some(u: Tensor, ordered: Tensor) -> Tensor:
             q = largest_count(u.shape[1], self.p)

@@ -31,8 +31,8 @@ def perturbed_logits(
     n_c of all may not fit into memory. embedding: (N, D). Yields (N, G, K) float64, of G heads
     each."""
     generator = torch.Generator().manual_seed(seed)
-    u, weight = embedding.double(), head.weight.double()
-    plain = (u @ weight.T + head.bias.double())[:, None]  # (N, 1, K)
+    u, weight = embedding.double(), head.double.weight
+    plain = (u @ weight.T + head.double.bias)[:, None]  # (N, 1, K)
     length = delta * weight.norm(dim=1)
     some = min(copies, max(1, ROWS_OF_WEIGHTS // len(weight)))
     space = weight.new_empty(some, *weight.shape)  # new memory would take as long as the noise

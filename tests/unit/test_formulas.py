@@ -135,6 +135,14 @@ def latent(embedding, weight, bias=None):
     return {name: score(name, block).tolist() for name in names}
 
 
+@pytest.mark.parametrize("name", ["norm", "norm+", "ang", "ang++", "proj", "act", "act+"])
+def test_rows_with_more_or_fewer_classes_than_there_are_rows(name):
+    block = rows(count=10)  # of four classes
+    detector = detectors.get(name)()
+    few = [detector.score(block.select(slice(row, row + 2))) for row in range(0, 10, 2)]
+    assert torch.equal(torch.cat(few), detector.score(block))
+
+
 def test_latent_space_by_hand():
     found = latent([[3.0, 4.0], [0.0, 0.0]], [2.0, 0.0])
     expected = {"norm": -5, "ang": 0.4, "proj": -3, "act": -6}

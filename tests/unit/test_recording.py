@@ -272,6 +272,13 @@ def test_rows_do_not_depend_on_their_batch(residual):
         torch.testing.assert_close(rows[4:5], single[name], atol=1e-5, rtol=1e-5)
 
 
+def test_batches_share_a_head_in_float64(residual):
+    recorder = Recorder(residual, frozenset({"logits"}))
+    first, second = (recorder(networks.images(2)).head.double for _ in range(2))
+    assert first is second
+    assert torch.equal(first.weight, residual.head.weight.double())
+
+
 def test_only_what_was_asked_for(residual):
     seen = Recorder(residual, frozenset({"logits"}))(networks.images(2))
     assert set(seen.rows()) == {"label", "logits"}
