@@ -23,18 +23,21 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def in_turns(
-    work: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1
+    work: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every round of each. All take turns, so that a noisy machine is as noisy for all;
     the rounds to warm up come first and do not count."""
     import torch
 
     def seconds(run: Callable[[], object]) -> float:
-        start = time.perf_counter()
+        start = clock()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(warm_up + rounds):
