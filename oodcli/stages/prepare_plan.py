@@ -226,15 +226,11 @@ def steps_of(
             steps=virtual.steps,
             mirror=virtual.mirror,
             objective=virtual.objective,
+            sensitivity=False,  # c2ir, the only detector that needs them, is not fitted
         )
         if virtual.total is not None:
-            # To compile takes as long as a hundred images; c2ir, for sensitivities, is not fitted.
-            request = replace(
-                request,
-                total=virtual.total,
-                sensitivity=False,
-                compiled=False,
-            )
+            # To compile takes as long as a hundred images.
+            request = replace(request, total=virtual.total, compiled=False)
         add(name, request, also=f"{name}.png")
 
     def extract(

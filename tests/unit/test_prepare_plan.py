@@ -204,9 +204,11 @@ def test_the_commands_are_those_of_the_guide():
     choice = Choice(("c2ir-peak", "energy"), "virtual", pool=True, images=True)
     steps = planned(choice, Model(CKPT, Running(seed=7)), Effort(mirror=False, steps=9))
     assert [" ".join(step.words) for step in steps.values()] == [
-        "invert ckpt.pt --per-class 50 --steps 9 --no-mirror -o f/virtual.h5 --seed 7",
+        "invert ckpt.pt --per-class 50 --no-sensitivity --steps 9 --no-mirror "
+        "-o f/virtual.h5 --seed 7",
         "extract ckpt.pt f/virtual.h5 --for c2ir-peak,energy -o f/virtual.features.h5 --seed 7",
-        "invert ckpt.pt --per-class 50 --steps 9 --no-mirror -o f/pool.h5 --seed 8",
+        "invert ckpt.pt --per-class 50 --no-sensitivity --steps 9 --no-mirror "
+        "-o f/pool.h5 --seed 8",
         "extract ckpt.pt f/pool.h5 --for c2ir-peak,energy --match-accuracy 0.9 "
         "-o f/pool.features.h5 --seed 7",
         "extract ckpt.pt noise:uniform?n=2000&seed=0 --for c2ir-peak "
@@ -237,7 +239,7 @@ def test_without_batchnorm_virtual_images_have_their_objective(classes):
     choice = Choice(("energy",), pool=True)
     steps = planned(choice, Model(CKPT), effort(classes, (224, 224), batchnorm=False))
     words = " ".join(steps["pool"].words)
-    assert "--objective patches" in words
+    assert "--objective patches --no-sensitivity" in words
     assert (
         "--total 300 --objective patches --no-sensitivity --no-compile --steps 60" in words
     ) == (classes == 1000)
