@@ -26,6 +26,7 @@ from oodcli.inversion.objective import (
 )
 from oodcli.networks.classifier import Classifier, Tap
 from oodcli.networks.outputs import as_logits, first_tensor, with_first
+from oodcli.recording.channels_last import in_channels_last
 from oodcli.recording.recorder import batchnorm_constants, only_normalises
 
 SAME = 1e-3
@@ -34,7 +35,11 @@ SAME = 1e-3
 
 def batch_moments(activation: Tensor) -> Moments:
     """Mean and population variance over the batch and its positions of (N, C, …): (C,) each,
-    float32. By sums, as spatial_moments, without a float32 copy."""
+    float32. By BatchNorm's own kernel where it is the faster one and exact enough; else by sums, as
+    spatial_moments, without a float32 copy."""
+    on_cpu = activation.dtype == torch.float32 and activation.device.type == "cpu"
+    if on_cpu and not torch.compiler.is_compiling():  # the compiler fuses the sums
+        return torch.batch_norm_update_stats(activation, None, None, 0.0)
     dims = [0, *range(2, activation.ndim)]
     count = activation.numel() // activation.shape[1]
     mean = activation.sum(dims, dtype=torch.float32) / count
@@ -58,7 +63,7 @@ class _Pulled(torch.autograd.Function):
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         x, *columns = ctx.saved_tensors
         scale, a, b = _shaped(columns, x, given.dtype)
-        return torch.addcmul(torch.addcmul(a, given, scale), x, b), None, None, None, None
+        return torch.addcmul(a, given, scale).addcmul_(x, b), None, None, None, None
 
 
 class _PulledInput(torch.autograd.Function):
@@ -206,7 +211,9 @@ class Step:
         )
         self.path = "eager"
         self._taps = [tap for tap in classifier.taps if tap.name in classifier.batchnorms]
-        self._network = copy.deepcopy(classifier.network).requires_grad_(False)
+        laid_out = in_channels_last(classifier, "float32")
+        self._format = torch.contiguous_format if laid_out is classifier else torch.channels_last
+        self._network = copy.deepcopy(laid_out.network).requires_grad_(False)
         self._recalling = {}
         for name in dict.fromkeys(tap.module for tap in self._taps):
             norm = self._network.get_submodule(name)
@@ -271,10 +278,13 @@ class Step:
         faster._forward = torch.compile(self._network, dynamic=False, backend=backend)
         return faster
 
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=self._format)
+
     def gradient(self, images: Tensor, view: Tensor, labels: Tensor) -> Tensor:
         """(N, C, H, W) of the objective by images. view: what the network sees of them, such as
         their mirror images; labels: (N,)."""
-        seen = view.detach().requires_grad_()  # the compiler wants a leaf
+        seen = self._laid_out(view.detach()).requires_grad_()  # the compiler wants a leaf
         with self._autocast():
             logits = as_logits(self._forward(seen)).float()
         (by_view,) = torch.autograd.grad(image_loss(self.objective, seen, logits, labels), seen)
@@ -292,7 +302,7 @@ class Step:
             for tap in self._taps:
                 self._recalling[tap.module].probes.append(probes[tap.name])
             with self._autocast():
-                logits = as_logits(self._network(images)).float()
+                logits = as_logits(self._network(self._laid_out(images))).float()
             score = logits.gather(1, labels[:, None]).sum()
             sums = torch.autograd.grad(score, list(probes.values()), allow_unused=True)
         finally:

@@ -115,6 +115,17 @@ KINDS = {
 }
 
 
+class Viewed(networks.Apart):
+    """Flattens a feature map by a view, which only the usual layout allows."""
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        return self.fc(x.view(len(x), -1).view(len(x), 5, -1).mean(2))
+
+
+KINDS["viewed"] = partial(Viewed, nn.BatchNorm2d)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("path", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
@@ -136,6 +147,27 @@ def test_the_gradient_of_a_step(objective, kind, path):
     traced = step.compiled("aot_eager")
     assert (step.path, traced.path) == ("eager", "compiled")
     torch.testing.assert_close(traced.gradient(images, view, labels), found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["residual", "viewed"])
+def test_a_step_runs_channels_last_where_the_network_allows_it(kind, monkeypatch):
+    seen, forward = [], nn.Conv2d.forward
+
+    def watched(self, x):
+        seen.append((x, self.weight))
+        return forward(self, x)
+
+    step = Step(networks.classifier(KINDS[kind]()), OBJECTIVES["kl"], "float32")
+    monkeypatch.setattr(nn.Conv2d, "forward", watched)
+    x, labels = networks.images(4).requires_grad_(), torch.tensor([0, 1, 2, 1])
+    step.gradient(x, x, labels)
+    step.sensitivity(x.detach(), labels)
+    assert {
+        each.is_contiguous(memory_format=torch.channels_last)
+        for pair in seen
+        for each in pair
+        if each.shape[2:] != (1, 1)  # of which both layouts are the same
+    } == {kind == "residual"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
