@@ -20,6 +20,9 @@ JOB = "job.json"
 PREPARED = ("prepared.json", "steps.json")
 """Files of which a folder of prepare has one: when it is finished, and before."""
 
+DEVICES = (Path("/dev"), Path("/dev/fd"))
+"""/dev/stdout and /dev/fd/1 may lead to a regular file, which is not ours to replace."""
+
 
 def refuse_existing(path: Path, *, force: bool = False) -> None:
     """Ask this before hours of work. Raises FileError when ``path`` exists, is a folder or a
@@ -30,7 +33,7 @@ def refuse_existing(path: Path, *, force: bool = False) -> None:
         raise FileError(f"{path} cannot be written: {error.strerror}") from error
     if path.is_dir():
         raise FileError(f"{path} is a folder, expected a file: choose another -o")
-    if exists and not path.is_file():
+    if exists and (not path.is_file() or path.parent in DEVICES):
         raise FileError(f"{path} is not a regular file: choose another -o")
     if exists and not force:
         raise FileError(f"{path} exists: choose another -o, or overwrite it with --force")

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import networks
@@ -360,6 +361,16 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "whole"
     assert os.listdir(tmp_path) == ["x.csv"]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd here")
+def test_a_name_of_standard_output_is_not_replaced(tmp_path):
+    with (
+        (tmp_path / "redirected.csv").open("w+") as redirected,
+        pytest.raises(FileError, match="not a regular file"),
+        atomic(Path(f"/dev/fd/{redirected.fileno()}"), force=True),
+    ):
+        pass
 
 
 def test_what_is_no_regular_file_is_not_replaced(tmp_path):
