@@ -1124,8 +1124,9 @@ def summed(*parts):
     return score
 
 
-def c2ir_peak(test, fit, near=0):
-    """Peak counts where noise has the lower ones. near: units of nci."""
+def c2ir_peak(test, fit, near=0.5):
+    """Peak counts where noise has the lower ones, and the last map over four positions. near: units
+    of nci."""
 
     def log_energy(rows):
         return -np.log(positive_energy(rows))
@@ -1142,7 +1143,11 @@ def c2ir_peak(test, fit, near=0):
 
     first, second = scaled(log_energy), scaled(log_deviation)
     total = on_scale(*(a + b for a, b in zip(first, second, strict=True)))[0]
-    if np.median(-peak(fit.noise)) < np.median(-peak(fit.pool)):
+    (last,) = (layer for layer in fit.pool.layers.values() if layer.peak is not None)
+    active = last.peak.numpy() > 0
+    times = last.peak.numpy()[active] / last.mean.numpy()[active]
+    many = times.min() < 0 or times.max() > 4.5
+    if many and np.median(-peak(fit.noise)) < np.median(-peak(fit.pool)):
         total = total + scaled(log_peak)[0]
     return total + near * scaled(lambda rows: nci(rows, Fit(fit.train)))[0]
 

@@ -16,6 +16,7 @@ from oodcli.detectors.blocks import Blocks, finite_rows
 from oodcli.detectors.c2ir_z import C2IRZ
 from oodcli.detectors.common_scale import Summed, median_and_spread, on_common_scale
 from oodcli.detectors.hyperparameters import require_between
+from oodcli.detectors.layer_choice import last_map
 from oodcli.detectors.nci import ALPHA, NCI
 from oodcli.detectors.one_class_sum import OneClassSum
 from oodcli.detectors.peak import Peak
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 FLOOR = 1e-3
 """Of a layer's mean squared deviation, in variances: no image is nearer to its class, but a layer
 that is dead."""
+
+FEW = 4
+"""Positions of a last map whose peaks say little that its means do not."""
 
 
 @dataclass(frozen=True)
@@ -107,25 +111,25 @@ class Nearness(Detector):
 
 @dataclass(frozen=True)
 class C2IRPeak(Summed):
-    """r(r(−log E) + r(mean_l log d_l)) + r(−log‖p‖): free energy and deviations from the class's
-    virtual images layer by layer, which go as one, and the highest positions, which means over
-    positions hide. r: by median and quartiles on accuracy-matched virtual images. Real images may
-    take the place of both.
+    """r(r(−log E) + r(mean_l log d_l)) + r(−log‖p‖) + ν r(nci): free energy and deviations from the
+    class's virtual images layer by layer, which go as one; the highest positions, which means over
+    positions hide; the angle between the embedding and the predicted class's weights. r: by median
+    and quartiles on accuracy-matched virtual images. Real images may take the place of both.
 
     median, spread: of the first two so that their sum has the median 0 and the interquartile
-    range 1. with_peak: whether the last term counts. It does not where uniform noise has higher
+    range 1. with_peak: whether the peaks count. They do not where uniform noise has higher
     peaks than the pool, as in small networks on plain images: there, strange images are those with
-    the high peaks.
+    the high peaks. Nor do they where the last map has at most four positions, as in a VGG.
 
-    nci: units of r(nci) that are added. mean: (D,), of nci; empty where nci is 0.
+    nci: ν, units of r(nci) that are added. mean: (D,), of nci; empty where nci is 0.
     """
 
     name = "c2ir-peak"
     source = "this project, on C2IR and Liu et al. 2020"
-    about = "logarithms of energy, c2ir-z's deviations and peak, scaled on an accuracy-matched pool"
+    about = "logarithms of energy, c2ir-z's deviations and peak, and nci, scaled on a matched pool"
     formula = r"""
         s = r\Bigl(r(-\log E) + r\bigl(\operatorname{mean}_l \log d_l\bigr)\Bigr)
-        + r(-\log \lVert p \rVert)
+        + r(-\log \lVert p \rVert) + \nu\, r(s_\text{nci})
 
         E = \log\Bigl(1 + \sum_c e^{z_c}\Bigr),
         \qquad d_l = \operatorname{mean}_k \frac{(m_{l,k} - \mu^c_{l,k})^2}{\sigma_{l,k}^2},
@@ -146,22 +150,26 @@ class C2IRPeak(Summed):
         *,
         noise: Blocks,
         pool: Blocks,
-        nci: Annotated[float, "units of nci to add, 0 to 10; we measured 0.5"] = 0.0,
+        nci: Annotated[float, "units of nci that are added, 0 to 10"] = 0.5,
     ) -> Self:
         """One pass over train, for c2ir-z, and one for nci; one over noise, for its median of peak;
-        two over the pool, for that median and for the terms of each row. Raises DetectorError when
+        three over the pool, for that median, the positions of the last map and the terms of each
+        row. Raises DetectorError when
         a record is missing or one of the three has no row, when a score does not vary over the
         pool, and for an nci that is not in 0 … 10."""
         require_between(cls.name, 0, 10, nci=nci)
         deviation = C2IRZ.fit(train)
         mean = NCI.fit(train).mean if nci else torch.zeros(0)
         of_noise, of_pool = (_usual_peak(rows, cls.name) for rows in (noise, pool))
-        with_peak = of_noise < of_pool
-        if not with_peak:
+        lower, few = of_noise < of_pool, _few_positions(pool, cls.name)
+        with_peak = lower and not few
+        if not lower:
             log.info(
                 f"{cls.name}: peak is left out: noise has higher peaks ({of_noise:.3g}, "
                 f"the pool {of_pool:.3g})"
             )
+        elif few:
+            log.info(f"{cls.name}: peak is left out: the last map has at most {FEW} positions")
         rows, scale = cls._on_pool(_parts(deviation, with_peak, mean), pool)
         median, spread = scale["median"], scale["spread"]
         both = on_common_scale(rows, median, spread)[:, :2].sum(1, keepdim=True)
@@ -196,3 +204,14 @@ def _usual_peak(rows: Blocks, who: str) -> float:
     """Median of ‖p‖. Raises DetectorError where there is no row."""
     found = [-Peak().score(block) for block in finite_rows(rows, Peak.needs, who)]
     return median_and_spread(torch.cat(found)[:, None])[0].item()
+
+
+def _few_positions(rows: Blocks, who: str) -> bool:
+    """Whether the last map, none of whose values is negative then, has at most FEW positions: a
+    peak is at most so many times its mean, and reaches that where one position alone is active."""
+    for block in finite_rows(rows, C2IRPeak.needs, who):
+        layer = last_map(block, who)
+        peak, mean = recorded(layer.peak), recorded(layer.mean)
+        if ((peak > 0) & (peak > (FEW + 0.5) * mean)).any():
+            return False
+    return True

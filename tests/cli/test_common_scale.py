@@ -43,12 +43,13 @@ from oodcli.stages.default_detector import default_detector
 
 @pytest.fixture(scope="module")
 def rows():
-    """A function from a count and a seed to what was recorded of as many images."""
+    """A function from a count and a seed to what was recorded of as many images, with peaks as of a
+    last map of many positions."""
     network = networks.classifier(networks.Residual(classes=3))
     recorder = Recorder(network, recordable(network))
 
     def recorded(count, seed):
-        return recorder(networks.images(count, seed), torch.arange(count) % 3)
+        return with_peaks(recorder(networks.images(count, seed), torch.arange(count) % 3), 10)
 
     return recorded
 
@@ -81,15 +82,15 @@ def test_the_formula_against_a_naive_one(three, test, kind):
 
 
 @pytest.mark.parametrize("times", [0.5, 2])
-def test_the_formula_with_nci_against_a_naive_one(three, test, times):
+def test_units_of_nci_against_the_naive_formula(three, test, times):
     """With peaks of the noise below and above those of the pool."""
     given = {**three, "noise": with_peaks(three["noise"], times * 2)}
-    made = C2IRPeak.fit(**given, nci=0.5)
-    expected = torch.from_numpy(c2ir_peak(test, Fit(**given), 0.5))
-    torch.testing.assert_close(made.score(test), expected, rtol=1e-8, atol=1e-8)
-    difference = made.score(test) - C2IRPeak.fit(**given).score(test)
+    without, two = (C2IRPeak.fit(**given, nci=units).score(test) for units in (0, 2))
+    for units, found in ((0, without), (2, two)):
+        expected = torch.from_numpy(c2ir_peak(test, Fit(**given), units))
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
     near = NCI.fit(three["train"])
-    assert torch.equal(difference.argsort(), near.score(test).argsort())
+    assert torch.equal((two - without).argsort(), near.score(test).argsort())
 
 
 def test_units_of_nci_out_of_range_are_refused(three):
@@ -123,7 +124,8 @@ def test_peak_counts_where_noise_has_the_lower_peaks(three, test, caplog, times,
     made = C2IRPeak.fit(**{**three, "noise": with_peaks(three["pool"], times)})
     assert made.with_peak is counts
     assert ("peak is left out: noise has higher peaks" in caplog.text) is not counts
-    assert [part.name for part in made.parts] == ["energy", "c2ir-z", "peak"][: 2 + counts]
+    peak = ["peak"] if counts else []
+    assert [part.name for part in made.parts] == ["energy", "c2ir-z", *peak, "nci"]
     layers = {name: replace(layer, peak=None) for name, layer in test.layers.items()}
     without = replace(test, layers=layers)
     if counts:
@@ -133,7 +135,26 @@ def test_peak_counts_where_noise_has_the_lower_peaks(three, test, caplog, times,
         rows = torch.stack([part.score(without) for part in made.parts], 1)
         expected = ((rows - made.median) / made.spread).sum(1)
         torch.testing.assert_close(made.score(without), expected, rtol=1e-12, atol=1e-12)
-        assert len(made.contributions(without)[0]) == len(made.deviation.layers) + 1
+        assert len(made.contributions(without)[0]) == len(made.deviation.layers) + 2
+
+
+@pytest.mark.parametrize(("positions", "counts"), [(4, False), (6, True)])
+def test_peak_counts_where_the_last_map_has_many_positions(three, test, caplog, positions, counts):
+    """A last map with one active position, seen as its mean and its peak."""
+    caplog.set_level("INFO")
+
+    def of_map(rows):
+        name, layer = next((n, each) for n, each in rows.layers.items() if each.peak is not None)
+        layer = replace(layer, mean=layer.peak / positions)
+        return replace(rows, layers={**rows.layers, name: layer})
+
+    given = {name: of_map(rows) for name, rows in three.items()}
+    made = C2IRPeak.fit(**given)
+    assert made.with_peak is counts
+    said = "c2ir-peak: peak is left out: the last map has at most 4 positions" in caplog.text
+    assert said is not counts
+    expected = torch.from_numpy(c2ir_peak(of_map(test), Fit(**given)))
+    torch.testing.assert_close(made.score(of_map(test)), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_two_that_contradict_each_other_are_refused(three, monkeypatch):
@@ -184,7 +205,7 @@ def test_blocks_are_the_whole(three, test, kind):
     torch.testing.assert_close(kind.fit(**blocks).score(test), whole, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("kind", "more"), [(C2IRPeak, 1), (Duo, 14), (Trio, 15)])
+@pytest.mark.parametrize(("kind", "more"), [(C2IRPeak, 2), (Duo, 14), (Trio, 15)])
 def test_a_score_is_its_contributions_and_a_constant(three, test, kind, more):
     duo = kind.fit(**three)
     names, terms = duo.contributions(test)
@@ -292,7 +313,7 @@ def test_an_artefact_holds_both_parts(three, test, tmp_path, kind):
     assert json.loads(metadata(path)["hyperparameters"]) == {
         "deviation": {"layers": list(duo.deviation.layers), "weights": "uniform"},
         **(
-            {"with_peak": True, "nci": 0.0}
+            {"with_peak": True, "nci": 0.5}
             if kind is C2IRPeak
             else {"indicators": {"reference": "uniform"}}
         ),
@@ -300,7 +321,7 @@ def test_an_artefact_holds_both_parts(three, test, tmp_path, kind):
 
 
 def test_an_artefact_with_nci(three, test, tmp_path):
-    made = C2IRPeak.fit(**three, nci=0.5)
+    made = C2IRPeak.fit(**three)
     path = tmp_path / "c2ir-peak.safetensors"
     write_artefact(Artefact(made, "abc", {"rows": 24, "kind": "virtual"}), path)
     again = read_artefact(path).detector
@@ -312,7 +333,7 @@ def test_an_artefact_with_nci(three, test, tmp_path):
 
 
 def test_an_artefact_of_before_has_no_nci(three, test, tmp_path):
-    made = C2IRPeak.fit(**three)
+    made = C2IRPeak.fit(**three, nci=0)
     path = tmp_path / "c2ir-peak.safetensors"
     write_artefact(Artefact(made, "abc", {"rows": 24, "kind": "virtual"}), path)
     words = metadata(path)

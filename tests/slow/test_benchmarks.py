@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -12,10 +13,10 @@ import torch
 from commands import oodcli
 
 import benchmarks.__main__ as command
-from benchmarks import stream
+from benchmarks import parts, stream
 from benchmarks.bench_growth import Line
 from benchmarks.measure import in_turns, peak, pinned, ratio
-from oodcli.metrics import tnr95
+from oodcli.metrics import auroc, tnr95
 from oodcli.stages.demo import CARD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,3 +209,32 @@ def test_the_gains_of_a_stream(trained, tmp_path, capsys):
     assert len({*found[0][3:4], *found[2][3:4]}) == 2
     with pytest.raises(SystemExit, match="90 rows, but a job needs 150: lower --rows"):
         stream.main([*words, "--rows", "300", "--share", "0.5"])
+
+
+def test_the_parts_of_a_sum(trained, tmp_path, capsys):
+    sets = {"id": trained / "test.npz", "blobs": "noise:blob?n=90", "noise": "noise:uniform?n=50"}
+    for name, images in sets.items():
+        words = ("extract", trained / "digits.pt", images, "-o", tmp_path / f"{name}.h5")
+        assert oodcli(*words).status == 0
+    words = ("fit", tmp_path / "id.h5", "-d", "c2ir-peak", "-d", "mds", "-o", tmp_path)
+    assert oodcli(*words, "--noise", tmp_path / "noise.h5").status == 0
+    artefact = tmp_path / "c2ir-peak.safetensors"
+    given = [str(tmp_path / "id.h5"), f"blobs={tmp_path / 'blobs.h5'}"]
+    assert parts.main([str(artefact), *given]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    rows = {cells[1].strip(): cells[2].strip() for cells in (line.split("|") for line in lines)}
+    assert {"energy", "c2ir-z", "nci", "without nci", "sum"} <= rows.keys()
+    for detector, row in ((artefact, "sum"), ("energy", "energy")):
+        scores = []
+        for name in ("id", "blobs"):
+            words = ("score", tmp_path / f"{name}.h5", "-d", detector, "-o", tmp_path / "s.csv")
+            assert oodcli(*words, "--force").status == 0
+            with (tmp_path / "s.csv").open(newline="") as file:
+                found = list(csv.DictReader(file))
+            scores.append([float(each[artefact.stem if row == "sum" else row]) for each in found])
+        # A score of float32 may tie where the logarithm of float64 does not.
+        auc, tnr = map(float, rows[row].split("/"))
+        assert auc == pytest.approx(100 * auroc(*scores), abs=0.06)
+        assert tnr == pytest.approx(100 * tnr95(*scores), abs=0.06)
+    with pytest.raises(SystemExit, match="mds is no sum of parts"):
+        parts.main([str(tmp_path / "mds.safetensors"), *given])
