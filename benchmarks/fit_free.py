@@ -16,7 +16,7 @@ import csv
 import json
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from importlib.metadata import version
@@ -25,6 +25,8 @@ from pathlib import Path
 from benchmarks.papers.config import Config, located, read_config
 from benchmarks.papers.runs import Rows, Runs
 from oodcli.files.prepared import read_prepared
+from oodcli.images.files import folder as images_in
+from oodcli.images.files import list_from_text
 
 METRICS = ("auroc", "tnr95")
 MEAN = "mean"
@@ -87,7 +89,7 @@ def main(words: Sequence[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     write_lines(output / "fit-free.csv", lines)
     when = f"{date.today().isoformat()}, oodcli {version('oodcli')}, torch {version('torch')}"
-    text = page(lines, f"{options.machine}, {when}", str(options.config))
+    text = page(lines, f"{options.machine}, {when}", str(options.config), config.every)
     (output / "fit-free.md").write_text(text, encoding="utf-8")
     print(f"wrote fit-free.csv and fit-free.md into {output}")
     return 0
@@ -116,30 +118,61 @@ def _say_left_out(config: Config, data: Path) -> None:
 
 def measured(runs: Runs) -> list[Line]:
     """The figures of a network; its sets' groups have means of their own."""
-    network = runs.network
-    words = [word for name in _detectors(runs) for word in ("-d", name)]
-    sets = {name: (network.checkpoint, each.images) for name, each in network.sets.items()}
-    test = (network.checkpoint, network.test.images)
-    words += [*runs.model, *runs.precision]
-    rows = runs.compare("scores", words, sets, METRICS, test=test)
-    groups: dict[str, list[str]] = {}
-    for name, each in network.sets.items():
-        if each.group:
-            groups.setdefault(each.group, []).append(name)
-    for group, names in groups.items():
-        files = {name: f"{runs.folder}/scores/{name}.csv" for name in names}
-        inside = f"{runs.folder}/scores/test.csv"
-        found = runs.evaluated(f"scores/evaluate-{group}", inside, files, METRICS)
-        for detector, on in found.items():
-            rows[detector][group] = on[MEAN]
+    network, every = runs.network, runs.config.every
+    chosen = _detectors(runs)
+    rows: Rows = {}
+    for step in sorted({every.get(name, 1) for name in chosen}, reverse=True):  # all images last
+        some = [word for name, word in chosen.items() if every.get(name, 1) == step]
+        rows |= _compared(runs, some, step)
+    rows = {name: rows[name] for name in chosen}
     counts = [Line(network.name, "", each, "images", count) for each, count in runs.counts.items()]
     if runs.accuracy is not None:
         counts += [Line(network.name, "", "ID", "accuracy", round(100 * runs.accuracy, 2))]
     return [*counts, *_lines(network.name, rows)]
 
 
-def _detectors(runs: Runs) -> list[str]:
-    """Names and artefacts, as ``score -d`` takes them."""
+def _compared(runs: Runs, chosen: Sequence[str], step: int) -> Rows:
+    """On every ``step``-th image of each set."""
+    network = runs.network
+    output = "scores" if step == 1 else f"scores-every-{step}"
+
+    def some(name: str, images: str) -> tuple[str, str]:
+        if step == 1:
+            return network.checkpoint, images
+        found = image_files(runs.data / images)
+        listed = runs.work / network.folder / output / f"{name}.txt"
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text("".join(f"{path}\n" for path in found[::step]), "utf-8")
+        return network.checkpoint, str(listed)
+
+    words = [word for name in chosen for word in ("-d", name)]
+    words += [*runs.model, *runs.precision]
+    sets = {name: some(name, each.images) for name, each in network.sets.items()}
+    rows = runs.compare(output, words, sets, METRICS, test=some("test", network.test.images))
+    groups: dict[str, list[str]] = {}
+    for name, each in network.sets.items():
+        if each.group:
+            groups.setdefault(each.group, []).append(name)
+    for group, names in groups.items():
+        files = {name: f"{runs.folder}/{output}/{name}.csv" for name in names}
+        inside = f"{runs.folder}/{output}/test.csv"
+        found = runs.evaluated(f"{output}/evaluate-{group}", inside, files, METRICS)
+        for detector, on in found.items():
+            rows[detector][group] = on[MEAN]
+    return rows
+
+
+def image_files(images: Path) -> list[str]:
+    """The image files of a folder or of a list, in the order in which oodcli scores them. Raises
+    ValueError for other images."""
+    if not images.is_dir() and images.suffix != ".txt":
+        raise ValueError(f"{images}: every needs a folder or a .txt list of images")
+    source = images_in(images, ()) if images.is_dir() else list_from_text(images, ())
+    return source.paths(0, len(source))
+
+
+def _detectors(runs: Runs) -> dict[str, str]:
+    """Name → itself or an artefact, as ``score -d`` takes them."""
     checkpoint, network = runs.network.checkpoint, runs.network
     words = ("inspect", checkpoint, *runs.model, "--json")
     found = json.loads(runs.run(f"{runs.folder}/inspect", *words))
@@ -154,7 +187,7 @@ def _detectors(runs: Runs) -> list[str]:
         if prepared := read_prepared(runs.work / network.folder / "prepared"):
             files = {name: file for name, file in prepared.detectors.items() if file}
             chosen |= {name: f"{folder}/{file}" for name, file in files.items()}
-    return [word for name, word in chosen.items() if name not in runs.config.without]
+    return {name: word for name, word in chosen.items() if name not in runs.config.without}
 
 
 def _lines(network: str, rows: Rows) -> list[Line]:
@@ -215,9 +248,11 @@ table then has the means of the near and the far sets, and published figures bes
 """
 
 
-def page(lines: Sequence[Line], measured: str, config: str, most: int = 12) -> str:
-    """Markdown. measured: machine, date and versions. most: detectors shown; the figures of the
-    others are in the CSV."""
+def page(
+    lines: Sequence[Line], measured: str, config: str, every: Mapping[str, int], most: int = 12
+) -> str:
+    """Markdown. measured: machine, date and versions. every: as of Config. most: detectors shown;
+    the figures of the others are in the CSV."""
     networks = list(dict.fromkeys(line.network for line in lines))
     cells = {(line.network, line.detector, line.set, line.metric): line for line in lines}
     known = list(dict.fromkeys(line.detector for line in lines if line.detector))
@@ -242,6 +277,7 @@ def page(lines: Sequence[Line], measured: str, config: str, most: int = 12) -> s
             INTRODUCTION.format(shown=few),
             _table(heads, rows),
             *(_about(network, lines) for network in networks),
+            *(f"* `{name}`: one image of {step}" for name, step in every.items() if name in known),
             HOW.format(measured=measured, config=config),
         ]
     )

@@ -52,7 +52,8 @@ class Network:
 class Config:
     """networks: by name. per_class: virtual images a class. seeds: of the inversion. noise: images
     of each kind. precision: of the passes over images. roots: folders in which images are looked
-    for, in this order. without: detectors to leave out of ``benchmarks.fit_free``."""
+    for, in this order. without: detectors to leave out of ``benchmarks.fit_free``. every: detector
+    → N, where it scores every N-th image of each set alone."""
 
     networks: Mapping[str, Network]
     per_class: int
@@ -62,6 +63,7 @@ class Config:
     precision: str
     roots: tuple[str, ...]
     without: tuple[str, ...]
+    every: Mapping[str, int]
 
 
 def read_config(path: Path, tables: Collection[str]) -> Config:
@@ -70,7 +72,7 @@ def read_config(path: Path, tables: Collection[str]) -> Config:
     with path.open("rb") as file:
         found = tomllib.load(file)
     usual: dict[str, Any] = {"per_class": 50, "seeds": [0, 1], "noise": 2000, "resamples": 1000}
-    usual |= {"precision": "float32", "roots": ["."], "without": []}
+    usual |= {"precision": "float32", "roots": ["."], "without": [], "every": {}}
     _refuse_unknown(found, {*usual, "test", "train", "sets", "networks"}, str(path))
     sets = {name: _image_set(name, value) for name, value in found.get("sets", {}).items()}
     networks = {}

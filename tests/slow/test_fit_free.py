@@ -140,6 +140,35 @@ def test_a_missing_folder_is_named_with_the_layout(run, data, tmp_path, capsys):
     assert not (tmp_path / "work" / "fit-free.csv").exists()
 
 
+def test_a_detector_is_measured_on_every_third_image(run, data, tmp_path):
+    config = Path(configured(tmp_path))
+    few = 'without = ["pro", "mc-dropout"]\nevery = { odin = 3 }\n'
+    config.write_text(few + config.read_text("utf-8"), encoding="utf-8")
+    assert fit_free.main([str(config), str(data), "--work", str(tmp_path / "work")]) == 0
+    work = tmp_path / "work"
+    all_rows, some = (
+        {
+            name: list(csv.DictReader((folder / f"{name}.csv").read_text("utf-8").splitlines()))
+            for name in ("test", "ninco")
+        }
+        for folder in (run / "work" / "digits" / "scores", work / "digits" / "scores-every-3")
+    )
+    for name, rows in some.items():
+        expected = {row["path"]: row["odin"] for row in all_rows[name][::3]}
+        assert {row["path"]: row["odin"] for row in rows} == expected
+        assert "energy" not in rows[0]
+    before, found = (
+        {(x.detector, x.set, x.metric): x for x in fit_free.read_lines(folder / "fit-free.csv")}
+        for folder in (run / "work", work)
+    )
+    inside, outside = ([float(row["odin"]) for row in some[name]] for name in ("test", "ninco"))
+    area = 100 * auroc(inside, outside)
+    assert found["odin", "ninco", "auroc"].value == pytest.approx(area, abs=0.006)
+    rest = {key: line for key, line in before.items() if key[0] not in ("odin", "pro")}
+    assert {key: line for key, line in found.items() if key[0] != "odin"} == rest
+    assert "* `odin`: one image of 3\n" in (work / "fit-free.md").read_text("utf-8")
+
+
 def test_prepared_detectors_are_among_them(data, tmp_path):
     config = Path(configured(tmp_path, "accuracy = 0.98\n"))
     text = re.sub(r"^(inat|openi|ssb).*\n", "", config.read_text("utf-8"), flags=re.M)
@@ -169,7 +198,9 @@ def test_both_configurations_are_read():
 def test_the_page_of_the_docs_is_what_its_figures_give():
     text = (RESEARCH / "fit-free.md").read_text("utf-8")
     measured = re.search(r"^Measured on (.*):$", text, re.M)[1]
-    config = re.search(r"^python -m benchmarks.fit_free (\S+) DATA", text, re.M)[1]
+    name = re.search(r"^python -m benchmarks.fit_free (\S+) DATA", text, re.M)[1]
+    config = read_config(ROOT / name, ())
     lines = fit_free.read_lines(RESEARCH / "fit-free.csv")
-    assert fit_free.page(lines, measured, config) == text
-    assert {line.network for line in lines} == set(read_config(ROOT / config, ()).networks)
+    assert fit_free.page(lines, measured, name, config.every) == text
+    assert {line.network for line in lines} == set(config.networks)
+    assert config.every.keys() <= {line.detector for line in lines}
