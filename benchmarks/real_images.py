@@ -4,13 +4,13 @@
         [--work FOLDER] [--figure FILE.png] [-o FILE.json]
     python -m benchmarks.real_images CHECKPOINT --id IMAGES --ood NAME=IMAGES … --accuracy SHARE
         [--options="--arch …"] [--invert="--total 150 --objective short --no-sensitivity"]
-        [--no-batchnorm] …
+        [--no-batchnorm [--train IMAGES]] …
 
 Runs on the CIFAR-10 networks of the folder DATA, or on a network and images of your own. One random
 half of the test images are the real images that a user may have, without labels; the other half is
 in-distribution (ID) when detectors are compared. With --no-batchnorm, detectors are compared that
-networks without BatchNorm allow, each fitted on virtual images, on real ones and on both. With a
-WORK folder that is kept, it resumes.
+networks without BatchNorm allow, each fitted on virtual images, on real ones and on both, and on
+all images of --train. With a WORK folder that is kept, it resumes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Found:
 @dataclass(frozen=True)
 class Site:
     """What was recorded of a network: noise, virtual images, an accuracy-matched pool of others, ID
-    images to take real ones from and to compare on, and OOD sets."""
+    images to take real ones from and to compare on, OOD sets, and training images, if any."""
 
     noise: Blocks
     virtual: Blocks
@@ -77,6 +77,7 @@ class Site:
     rows: Tensor
     """A random order of the rows of ``inside``."""
     outside: Mapping[str, Blocks]
+    train: Blocks = ()
 
     @property
     def half(self) -> int:
@@ -153,6 +154,8 @@ def ways(site: Site, number: int, draw: int) -> Iterator[tuple[str, Callable[[],
         for name in filter(site.allows, WITHOUT_FITTED):
             detector = fitted(name, site.virtual)
             yield f"{name} on virtual images", partial(on, detector, pool=not number)
+            if site.train and not number:
+                yield f"{name} on training images", partial(on, fitted(name, site.train), pool=True)
             if number >= HELD_OUT_FROM:
                 more: dict[str, Any] = {"k": min(50, number // 20)} if name == "knn" else {}
                 yield f"{name} on real images", partial(on_real, name, **more)
@@ -184,7 +187,7 @@ def ways(site: Site, number: int, draw: int) -> Iterator[tuple[str, Callable[[],
 @dataclass(frozen=True)
 class Network:
     """name: of its folder. images: set → IMAGES, the first ID. options: of the model. inverting: of
-    ``invert``."""
+    ``invert``. train: IMAGES."""
 
     name: str
     checkpoint: str
@@ -193,6 +196,7 @@ class Network:
     options: Sequence[str] = ()
     inverting: Sequence[str] = ("--per-class", "50")
     batchnorm: bool = True
+    train: str = ""
 
 
 def of_cifar(checkpoint: str, data: Path) -> Network:
@@ -213,6 +217,8 @@ def record(work: Work, network: Network) -> None:
 
     for name, images in network.images.items():
         run(name, "extract", images, *records)
+    if network.train:
+        run("train", "extract", network.train, *records)
     if network.batchnorm:
         run("noise", "extract", "noise:uniform?n=2000", *records)
     for name, seed in (("virtual", "0"), ("pool", "1")):
@@ -232,13 +238,18 @@ def opened(folder: Path, network: Network, stack: ExitStack) -> Site:
         return list(cache.rows(needs & cache.recorded))
 
     first, *others = network.images
-    inside = [replace(b, label=torch.full((len(b),), -1)) for b in read(first)]  # unlabelled
+    inside = unlabelled(read(first))
+    train = unlabelled(read("train")) if network.train else ()
     count = sum(map(len, inside))
     rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     outside = {name: read(name) for name in others}
     noise = read("noise") if network.batchnorm else []
     virtual, pool = read("virtual"), read("pool")
-    return Site(noise, virtual, pool, inside, network.batchnorm, recorded, rows, outside)
+    return Site(noise, virtual, pool, inside, network.batchnorm, recorded, rows, outside, train)
+
+
+def unlabelled(blocks: Blocks) -> Blocks:
+    return [replace(block, label=torch.full((len(block),), -1)) for block in blocks]
 
 
 def measure(site: Site, numbers: Sequence[int], draws: int) -> dict[str, dict[str, Any]]:
@@ -315,6 +326,7 @@ def main() -> None:
     parser.add_argument("--options", type=shlex.split, default=[])
     parser.add_argument("--invert", type=shlex.split, default=Network.inverting)
     parser.add_argument("--no-batchnorm", action="store_true")
+    parser.add_argument("--train", metavar="IMAGES")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--numbers", default="10,30,100,300,1000")
     parser.add_argument("--work", type=Path)
@@ -323,6 +335,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.id and not (options.ood and options.accuracy):
         parser.error("--id needs --ood and --accuracy")
+    if options.train and not (options.id and options.no_batchnorm):
+        parser.error("--train needs --id and --no-batchnorm")
     numbers = [int(word) for word in options.numbers.split(",")]
     found = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -342,6 +356,7 @@ def main() -> None:
                     options.options,
                     options.invert,
                     not options.no_batchnorm,
+                    str(Path(options.train).resolve()) if options.train else "",
                 )
             }
         for called, network in networks.items():
