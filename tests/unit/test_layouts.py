@@ -199,6 +199,18 @@ def test_one_logit_becomes_two(last: nn.Module | None) -> None:
     noted(found, "one logit")
 
 
+@pytest.mark.parametrize("logit", [0.0, 1.0])
+def test_one_logit_may_look_like_a_softmax(logit: float) -> None:
+    network = Binary(nn.Sigmoid()).eval()
+    nn.init.zeros_(network.conv.weight)
+    nn.init.ones_(network.conv.bias)
+    nn.init.constant_(network.fc.weight, logit / 4)
+    found = assemble(network, arch="x", preprocessing=Preprocessing((8, 8), (0,) * 3, (1,) * 3))
+    assert found.head_name == "fc"
+    with torch.no_grad():
+        assert found.network(torch.zeros(1, 3, 8, 8)).tolist() == [[0, logit]]
+
+
 def test_one_output_without_a_linear_head_is_refused() -> None:
     network = nn.Sequential(nn.Conv2d(3, 1, 8), nn.Flatten())
     with pytest.raises(CheckpointError, match="zeros_like"):
