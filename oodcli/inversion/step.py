@@ -35,11 +35,7 @@ SAME = 1e-3
 
 def batch_moments(activation: Tensor) -> Moments:
     """Mean and population variance over the batch and its positions of (N, C, …): (C,) each,
-    float32. By BatchNorm's own kernel where it is the faster one and exact enough; else by sums, as
-    spatial_moments, without a float32 copy."""
-    on_cpu = activation.dtype == torch.float32 and activation.device.type == "cpu"
-    if on_cpu and not torch.compiler.is_compiling():  # the compiler fuses the sums
-        return torch.batch_norm_update_stats(activation, None, None, 0.0)
+    float32. By sums, as spatial_moments, without a float32 copy."""
     dims = [0, *range(2, activation.ndim)]
     count = activation.numel() // activation.shape[1]
     mean = activation.sum(dims, dtype=torch.float32) / count
