@@ -208,7 +208,7 @@ def extrapolated(folder: Path, scored: Line) -> dict[str, dict[str, float]]:
     at_zero, slope, _ = scored.fitted()
     found = {f"score {SCORED:.0e} images, CHECKPOINT": {"days": (at_zero + SCORED * slope) / 86400}}
     resnet = untrained(models.resnet50(), folder / "resnet50.pt", input_size=(224, 224))
-    precision = Model(Checkpoint(folder / "resnet50.pt")).precision(fast=True)  # as invert has it
+    precision = Model(Checkpoint(folder / "resnet50.pt")).precision("auto")  # as invert has it
     recorded, stepped = per_image({"": resnet}, 4, 2, precision)
     days = SCORED * recorded[""] / 86400
     found[f"record {SCORED:.0e} images, ResNet-50 at 224"] = {"days": days}

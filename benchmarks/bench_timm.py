@@ -1,16 +1,17 @@
 """Scoring a folder of photographs beside the loop of timm's validate.py.
 
     python -m benchmarks.bench_timm FOLDER [--images 500] [--batch-size 64] [--rounds 5]
-        [--threads 2] [--only resnet50 …]
+        [--threads 2] [--only resnet50 …] [--precision float32 bfloat16] [--no-all]
 
 Networks of timm with random weights. The loop is create_model, the transform of
 resolve_model_data_config, a DataLoader with as many workers as threads, the forward pass in
 inference mode, and the five largest logits. Beside it, ``oodcli score`` of the same files, with the
 detectors that one forward pass serves, and with ``-d all``, which need further passes, too; both
-without 1c-sum, which is fitted on noise first. All take turns. Prints as JSON images a second, and
-the median ratio to the loop. Imports and the loading of the network do not count. All keep freed
-memory, as ``oodcli score`` does. With one thread, seconds are those of the processor, and the loop
-decodes in its own process.
+without 1c-sum, which is fitted on noise first. --precision: of the detectors of one pass; with one
+that is not float32, the loop runs under autocast, too. All take turns. Prints as JSON images a
+second, and the median ratio to the loop. Imports and the loading of the network do not count. All
+keep freed memory, as ``oodcli score`` does. With one thread, seconds are those of the processor,
+and the loop decodes in its own process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -37,7 +39,7 @@ from oodcli.networks.load import load_classifier
 from oodcli.recording.recorder import AGAIN
 from oodcli.stages.chosen import Chosen, choose_detectors
 from oodcli.stages.model import Model, Running
-from oodcli.stages.opened import from_images
+from oodcli.stages.opened import Opened, from_images
 from oodcli.stages.score import score_to_file
 
 NETWORKS = ("resnet50", "vit_base_patch16_224", "tf_efficientnet_lite0")
@@ -57,12 +59,13 @@ def measured(name: str, folder: Path, options: argparse.Namespace) -> dict[str, 
         persistent_workers=workers > 0,
     )
 
-    def loop() -> None:
-        with torch.inference_mode():
+    def loop(precision: str) -> None:
+        half = precision == "bfloat16"
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
             for images, _ in loader:
                 network(images).topk(5)
 
-    def scoring(chosen: list[Chosen]) -> Callable[[], None]:
+    def scoring(chosen: list[Chosen], opened: Opened) -> Callable[[], None]:
         def run() -> None:
             with open(os.devnull, "w", encoding="utf-8") as stream:
                 score_to_file(
@@ -78,17 +81,22 @@ def measured(name: str, folder: Path, options: argparse.Namespace) -> dict[str, 
         names = [files.filename(index, absolute=True) for index in range(count)]
         listed.write_text("\n".join(names), encoding="utf-8")
         classifier = load_classifier(path, Overrides(arch=f"timm:{name}"))
-        model = Model(classifier, Running("cpu", options.batch_size))
-        opened, _, _ = from_images(
-            model, classifier, str(listed), mirror=False, timeout=None, command=""
-        )
-        everything = choose_detectors(["all"], {}, opened.available, classifier.sha256)
-        once = [each for each in everything if not each.detector.score_needs & AGAIN]
-        work = {
-            LOOP: loop,
-            f"score, {len(once)} detectors of one pass": scoring(once),
-            f"score -d all, {len(everything)} detectors": scoring(everything),
-        }
+        work: dict[str, Callable[[], None]] = {LOOP: partial(loop, "float32")}
+        for precision in options.precision:
+            model = Model(classifier, Running("cpu", options.batch_size, precision))
+            opened, _, _ = from_images(
+                model, classifier, str(listed), mirror=False, timeout=None, command=""
+            )
+            everything = choose_detectors(["all"], {}, opened.available, classifier.sha256)
+            once = [each for each in everything if not each.detector.score_needs & AGAIN]
+            single = [each for each in once if each.name == "energy"]
+            added = "" if precision == "float32" else f", {precision}"
+            work[f"score -d energy{added}"] = scoring(single, opened)
+            work[f"score, {len(once)} detectors of one pass{added}"] = scoring(once, opened)
+            if added:
+                work[LOOP + added] = partial(loop, precision)
+            elif options.all:
+                work[f"score -d all, {len(everything)} detectors"] = scoring(everything, opened)
         clock = time.perf_counter if workers else time.process_time
         times = in_turns(work, options.rounds, clock=clock)
     return {
@@ -108,6 +116,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=NETWORKS)
+    parser.add_argument("--precision", nargs="+", default=["float32"])
+    parser.add_argument("--all", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()

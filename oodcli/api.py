@@ -363,7 +363,7 @@ def inspect(
     card: str | Path | None = None,
     device: str = "auto",
     batch_size: int | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -404,7 +404,7 @@ def score(
     html: str | Path | None = None,
     device: str = "auto",
     batch_size: int | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     seed: int = 0,
     progress: Watch | None = None,
     command: str = "oodcli.score",
@@ -514,7 +514,7 @@ def invert(
     shard: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     seed: int = 0,
     progress: Watch | None = None,
     command: str = "oodcli.invert",
@@ -554,7 +554,7 @@ def estimate_inversion(
     shard: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     seed: int = 0,
 ) -> InvertEstimate:
     """Estimate how long ``invert`` would run with these arguments, by a trial. Writes nothing."""
@@ -618,7 +618,7 @@ def prepare(
     restart: bool = False,
     device: str = "auto",
     batch_size: int | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     seed: int = 0,
     progress: Watch | None = None,
     watching: Watching | None = None,
@@ -652,7 +652,7 @@ def plan_preparation(
     force: bool = False,
     device: str = "auto",
     batch_size: int | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     seed: int = 0,
 ) -> Prepared | None:
     """The steps that ``prepare`` would run with these arguments, and how long they would take, by
@@ -699,7 +699,7 @@ def extract(
     shard: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     seed: int = 0,
     progress: Watch | None = None,
     command: str = "oodcli.extract",
@@ -854,7 +854,7 @@ def _path(path: str | Path | None) -> Path | None:
 
 
 def _model(
-    checkpoint: Network, device: str, batch_size: int | None, precision: str, seed: int
+    checkpoint: Network, device: str, batch_size: int | None, precision: str | None, seed: int
 ) -> Model:
     if batch_size is not None and batch_size < 1:
         raise OodcliError(f"batch_size {batch_size}: expected at least 1")

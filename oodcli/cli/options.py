@@ -243,11 +243,13 @@ class ModelOptions:
     ] = "auto"
     batch_size: Annotated[int | None, _run(min=1, help="Images per batch.")] = None
     precision: Annotated[
-        str,
+        str | None,
         _run(
-            help="auto, float32 or bfloat16.", autocompletion=words("auto", "float32", "bfloat16")
+            help="float32, bfloat16, or auto: bfloat16 where the device multiplies it in hardware. "
+            "Default: float32, auto for virtual images.",
+            autocompletion=words("auto", "float32", "bfloat16"),
         ),
-    ] = "auto"
+    ] = None
     seed: Annotated[int, _run(min=0, help="Random seed.")] = 0
     threads: Annotated[
         int | None,

@@ -38,12 +38,26 @@ class Objective:
     half_share: float
     spread_weight: float = 0.0
 
+    def in_steps(self, steps: int | None) -> Objective:
+        """The recipe in another number of steps, None: in its own. Where the learning rate falls to
+        0, fewer steps are longer, at most twice as long: 24 instead of 50 then detect as well
+        (docs/research/cost.md)."""
+        if steps is None:
+            return self
+        rate = self.learning_rate
+        if self.cosine:
+            rate *= min(2.0, max(1.0, self.steps / steps) ** LONGER)
+        return replace(self, steps=steps, learning_rate=rate)
+
 
 PATCHES = 32
 """Patches of an image whose similarities are compared: the memory grows with its square."""
 
 WIDTH = 0.1
 """Standard deviation of the kernels of cosine similarities, which are in [−1, 1]."""
+
+LONGER = 0.7
+"""Power of the number of steps by which they are longer where they are fewer."""
 
 TINY = 1e-12
 """Added to a density: the derivative of f log f is infinite at 0."""

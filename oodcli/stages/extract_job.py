@@ -96,7 +96,7 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
     if request.virtual:
         _require_same_network(request, classifier)
     what, made_with = records_of(request, classifier)
-    precision = request.model.precision(fast=False)
+    precision = request.model.precision()
     batch_size = request.model.batch_size(classifier)
     if request.match_accuracy is not None and not isinstance(source, VirtualImages):
         raise OodcliError(

@@ -177,7 +177,7 @@ def _plan(request: InvertRequest) -> tuple[Classifier, Plan]:
         raise OodcliError(
             f"--objective {request.objective}: expected one of {', '.join(OBJECTIVES)}"
         )
-    recipe = OBJECTIVES[request.objective]
+    recipe = OBJECTIVES[request.objective].in_steps(request.steps)
     if request.mirror is not None:
         recipe = replace(recipe, mirror=request.mirror)
     model = request.model
@@ -193,7 +193,7 @@ def _plan(request: InvertRequest) -> tuple[Classifier, Plan]:
         steps=request.steps,
         batch_size=model.running.batch_size
         or max(SMALL_BATCH, min(100, 100 * 64 * 64 // (height * width))),
-        precision=model.precision(fast=True),
+        precision=model.precision("auto"),
         seed=model.running.seed,
     )
     pairs = ", ".join(f"{name}={value}" for name, value in asdict(recipe).items())

@@ -36,11 +36,11 @@ class Checkpoint:
 @dataclass(frozen=True)
 class Running:
     """How a network runs. device, precision: a name, or ``auto``. batch_size: None for a default by
-    image size. seed: random seed."""
+    image size. precision: None for the usual one of a command. seed: random seed."""
 
     device: str = "auto"
     batch_size: int | None = None
-    precision: str = "auto"
+    precision: str | None = None
     seed: int = 0
 
 
@@ -121,22 +121,26 @@ class Model:
         given = self.running.batch_size
         height, width = classifier.preprocessing.input_size
         size = given or max(16, min(128, 128 * 128 * 128 // (height * width)))
-        log.debug("batches of %d, by %s", size, "default" if given is None else "--batch-size")
+        log.debug("batches of %d, %s", size, _origin("--batch-size", given))
         return size
 
-    def precision(self, *, fast: bool) -> str:
-        """``auto`` is float32; with ``fast`` it is bfloat16 if the device multiplies it in
-        hardware."""
-        precision = self.running.precision
+    def precision(self, usual: str = "float32") -> str:
+        """float32 or bfloat16. ``auto`` is bfloat16 if the device multiplies it in hardware. usual:
+        what a command uses where none was chosen. Raises OodcliError for another word."""
+        given = self.running.precision
+        precision, origin = usual if given is None else given, _origin("--precision", given)
         if precision not in ("auto", "float32", "bfloat16"):
             raise OodcliError(f"--precision {precision}: expected auto, float32 or bfloat16")
-        if precision != "auto":
-            log.debug("precision %s, by --precision", precision)
-            return precision
-        half = fast and multiplies_bfloat16(self.device())
-        why = "bfloat16, which this device multiplies in hardware" if half else "float32"
-        log.debug("precision %s, by default", why)
-        return "bfloat16" if half else "float32"
+        if precision == "auto" and multiplies_bfloat16(self.device()):
+            log.debug("precision bfloat16, which this device multiplies in hardware, %s", origin)
+            return "bfloat16"
+        found = "float32" if precision == "auto" else precision
+        log.debug("precision %s, %s", found, origin)
+        return found
+
+
+def _origin(option: str, given: object) -> str:
+    return "by default" if given is None else f"by {option}"
 
 
 def _log_origins(given: Checkpoint, running: Running, classifier: Classifier) -> None:

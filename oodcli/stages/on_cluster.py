@@ -70,7 +70,7 @@ def _from_anywhere(
         source=images,
         command=command,
         seed=model.running.seed,
-        precision=model.precision(fast=False),
+        precision=model.precision(),
         virtual=False,
         left_out=left_out(images),
     )
@@ -141,7 +141,7 @@ class ClusterJob:
             self.reading,
             table,
         )
-        precision = self.model.precision(fast=False)
+        precision = self.model.precision()
         job = Job(network, reading, precision, self.mirror, chosen, scoring)
         address = engine if engine != "ray" else None
         return ClusterWork(kept, job=job, pieces=found, address=address)

@@ -119,7 +119,7 @@ def from_images(
     reading of its labels, see ``settle_labels``."""
     source, reading = open_source(images, classifier, timeout=timeout)
     batch_size = model.batch_size(classifier)
-    precision = model.precision(fast=False)
+    precision = model.precision()
 
     def record(chosen: Sequence[Chosen], advance: Progress) -> Callable[[int, int], Iterable[Rows]]:
         for each in chosen:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from oodcli import detectors
 from oodcli.detectors.c2ir_z import MANY_CLASSES
+from oodcli.inversion.invert import HALVED_FROM
 from oodcli.networks.card import Overrides
 from oodcli.networks.classifier import Classifier
 from oodcli.stages.extract_job import ExtractRequest
@@ -33,6 +34,10 @@ quartiles."""
 
 PER_CLASS = 50
 """Virtual images per class by default."""
+
+STEPS = 24
+"""Steps of a small virtual image with BatchNorm and few classes, half of those of ``invert``:
+c2ir-peak then detects as well (docs/research/cost.md)."""
 
 PIXELS = 300 * 224 * 224
 """Pixels of all virtual images where there are many classes."""
@@ -76,6 +81,8 @@ def effort(
     objective = "patches" if not batchnorm else "kl" if total is None else "short"
     if objective == "patches" and total is not None:
         steps = steps or STEPS_OF_MANY
+    elif objective == "kl" and classes <= MANY_CLASSES and min(size) < HALVED_FROM:
+        steps = steps or STEPS
     return Effort(per_class or PER_CLASS, total, steps, mirror, objective)
 
 
@@ -335,7 +342,7 @@ def options_of(model: Model) -> tuple[str, ...]:
         "--trust-pickle": given.trust_pickle,
         "--device": None if running.device == "auto" else running.device,
         "--batch-size": running.batch_size,
-        "--precision": None if running.precision == "auto" else running.precision,
+        "--precision": running.precision,
         "--seed": running.seed or None,
     }
     words: list[str] = []

@@ -56,7 +56,7 @@ class Clock:
             classifier,
             what | {"logits"},
             made_with=made_with,
-            precision=request.model.precision(fast=False),
+            precision=request.model.precision(),
         )
         preprocessing = classifier.preprocessing
         inputs = torch.zeros(size, preprocessing.channels, *preprocessing.input_size)

@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -183,6 +184,21 @@ def test_faults_of_what_is_recorded(classifier):
             oodcli.record(classifier, images, needs)
     with pytest.raises(oodcli.OodcliError, match="expected float32 or bfloat16"):
         oodcli.record(classifier, "noise:blob", precision="int8")
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_bfloat16_is_chosen_where_it_is_allowed_and_fast(trained, tmp_path, monkeypatch, capable):
+    monkeypatch.setattr("oodcli.stages.model.multiplies_bfloat16", lambda _: capable)
+    for precision, expected in (
+        (None, "float32"),
+        ("auto", "bfloat16" if capable else "float32"),
+        ("bfloat16", "bfloat16"),
+    ):
+        path = tmp_path / f"{precision}.h5"
+        images = "noise:blob?n=3"
+        api.extract(trained / "digits.pt", images, path, record=["logits"], precision=precision)
+        with h5py.File(path) as file:
+            assert file.attrs["precision"] == expected
 
 
 def test_a_detector_says_what_was_not_recorded(classifier):

@@ -205,6 +205,16 @@ def test_the_network_itself_is_left_alone(network):
 PLAN = Plan((0, 1, 2), 4, steps=5, batch_size=6)
 
 
+def test_fewer_steps_are_longer_where_they_end_at_0():
+    kl, paper = OBJECTIVES["kl"], OBJECTIVES["paper"]
+    assert kl.in_steps(None) == kl.in_steps(50) == kl
+    assert kl.in_steps(24).learning_rate == pytest.approx(0.25, abs=0.002)
+    assert kl.in_steps(24).steps == 24
+    assert kl.in_steps(3).learning_rate == 0.3
+    assert kl.in_steps(100) == replace(kl, steps=100)
+    assert paper.in_steps(50) == replace(paper, steps=50)
+
+
 def test_long_jobs_are_compiled_where_that_is_faster(network, monkeypatch, caplog):
     plan, step, seconds = prepare(network, PLAN)
     assert (plan, step.path) == (PLAN, "eager")

@@ -250,7 +250,7 @@ def test_without_batchnorm_virtual_images_have_their_objective(classes):
     ("classes", "side", "per_class", "expected"),
     [
         (10, 224, None, Effort()),
-        (100, 32, None, Effort()),
+        (100, 32, None, Effort(steps=24)),
         (101, 224, None, Effort(total=300, objective="short")),
         (1000, 448, None, Effort(total=75, objective="short")),
         (200, 64, None, Effort(total=3675, objective="short")),
