@@ -20,6 +20,9 @@ WIDTH = 64
 NEIGHBOURS = 10
 OWN = 6
 """Weight of an image's own score, where each neighbour has 1."""
+LESS = 0.5
+"""Share that counts of how much less suspicious a neighbour is: an OOD image of a kind of its own
+has ID images for neighbours."""
 SAMPLE = 20_000
 """Images among which neighbours are searched, at most."""
 FEWEST = 100
@@ -88,10 +91,10 @@ def smoothed(blocks: Sequence[ScoreBlock], names: Sequence[str]) -> list[ScoreBl
 def borrowed(scores: Floats, index: NDArray[np.int64], mutual: NDArray[np.bool_]) -> Floats:
     """Scores of which each borrows from its neighbours (N,), on the scale of the scores.
 
-    z = Φ⁻¹((rank − 1/2)/N); then z'_i = (6 z_i + Σ_j z_j)/(6 + m_i), and the result is the quantile
-    Φ(z'_i) of the scores. An infinite score has the highest rank and stays infinite; an image
-    without neighbours keeps its score. scores: (N,). index, mutual: (N, k), rows of the neighbours,
-    and which of them count, m_i in number.
+    z = Φ⁻¹((rank − 1/2)/N); then z'_i = z_i + Σ_j w_ij (z_j − z_i)/(6 + m_i), with w_ij = 1, or 1/2
+    where z_j < z_i, and the result is the quantile Φ(z'_i) of the scores. An infinite score has the
+    highest rank and stays infinite; an image without neighbours keeps its score. scores: (N,).
+    index, mutual: (N, k), rows of the neighbours, and which of them count, m_i in number.
     """
     from scipy.stats import norm, rankdata
 
@@ -99,7 +102,9 @@ def borrowed(scores: Floats, index: NDArray[np.int64], mutual: NDArray[np.bool_]
     if not finite.any():
         return scores
     z = norm.ppf((rankdata(np.where(finite, scores, np.inf)) - 0.5) / len(scores))
-    z = (OWN * z + (z[index] * mutual).sum(1)) / (OWN + mutual.sum(1))
+    more = z[index] - z[:, None]  # (N, k)
+    more = np.where(more < 0, LESS * more, more) * mutual
+    z = z + more.sum(1) / (OWN + mutual.sum(1))
     known = np.sort(scores[finite])
     places = (np.arange(len(known)) + 0.5) / len(scores)
     found: Floats = np.where(finite, np.interp(norm.cdf(z), places, known), scores)

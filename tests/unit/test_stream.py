@@ -56,12 +56,12 @@ def test_borrowing_by_hand():
     mutual = np.array([[True, False], [False, False], [True, True], [False, True]])
     z = norm.ppf([1 / 8, 7 / 8, 3 / 8, 5 / 8])
     first = norm.cdf((6 * z[0] + z[1]) / 7)  # between the ranks of 1 and 2
-    third = norm.cdf((6 * z[2] + z[0] + z[3]) / 8)  # below the rank of 2
-    fourth = norm.cdf((6 * z[3] + z[2]) / 7)  # between those of 2 and 4
+    third = norm.cdf(z[2] + ((z[3] - z[2]) - (z[2] - z[0]) / 2) / 8)  # between those of 2 and 4
+    fourth = norm.cdf(z[3] - (z[3] - z[2]) / 2 / 7)  # between those of 2 and 4
     expected = [
         1 + (first - 1 / 8) / (1 / 4),
         5,
-        1 + (third - 1 / 8) / (1 / 4),
+        2 + (third - 3 / 8) / (1 / 4) * 2,
         2 + (fourth - 3 / 8) / (1 / 4) * 2,
     ]
     assert borrowed(scores, index, mutual) == pytest.approx(expected)
