@@ -149,7 +149,7 @@ def degrading(
     recorder = Recorder(classifier, frozenset({"logits"}), precision=precision)
 
     def accuracy(side: float) -> float:
-        images = Patched(source, side)
+        images = Patched(source, side, versions=1)
         counts = [
             _hits(rows.features) for rows in record_images(classifier, images, recorder, batch_size)
         ]

@@ -21,7 +21,7 @@ from oodcli.files.origin import Origin, Words
 from oodcli.files.virtual import FORMAT, has_sensitivity, read_provenance
 from oodcli.images import ImageSource
 from oodcli.images.arrays import VirtualImages
-from oodcli.inversion.degrade import Patched
+from oodcli.inversion.degrade import VERSIONS, Patched
 from oodcli.jobs.kept import Kept, kept_work, refuse_output
 from oodcli.jobs.torchrun import Team, part_of
 from oodcli.networks.classifier import Classifier
@@ -140,7 +140,8 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
             )
         work = Work(kept, share, team)
         mine = len(work.part(len(source), batch_size))
-        sensitivities = "layers.gradient" in what and _measured(request)
+        plain = request.match_accuracy is None
+        sensitivities = plain and "layers.gradient" in what and _measured(request)
         summary = extract_to_file(
             *(classifier, source, recorder, path, made),
             batch_size=batch_size,
@@ -226,7 +227,7 @@ def _settings(
         **({} if reading == 0 else {"the reading of its labels": reading}),
         "--record": sorted(recorder.asked),
         **{group: asdict(making) for group, making in recorder.made_with.items()},
-        "--match-accuracy": None if matched is None else ["equal patches", matched],
+        "--match-accuracy": None if matched is None else [f"patches of {VERSIONS} others", matched],
         "--batch-size": batch_size,
     }
 

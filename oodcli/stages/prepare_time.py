@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from oodcli.images import open_images
+from oodcli.inversion.degrade import VERSIONS
 from oodcli.networks.classifier import Classifier
 from oodcli.recording.recorder import Recorder
 from oodcli.stages import invert_job
@@ -68,8 +69,9 @@ class Clock:
                 _second(lambda: list(record_images(classifier, source, recorder, few, stop=few)))
                 / few
             )
-        self.rows[request.path] = known
-        passes = 1 if request.match_accuracy is None else 4 + math.log2(known)
+        matched = request.match_accuracy is not None
+        self.rows[request.path] = VERSIONS * known if matched else known
+        passes = VERSIONS + 3 + math.log2(known) if matched else 1
         return each * known * passes
 
 

@@ -195,36 +195,52 @@ class Numbered(VirtualImages):
 
 
 @pytest.mark.parametrize(
-    ("labels", "distance"),
+    ("labels", "distances"),
     [
-        (torch.arange(12) // 4, 6),  # class after class: half of the way
-        (torch.arange(12) % 3, 7),  # 6 further on is the same class
-        (torch.zeros(5, dtype=torch.int64), 2),
-        (torch.arange(2), 1),
-        (torch.zeros(1, dtype=torch.int64), 0),
+        (torch.arange(12) // 4, [6, 6, 7, 8]),  # class after class: half of the way, about
+        (torch.arange(12) % 3, [7, 7, 8, 10]),  # 6 and 9 further on is the same class
+        (torch.arange(60) % 10, [31, 33, 35, 37]),  # each time other classes
+        (torch.zeros(5, dtype=torch.int64), [2, 2, 3, 4]),
+        (torch.arange(2), [1, 1, 1, 1]),
+        (torch.zeros(1, dtype=torch.int64), [0, 0, 0, 0]),
     ],
 )
-@pytest.mark.parametrize("size", [1, 5, 12])
-def test_patches_come_from_other_classes(labels, distance, size):
+@pytest.mark.parametrize("size", [1, 5, 12, 100])
+def test_patches_come_from_other_classes(labels, distances, size):
+    count = len(labels)
     source = Patched(Numbered(labels), 0.75)
-    assert len(source) == len(labels)
-    assert source.weight(0, 1) == 2
-    assert source.paths(0, 1) == ["numbers[0]"]
-    found = []
+    assert len(source) == 4 * count
+    assert source.weight(0, 1) == 5
+    assert source.weight(0, 4 * count) == 20 * count
+    names = [f"numbers[{number}]" for number in range(count)]
+    assert source.paths(0, 4 * count) == 4 * names
+    found, seen = [], []
     with source.reading() as fetch:
-        for start in range(0, len(labels), size):
-            found.append(fetch(start, min(start + size, len(labels)))(None).pixels)
+        for start in range(0, 4 * count, size):
+            rows = fetch(start, min(start + size, 4 * count))(None)
+            found.append(rows.pixels)
+            seen.append(rows.labels)
+            assert rows.errors == [None] * len(rows.labels)
     found = torch.cat(found)
-    other = (torch.arange(len(labels)) + distance) % len(labels)
-    for number, image in enumerate(found):
-        assert set(image.unique().tolist()) <= {float(number), float(other[number])}
+    assert torch.equal(torch.cat(seen), labels.repeat(4))
+    # An image has each version once; the first rows, by which the size is chosen, have all.
+    numbers = torch.arange(4 * count)
+    own = numbers % count
+    version = (numbers // count + own) % 4
+    other = (own + torch.tensor(distances)[version]) % count
+    for row, image in enumerate(found):
+        assert set(image.unique().tolist()) <= {float(own[row]), float(other[row])}
     # The same in any company, and each has its own patch.
-    numbers = torch.arange(len(labels))
-    own, others = (each.float()[:, None, None, None].expand_as(found) for each in (numbers, other))
-    assert torch.equal(found, patched(own, others, numbers, 0.75))
-    assert distance == 0 or (found == others).any((1, 2, 3)).double().mean() > 0.5
+    whole = [each.float()[:, None, None, None].expand_as(found) for each in (own, other)]
+    assert torch.equal(found, patched(*whole, numbers, 0.75))
+    if count > 1:
+        assert (found == whole[1]).any((1, 2, 3)).double().mean() > 0.5
     if len(labels.unique()) > 1:
-        assert (labels[other] != labels).all()
+        assert (labels[other] != labels[own]).all()
+    few = Patched(Numbered(labels), 0.75, versions=1)
+    assert len(few) == count
+    with few.reading() as fetch:
+        assert torch.equal(fetch(0, count)(None).pixels, found[:count])
 
 
 def test_a_verdict_at_its_very_limit():
