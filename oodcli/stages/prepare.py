@@ -214,6 +214,7 @@ def _plan(request: PrepareRequest) -> _Plan:
         classifier.preprocessing.input_size,
         *(request.per_class, request.steps, request.mirror),
         batchnorm=bool(classifier.batchnorms),
+        accuracy=request.accuracy,
     )
     given = Situation(
         recordable(classifier),

@@ -262,6 +262,13 @@ def test_the_number_of_virtual_images(classes, side, per_class, expected):
     assert effort(classes, (side, side), per_class) == expected
 
 
+@pytest.mark.parametrize(("accuracy", "expected"), [(0.9, 24), (0.97, 24), (0.98, None)])
+def test_a_sure_network_gets_all_steps(accuracy, expected):
+    """A pool starts from images that it is surer of."""
+    assert effort(10, (32, 32), accuracy=accuracy).steps == expected
+    assert effort(10, (32, 32), steps=7, accuracy=accuracy).steps == 7
+
+
 @pytest.mark.parametrize(
     ("choice", "names", "fit"),
     [
