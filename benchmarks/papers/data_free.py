@@ -72,7 +72,7 @@ TABLE = Table(
     about="[The protocol](protocol.md) says what they were designed on. `c2ir-z` is fitted on "
     "virtual images, `1c-sum` on noise. `c2ir-peak`, `duo` and `trio` add scores on the scale of a "
     "pool of accuracy-matched virtual images. `peak` and `peak-energy` need no fit. `knn` has "
-    "10,000 training images. On ResNet-34 and WRN-16-2 `c2ir-peak` has `nci=0`.",
+    "10,000 training images. On ResNet-34 `c2ir-peak` has `nci=0`, and the pool 1 patch an image.",
     records=("msp", "odin", "energy", "knn", "duo", "trio"),  # with peaks
     metrics=METRICS,
     measure=measure,
