@@ -103,6 +103,9 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
             f"--match-accuracy needs virtual images from invert, but {request.images} is not a "
             "file of these"
         )
+    rows: ImageSource = source
+    if request.match_accuracy is not None and isinstance(source, VirtualImages):
+        rows = Patched(source, 0.0)  # as many as with the side that is found below
     recorder = Recorder(classifier, what | {"logits"}, made_with=made_with, precision=precision)
     log_records(recorder)
     made = provenance(
@@ -113,7 +116,7 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
         precision=precision,
         virtual=request.virtual,
         matched_accuracy=request.match_accuracy,
-        shard=shard_of(share, len(source), batch_size, lambda: paths_sha256(source)),
+        shard=shard_of(share, len(rows), batch_size, lambda: paths_sha256(rows)),
         left_out=source.left_out,
     )
     settings = _settings(request, recorder, source, reading, batch_size)
