@@ -20,6 +20,8 @@ from oodcli.stages.record import record_images
 SETS = ("textures", "scenes", "notmnist", "fashion-mnist", "imagenet-samples")
 CHECKPOINT = "checkpoints/resnet20-12fca82f.th"
 BATCH = 128
+ODIN = 0.9256
+"""Its mean AUROC on all images (docs/research/tables.csv); the first batches are of few classes."""
 
 LISTED = (
     *("msp", "entropy", "t1000", "mls", "energy"),
@@ -147,8 +149,7 @@ def test_virtual_images_alone_beat_the_output(shared_data, record, real, score, 
     def mean(found, rows=None):
         return sum(auroc(found["cifar10-test"][:rows], found[set_][:rows]) for set_ in SETS) / 5
 
-    assert mean(scores["c2ir-z"]) > max(mean(scores["msp"]), mean(scores["energy"]))
-    assert mean(scores["c2ir-z"], 4 * BATCH) > mean(scores["odin"])
+    assert mean(scores["c2ir-z"]) > max(mean(scores["msp"]), mean(scores["energy"]), ODIN)
     # The step is small: without it, ODIN is t1000.
     assert mean(scores["odin"]) == pytest.approx(mean(score("t1000"), 4 * BATCH), abs=0.01)
     assert mean(scores["c2ir"]) > 0.7
