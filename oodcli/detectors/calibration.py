@@ -21,10 +21,10 @@ POOL_WEIGHT = 30.0
 class Calibration:
     """Scores of in-distribution images, and their weights.
 
-    scores: (n,) float64, ascending. weights: (n,), 1 for a real image; beside real images a
-    virtual pool weighs 30 in all. real, virtual: numbers of rows. matched_accuracy: accuracy that
-    the pool was degraded to; None without a pool. classes: number of classes of the network;
-    without_rows: classes without a row; 0 and None in older artefacts.
+    scores: (n,) float64, ascending. weights: (n,), 1 for a real image; the rows of a virtual image
+    weigh 1 together, and beside real images a whole pool 30. real, virtual: numbers of rows.
+    matched_accuracy: accuracy that the pool was degraded to; None without a pool. classes: number
+    of classes of the network; without_rows: classes without a row; 0 and None in older artefacts.
     """
 
     scores: Tensor
@@ -116,17 +116,23 @@ class Calibration:
 
 
 def calibrate(
-    real: Sequence[Tensor], pools: Sequence[Tensor], matched_accuracy: float | None
+    real: Sequence[Tensor],
+    pools: Sequence[Tensor],
+    matched_accuracy: float | None,
+    images: int | None = None,
 ) -> Calibration:
-    """Real rows weigh 1 each; a pool weighs 30 in all beside real rows, and 1 per row alone.
+    """Real rows weigh 1 each; a pool weighs 30 in all beside real rows, and 1 per image alone.
 
-    real, pools: scores of each file, (n,). Raises DetectorError without a score.
+    real, pools: scores of each file, (n,). images: of the pools, where each has several rows; None:
+    as many as rows. Raises DetectorError without a score.
     """
     nothing = torch.zeros(0, dtype=torch.float64)
     r, v = (torch.cat([nothing, *parts]) for parts in (real, pools))
     if not len(r) + len(v):
         raise DetectorError("no rows to calibrate on")
-    share = min(1.0, POOL_WEIGHT / (len(v) + 1)) if len(r) and len(v) else 1.0
+    share = 1.0 if images is None or not len(v) else min(1.0, images / len(v))
+    if len(r) and len(v):
+        share = min(share, POOL_WEIGHT / (len(v) + 1))
     weights = torch.cat([torch.ones_like(r), torch.full_like(v, share)])
     scores, order = torch.cat([r, v]).sort()
     return Calibration(scores, weights[order], len(r), len(v), matched_accuracy if len(v) else None)

@@ -485,7 +485,7 @@ def _ood_rows(kind: type[Detector], inputs: FitInputs, needs: frozenset[str]) ->
 def _calibrated(detector: Detector, caches: Sequence[FeatureCache], *, mirror: bool) -> Calibration:
     real: list[Tensor] = []
     pools: list[Tensor] = []
-    accuracy = None
+    accuracy, images = None, 0
     counts = torch.zeros(_classes(caches[0]), dtype=torch.int64)
     needs = detector.score_needs | {"logits"} | ({"mirror"} if mirror else set())
     for cache in caches:
@@ -497,7 +497,8 @@ def _calibrated(detector: Detector, caches: Sequence[FeatureCache], *, mirror: b
         else:
             pools += scores
             accuracy = cache.provenance.matched_accuracy
-    return _with_classes(calibrate(real, pools, accuracy), counts)
+            images += len({path for paths, *_ in cache.listing() for path in paths})
+    return _with_classes(calibrate(real, pools, accuracy, images), counts)
 
 
 def _learn(detector: Detector, inputs: FitInputs) -> tuple[Detector, float]:

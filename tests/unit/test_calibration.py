@@ -243,6 +243,19 @@ def test_patches_come_from_other_classes(labels, distances, size):
         assert torch.equal(fetch(0, count)(None).pixels, found[:count])
 
 
+def test_rows_of_one_image_count_as_one_image():
+    """They hardly change p, but do not make it surer."""
+    rows = torch.rand(400, generator=torch.Generator().manual_seed(0)).double()
+    one = calibrate([], [rows], 0.9)
+    four = calibrate([], [rows], 0.9, images=100)
+    assert four.mass == pytest.approx(100.25)
+    assert four.p_value(rows) == pytest.approx(one.p_value(rows))
+    (low, high), (lowest, highest) = one.achieved(0.05), four.achieved(0.05)
+    assert lowest < low < 0.05 < high < highest
+    beside = calibrate([torch.zeros(5).double()], [rows], 0.9, images=100)
+    assert float(beside.weights.sum()) == pytest.approx(5 + 30 * 400 / 401)
+
+
 def test_a_verdict_at_its_very_limit():
     """p ≤ rate is OOD, a score equal to the threshold is not, an infinite one always is."""
     calibration = calibrate([scores(1.0, 2.0, 3.0)], [], None)
