@@ -40,8 +40,8 @@ class Objective:
 
     def in_steps(self, steps: int | None) -> Objective:
         """The recipe in another number of steps, None: in its own. Where the learning rate falls to
-        0, fewer steps are longer, at most twice as long: 24 instead of 50 then detect as well
-        (docs/research/cost.md)."""
+        0, fewer steps are longer, at most twice as long: 24 instead of 50 then detect about as
+        well (docs/research/cost.md)."""
         if steps is None:
             return self
         rate = self.learning_rate

@@ -143,8 +143,9 @@ def extract(request: ExtractRequest, watch: Watch | None = None) -> Extracted | 
             )
         work = Work(kept, share, team)
         mine = len(work.part(len(source), batch_size))
-        plain = request.match_accuracy is None
-        sensitivities = plain and "layers.gradient" in what and _measured(request)
+        # Those of the inversion are of images without patches.
+        whole = request.match_accuracy is None
+        sensitivities = whole and "layers.gradient" in what and _measured(request)
         summary = extract_to_file(
             *(classifier, source, recorder, path, made),
             batch_size=batch_size,

@@ -37,7 +37,7 @@ PER_CLASS = 50
 
 STEPS = 24
 """Steps of a small virtual image with BatchNorm and few classes, half of those of ``invert``:
-c2ir-peak then detects as well (docs/research/cost.md)."""
+c2ir-peak then detects about as well (docs/research/cost.md)."""
 
 STEPS_UP_TO = 0.97
 """Accuracy up to which those are made: a pool starts from images on which the network is right more
