@@ -19,7 +19,7 @@ from oodcli.detectors.base import Detector
 from oodcli.detectors.blocks import Blocks, drawn_of, finite_rows
 from oodcli.detectors.hyperparameters import require_positive
 from oodcli.detectors.layer_choice import LAYERS, chosen_layers, layer_mean, layer_rows
-from oodcli.detectors.mixture_fit import Fitted, fit_dirichlet_process, fit_gaussian_mixture
+from oodcli.detectors.mixture_fit import KEPT, Fitted, fit_dirichlet_process, fit_gaussian_mixture
 from oodcli.errors import DetectorError, first_line
 from oodcli.features import Features
 
@@ -410,6 +410,8 @@ def _say_cost(widths: Mapping[str, int], size: int, asked: int, recipe: Recipe) 
         "diag": (8 * components * sum(widths.values()), components * largest),
     }[recipe.covariance]
     memory = 8 * (size * (sum(widths.values()) + largest + 2 * components) + 2 * matrices)
+    products = size * (largest if recipe.covariance == "diag" else largest * (largest + 1) // 2)
+    memory += 8 * products if products <= KEPT else 0
     if components < asked:
         log.info("lsgm: at most %d components instead of %d, one a row", components, asked)
     if recipe.covariance == "full" and size <= components * largest:

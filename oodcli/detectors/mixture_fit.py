@@ -8,8 +8,9 @@ collects Σ r x and Σ r xxᵀ for all components at once, as products of matric
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,12 @@ EMPTY = 10 * torch.finfo(torch.float64).eps
 ROWLESS = 1e-9
 """A component with fewer rows has none: its posterior differs from the prior by that much."""
 
-AT_ONCE = 1 << 19
-"""Products of channels in memory at once: few enough for the processor's cache."""
+AT_ONCE = 1 << 21
+"""Products of channels in a chunk of rows."""
+
+KEPT = 1 << 26
+"""Products that are kept from step to step, half a gigabyte: computing them again takes up to half
+of a step."""
 
 
 class Fitted(NamedTuple):
@@ -66,7 +71,7 @@ class Rows:
     x: Tensor
     covariance: str
 
-    @property
+    @cached_property
     def pairs(self) -> Tensor:
         """(2, P): the channels i ≤ j whose products are needed."""
         width = len(self.x)
@@ -86,14 +91,22 @@ class Rows:
             start = stop
         return found
 
-    def moments(self, shares: Callable[[slice, Tensor, Tensor], Tensor]) -> Moments:
-        """One pass. shares: which rows, their x, (d, n), and products, (P, n) → r, (K, n)."""
+    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which rows, their x, (d, n), and products, (P, n)."""
         step = max(1, AT_ONCE // self.pairs.shape[1])
-        found: Moments | None = None
         for start in range(0, self.x.shape[1], step):
             part = slice(start, start + step)
-            x = self.x[:, part]
-            products = self._products(x)
+            yield part, self.x[:, part], self._products(self.x[:, part])
+
+    @cached_property
+    def _kept(self) -> list[tuple[slice, Tensor, Tensor]]:
+        few = self.pairs.shape[1] * self.x.shape[1] <= KEPT
+        return list(self._chunks()) if few else []
+
+    def moments(self, shares: Callable[[slice, Tensor, Tensor], Tensor]) -> Moments:
+        """One pass. shares: which rows, their x, (d, n), and products, (P, n) → r, (K, n)."""
+        found: Moments | None = None
+        for part, x, products in self._kept or self._chunks():
             r = shares(part, x, products)
             square = products.sum(1)[None] if self.covariance == "tied" else r @ products.T
             new = Moments(r.sum(1), r @ x.T, square)

@@ -272,11 +272,15 @@ def test_dp_is_scikit_learns(covariance):
         np.testing.assert_allclose(detector.covariance["stage1"][idle], whole, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 19])
 @pytest.mark.parametrize("at_once", [1, 1 << 19])
 @pytest.mark.parametrize("covariance", ["full", "tied", "diag"])
-def test_densities_that_differ_by_a_constant_are_computed_once(covariance, at_once, monkeypatch):
-    """In passes of one row and of all."""
+def test_densities_that_differ_by_a_constant_are_computed_once(
+    covariance, at_once, kept, monkeypatch
+):
+    """In passes of one row and of all, with products of channels kept or computed again."""
     monkeypatch.setattr(mixture_fit, "AT_ONCE", at_once)
+    monkeypatch.setattr(mixture_fit, "KEPT", kept)
     rows = mixture_fit.Rows(random(3, 40), covariance)
     means = random(5, 3, seed=1)
     means[[1, 3, 4]] = 0.5
