@@ -199,6 +199,7 @@ class Step:
     def __init__(self, classifier: Classifier, objective: Objective, precision: str) -> None:
         self.classifier = classifier
         self.objective = objective
+        self.precision = precision
         self._autocast = partial(
             torch.autocast,
             classifier.device.type,
@@ -273,6 +274,14 @@ class Step:
         faster.path = "compiled"
         faster._forward = torch.compile(self._network, dynamic=False, backend=backend)
         return faster
+
+    def twin(self) -> Step:
+        """The same step for another thread, with a network of its own, which may keep what it has
+        computed. A compiled forward pass is shared: it keeps nothing."""
+        other = Step(self.classifier, self.objective, self.precision)
+        if self.path == "compiled":
+            other.path, other._forward = self.path, self._forward
+        return other
 
     def _laid_out(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self._format)

@@ -144,6 +144,7 @@ def invert(request: InvertRequest, watch: Watch | None = None) -> Inverted | Non
         plan, step, seconds = prepare(classifier, plan, compiled=request.compiled, decided=decided)
         kept.about.decided.update(decisions(plan, step))
         log_kept(kept)
+        log.debug("batches made at once: %d", plan.at_once)
         notes.done(log, "a trial step")
         work = Work(kept, share, team)
         batches = len(plan.batches())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import partial, partialmethod
 
@@ -247,6 +248,54 @@ def test_long_jobs_are_compiled_where_that_is_faster(network, monkeypatch, caplo
     assert prepare(network, PLAN, compiled=False)[1].path == "eager"
 
 
+class Keeping(networks.Residual):
+    """Keeps what it has computed, as a network does that is to be looked at afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        time.sleep(0.01)  # so that another thread comes between
+        return self.kept
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_batches_made_at_once_are_those_made_one_by_one(compiled, monkeypatch):
+    monkeypatch.setattr(Step, "compiled", partialmethod(Step.compiled, "aot_eager"))
+    network = networks.classifier(networks.Residual(classes=3) if compiled else Keeping(classes=3))
+    plan = replace(PLAN, batch_size=3)
+    step = Step(network, plan.objective, plan.precision)
+    done: list[int] = []
+    found = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums do not depend on how they are divided
+    try:
+        for each in (plan, replace(plan, at_once=3)):
+            made = step.compiled() if compiled else step
+            found.append(list(invert(network, each, step=made, progress=done.append)))
+    finally:
+        torch.set_num_threads(before)
+    assert sum(done) == 2 * 12 * plan.total_steps
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.label, other.label)
+        assert set(one.sensitivity) == set(network.batchnorms)
+        for name, rows in one.sensitivity.items():
+            assert torch.equal(rows, other.sensitivity[name])
+
+
+def test_small_images_are_made_in_several_batches_at_once(network, monkeypatch):
+    """On a processor, a thread for each."""
+    for threads, expected in {1: 1, 2: 2, 8: 4}.items():
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=threads: number)
+        plan = Plan((0, 1, 2), 4, batch_size=2)
+        assert inverting._at_once(network, plan) == expected
+        assert inverting._at_once(network, replace(plan, batch_size=12)) == 1
+        assert inverting._at_once(large((96, 96)), plan) == 1
+    plan = replace(PLAN, at_once=4)
+    monkeypatch.setattr(inverting, "_seconds_per_image_step", lambda *_: 1.0)
+    steps = 5 + inverting.SENSITIVITY_POINTS + 1
+    assert inverting._seconds(Step(network, plan.objective, "float32"), plan) == 4 * 6 * steps
+
+
 def test_batches_are_halved_until_they_fit(network, monkeypatch, caplog):
     largest = 3
 
@@ -472,9 +521,9 @@ def test_a_job_is_as_long_as_its_multiply_adds():
 def test_an_interrupted_job_goes_on_in_the_way_it_began(network, monkeypatch):
     monkeypatch.setattr(Step, "compiled", partialmethod(Step.compiled, "aot_eager"))
     for path in ("eager", "compiled"):
-        decided = {"batch_size": 3, "half_steps": 2, "path": path}
+        decided = {"batch_size": 3, "half_steps": 2, "at_once": 2, "path": path}
         plan, step, seconds = prepare(network, PLAN, decided=decided)
-        assert plan == replace(PLAN, batch_size=3, half_steps=2)
+        assert plan == replace(PLAN, batch_size=3, half_steps=2, at_once=2)
         assert step.path == path
         assert seconds > 0
         assert inverting.decisions(plan, step) == decided
