@@ -181,8 +181,12 @@ def root(
 
 def main() -> None:
     """Run the command line. A user's error is one sentence and status 1; a bug is a traceback."""
-    # Before torch is imported: by default, idle threads spin and slow down other processes.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before torch is imported. By default, idle threads spin for milliseconds and slow down other
+    # processes; those that sleep at once wake up late for the next operation. The number is
+    # libgomp's own for a processor with more threads than it can run.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is written as \xNN
             stream.reconfigure(errors="backslashreplace")

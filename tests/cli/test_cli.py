@@ -1514,21 +1514,28 @@ def test_fitting_and_evaluating_tell_how_far_they_are(fitted, tmp_path, monkeypa
     assert "detectors" not in oodcli(*words, "--resamples", 2, "-q").err
 
 
-@pytest.mark.parametrize("given", [None, "active"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "passive 1000"),
+        ({"OMP_WAIT_POLICY": "active"}, "active None"),
+        ({"GOMP_SPINCOUNT": "7"}, "passive 7"),
+    ],
+)
 @pytest.mark.slow
-def test_idle_threads_do_not_spin(given):
-    """The policy is set before torch is imported, which reads it, and a user's own stays."""
+def test_idle_threads_soon_sleep(given, expected):
+    """This is set before torch is imported, which reads it, and a user's own stays."""
     code = (
         "import os, sys; sys.argv = ['oodcli', 'detectors', '--json']\n"
         "from oodcli.cli import main\n"
         "assert 'torch' not in sys.modules\n"
         "try: main()\n"
-        "finally: print(os.environ['OMP_WAIT_POLICY'], file=sys.stderr)"
+        "finally: print(*map(os.environ.get, ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')),"
+        " file=sys.stderr)"
     )
-    environ = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    if given is not None:
-        environ["OMP_WAIT_POLICY"] = given
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environ = {key: value for key, value in os.environ.items() if key not in ours} | given
     done = subprocess.run(
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120
     )
-    assert done.stderr.strip() == (given or "passive")
+    assert done.stderr.strip() == expected
