@@ -1,12 +1,12 @@
 """What commands lose when they share the processor.
 
-    python -m benchmarks.bench_company CHECKPOINT [--jobs 6] [--rows 20000] [--per-class 20]
+    python -m benchmarks.bench_company CHECKPOINT [--jobs 6] [--rows 20000] [--images 200]
         [--active]
 
 As many equal jobs of 'oodcli score' on noise, then of 'oodcli invert', one after another, and all
 at the same time; each a process that chooses its own number of threads. Prints the seconds of both,
 their ratio, which is 1 where company costs nothing, and the processor seconds. --active: idle
-threads spin, as OpenMP's do by default, instead of sleeping as oodcli has them.
+threads spin, as OpenMP's do by default, instead of soon sleeping as oodcli has them.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--jobs", type=int, default=6)
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--per-class", type=int, default=20)
+    parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--active", action="store_true")
     options = parser.parse_args()
-    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         os.environ.pop(name, None)
     if options.active:
         os.environ["OMP_WAIT_POLICY"] = "active"
     commands = {
         "score": ["score", str(options.checkpoint), f"noise:uniform?n={options.rows}", "-d", "msp"],
-        "invert": ["invert", str(options.checkpoint), "--per-class", str(options.per_class)],
+        "invert": ["invert", str(options.checkpoint), "--total", str(options.images)],
     }
     results = {}
     with tempfile.TemporaryDirectory() as folder:

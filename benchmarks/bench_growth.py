@@ -1,7 +1,7 @@
 """How cost grows: with images, with resolution, with the network; and what it comes to in the end.
 
     python -m benchmarks.bench_growth CHECKPOINT [--images 500 1000 2000 4000]
-        [--per-class 5 10 20 40] [--rounds 3]
+        [--per-class 20 40 60] [--rounds 3]
 
 Against the number of images: seconds of the commands score, extract, invert and fit, without the
 start of Python, on CHECKPOINT (fit: on generated features), and the bytes of the files they leave.
@@ -236,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--images", type=int, nargs="+", default=[500, 1000, 2000, 4000])
-    parser.add_argument("--per-class", type=int, nargs="+", default=[5, 10, 20, 40])
+    parser.add_argument("--per-class", type=int, nargs="+", default=[20, 40, 60])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:

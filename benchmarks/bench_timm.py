@@ -2,13 +2,15 @@
 
     python -m benchmarks.bench_timm FOLDER [--images 500] [--batch-size 64] [--rounds 5]
         [--threads 2] [--only resnet50 …] [--precision float32 bfloat16] [--no-all]
+        [--overlap]
 
 Networks of timm with random weights. The loop is create_model, the transform of
 resolve_model_data_config, a DataLoader with as many workers as threads, the forward pass in
 inference mode, and the five largest logits. Beside it, ``oodcli score`` of the same files, with the
 detectors that one forward pass serves, and with ``-d all``, which need further passes, too; both
 without 1c-sum, which is fitted on noise first. --precision: of the detectors of one pass; with one
-that is not float32, the loop runs under autocast, too. All take turns. Prints as JSON images a
+that is not float32, the loop runs under autocast, too. --overlap: also decoding alone, and ``score
+-d energy`` of images that are decoded already. All take turns. Prints as JSON images a
 second, and the median ratio to the loop. Imports and the loading of the network do not count. All
 keep freed memory, as ``oodcli score`` does. With one thread, seconds are those of the processor,
 and the loop decodes in its own process.
@@ -27,6 +29,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
@@ -34,7 +37,10 @@ from torch.utils.data import DataLoader, Subset
 
 from benchmarks.measure import in_turns, machine, ratio
 from oodcli.cli.allocation import keep_freed_memory
+from oodcli.images.reading import batches
+from oodcli.images.source import ImageSource
 from oodcli.networks.card import Overrides
+from oodcli.networks.classifier import Classifier
 from oodcli.networks.load import load_classifier
 from oodcli.recording.recorder import AGAIN
 from oodcli.stages.chosen import Chosen, choose_detectors
@@ -44,6 +50,20 @@ from oodcli.stages.score import score_to_file
 
 NETWORKS = ("resnet50", "vit_base_patch16_224", "tf_efficientnet_lite0")
 LOOP = "timm"
+
+
+def _decoded(source: ImageSource, classifier: Classifier, folder: Path) -> Path:
+    """A file of the images, decoded and of the network's size."""
+    with source.reading() as fetch:
+        pixels = fetch(0, len(source))(classifier.preprocessing).pixels
+    path = folder / "decoded.npz"
+    np.savez(path, images=pixels.numpy())
+    return path
+
+
+def _read(source: ImageSource, classifier: Classifier, batch_size: int) -> None:
+    for _ in batches(source, classifier.preprocessing, batch_size):
+        pass
 
 
 def measured(name: str, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -84,7 +104,7 @@ def measured(name: str, folder: Path, options: argparse.Namespace) -> dict[str, 
         work: dict[str, Callable[[], None]] = {LOOP: partial(loop, "float32")}
         for precision in options.precision:
             model = Model(classifier, Running("cpu", options.batch_size, precision))
-            opened, _, _ = from_images(
+            opened, source, _ = from_images(
                 model, classifier, str(listed), mirror=False, timeout=None, command=""
             )
             everything = choose_detectors(["all"], {}, opened.available, classifier.sha256)
@@ -92,6 +112,13 @@ def measured(name: str, folder: Path, options: argparse.Namespace) -> dict[str, 
             single = [each for each in once if each.name == "energy"]
             added = "" if precision == "float32" else f", {precision}"
             work[f"score -d energy{added}"] = scoring(single, opened)
+            if options.overlap:
+                pixels = str(_decoded(source, classifier, Path(made)))
+                decoded, _, _ = from_images(
+                    model, classifier, pixels, mirror=False, timeout=None, command=""
+                )
+                work[f"decoded images, score -d energy{added}"] = scoring(single, decoded)
+                work["decoding"] = partial(_read, source, classifier, options.batch_size)
             work[f"score, {len(once)} detectors of one pass{added}"] = scoring(once, opened)
             if added:
                 work[LOOP + added] = partial(loop, precision)
@@ -117,6 +144,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=NETWORKS)
     parser.add_argument("--precision", nargs="+", default=["float32"])
+    parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--all", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
