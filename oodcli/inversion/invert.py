@@ -263,8 +263,8 @@ def _half_steps(classifier: Classifier, plan: Plan) -> int:
 
 
 def _at_once(classifier: Classifier, plan: Plan) -> int:
-    """How many batches are made at once. It is one batch of large images: two took 0.88 of the time
-    with EfficientNet-Lite0 at 224 pixels, but twice the memory."""
+    """How many batches are made at once. Of large images it is one: two took 0.88 of the time with
+    EfficientNet-Lite0 at 224 pixels, but twice the memory."""
     if classifier.device.type != "cpu" or min(classifier.preprocessing.input_size) >= HALVED_FROM:
         return 1
     return min(AT_ONCE, torch.get_num_threads(), len(plan.batches()))
@@ -320,7 +320,7 @@ def _seconds_per_image_step(step: Step, trial: Plan) -> float:
 
         return _invert_batch(step, trial, labels, torch.Generator().manual_seed(0), mark)
 
-    if step.path == "compiled":  # once, not in each thread
+    if step.path == "compiled" and trial.at_once > 1:  # compiled once, not in each thread
         list(_made(step, trial, [partial(job, [])], lambda _: None))
     list(_made(step, trial, [partial(job, own) for own in marks], lambda _: None))
     taken = fmean((own[-1] - own[0]) / (len(own) - 1) for own in marks)

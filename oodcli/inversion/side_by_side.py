@@ -46,18 +46,19 @@ def side_by_side(
     def run(job: Job[Result]) -> Result:
         return job(own.number, tell)
 
-    with ThreadPoolExecutor(workers, "invert", begin) as pool:
-        try:
-            futures = [pool.submit(run, job) for job in jobs]
-            for future in futures:
-                future.add_done_callback(lambda _: told.put(0))
-            for future in futures:
-                while not future.done():
-                    progress(told.get())
-                for _ in range(told.qsize()):
-                    progress(told.get())
-                yield future.result()
-        finally:
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(whole)
+    pool = ThreadPoolExecutor(workers, "invert", begin)
+    try:
+        futures = [pool.submit(run, job) for job in jobs]
+        for future in futures:
+            future.add_done_callback(lambda _: told.put(0))
+        for future in futures:
+            while not future.done():
+                progress(told.get())
+            for _ in range(told.qsize()):
+                progress(told.get())
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # first, so that no thread begins another
+        stopped.set()
+        pool.shutdown()
+        torch.set_num_threads(whole)

@@ -294,6 +294,9 @@ def test_densities_that_differ_by_a_constant_are_computed_once(
     for one, other in zip(found, apart, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert entropy == pytest.approx(expected, rel=1e-12)
+    # The shares of a row add up to 1, so the moments of all components to those of all rows.
+    torch.testing.assert_close(found.size.sum(), torch.tensor(40.0).double())
+    torch.testing.assert_close(found.total.sum(0), rows.x.sum(1))
 
 
 def test_the_order_of_rows_does_not_matter():
